@@ -1,0 +1,381 @@
+"""The one module that every script shares: packed rows, their log-probs, and the KL estimators.
+
+A batch is a list of sequences laid end to end in one row, without padding. Everything that is known per token is known
+for the trained tokens only:
+
+    input_ids       (1, N)    the row                              N tokens in the row, B sequences,
+    position_ids    (1, N)    restart at 0 with each sequence      C completion (= trained) tokens,
+    cu_seqlens      (B + 1,)  where each sequence begins           H hidden size, V vocabulary
+    completion_index (C,)     where in the row each trained token stands
+    sequence_index  (C,)      which of the B sequences it belongs to
+
+`token_logprobs(model, batch)` gives `logprobs (C,)` with `logprobs[c] = log pi(token c | all before it in its own
+sequence)`: the shift by one happens there and nowhere else. The (N, V) logits never exist.
+
+    >>> batch = collate([([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1])])
+    >>> logprobs = token_logprobs(model, batch)                                     # (3,): tokens 6, 7 and 9
+    >>> segment_sum(logprobs, batch.sequence_index, batch.num_sequences)            # (2,): one sum per sequence
+"""
+
+from dataclasses import dataclass, replace
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Packed rows
+# ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class PackedBatch:
+    """The only batch type of the project; the fields are described at the head of this file."""
+
+    input_ids: torch.Tensor  # (1, N) int64
+    position_ids: torch.Tensor  # (1, N) int64
+    cu_seqlens: torch.Tensor  # (B + 1,) int32, on the device of the row
+    completion_index: torch.Tensor  # (C,) int64
+    sequence_index: torch.Tensor  # (C,) int64
+    lengths: tuple[int, ...]  # B Python integers: the host reads boundaries here, never from the device
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return len(self.completion_index)
+
+    def to(self, device) -> "PackedBatch":
+        tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if k != "lengths"}
+        return replace(self, **tensors)
+
+
+def collate(sequences, device="cpu") -> PackedBatch:
+    """Lay sequences, each a pair (token ids, which of them are trained), end to end in one row.
+
+    >>> collate([([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1])])
+    input_ids [[5, 6, 7, 8, 9]]   position_ids [[0, 1, 2, 0, 1]]   cu_seqlens [0, 3, 5]
+    completion_index [1, 2, 4]    sequence_index [0, 0, 1]         lengths (3, 2)
+
+    Raises ValueError where the first token of a sequence is marked as trained: nothing comes before it.
+    """
+    lengths = torch.tensor([len(input_ids) for input_ids, _ in sequences])  # (B,)
+    ends = lengths.cumsum(0)  # (B,)
+    starts = ends - lengths  # (B,)
+    input_ids = torch.cat([torch.as_tensor(input_ids) for input_ids, _ in sequences]).long()  # (N,)
+    trained = torch.cat([torch.as_tensor(trained) for _, trained in sequences]).bool()  # (N,)
+    if trained[starts].any():
+        raise ValueError(
+            "the first token of a sequence cannot be trained: nothing comes before it to predict it"
+        )
+    sequence_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths)  # (N,)
+    completion_index = trained.nonzero().squeeze(1)  # (C,)
+    batch = PackedBatch(
+        input_ids=input_ids[None],
+        position_ids=(torch.arange(len(input_ids)) - starts[sequence_of])[None],
+        cu_seqlens=F.pad(ends, (1, 0)).int(),
+        completion_index=completion_index,
+        sequence_index=sequence_of[completion_index],
+        lengths=tuple(lengths.tolist()),
+    )
+    return batch if torch.device(device).type == "cpu" else batch.to(device)
+
+
+def segment_sum(x: torch.Tensor, index: torch.Tensor, num_segments: int) -> torch.Tensor:
+    """Sum the entries of x (C,) that share an index (C,) -> (num_segments,); a segment without entries sums to 0."""
+    return torch.zeros(num_segments, dtype=x.dtype, device=x.device).index_add(0, index, x)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Attention over a packed row
+# ------------------------------------------------------------------------------------------------------------
+def packed_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **kwargs
+):
+    """Causal attention in which each sequence of a packed row sees only itself; `--attn packed`.
+
+    query (1, heads, N, D), key and value (1, kv_heads, N, D) -> (1, N, heads, D). On CUDA in half precision it is one
+    variable-length flash kernel, elsewhere one sdpa call per sequence. Without `packed_lengths` (`generate`, a plain
+    padded call) it is transformers' own sdpa under the ordinary mask.
+
+    Raises ValueError for soft-capped scores or attention sinks, which neither kernel computes.
+    """
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ValueError(
+            f"{type(module).__name__} soft-caps its scores or has attention sinks: use --attn eager"
+        )
+    lengths = kwargs.get("packed_lengths")
+    if lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    grouped = query.shape[1] != key.shape[1]
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        window = (
+            (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+        )  # a window of W includes the token itself
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
+        cu_seqlens, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+        out = varlen_attn(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cu_seqlens,
+            longest,
+            longest,
+            scale=scaling,
+            window_size=window,
+            enable_gqa=grouped,
+        )
+        return out[None], None
+    out = []
+    for q, k, v in zip(*(x.split(lengths.tolist(), dim=2) for x in (query, key, value)), strict=True):
+        band, length = None, q.shape[2]
+        if sliding_window is not None and length > sliding_window:
+            band = (
+                torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+            )
+        o = F.scaled_dot_product_attention(
+            q, k, v, band, is_causal=band is None, scale=scaling, enable_gqa=grouped
+        )
+        out.append(o.transpose(1, 2))  # (1, length, heads, D)
+    return torch.cat(out, dim=1), None
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register(
+    "packed", sdpa_mask
+)  # for `generate`: a name without a mask function gets no mask
+
+
+def check_attention(config, model_class, attn: str) -> None:
+    """Raise ValueError, before any weight is loaded, for an architecture that packed rows would get wrong.
+
+    `config` is a transformers config, `model_class` the class it builds, `attn` the value of `--attn`. The message
+    names the model type, the reason and the `--attn` that works. What it cannot know, `check_packed` measures.
+    """
+    config = config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    soft_capped = getattr(config, "attn_logit_softcapping", None)
+    if getattr(model_class, "_is_stateful", False) or layers - {"full_attention", "sliding_attention"}:
+        reason = (
+            f"layers of kind {', '.join(sorted(layers))} carry a state that leaks between packed sequences"
+        )
+        raise ValueError(f"{config.model_type}: {reason}; no --attn works")
+    if soft_capped and attn in ("packed", "sdpa"):
+        reason = f"--attn {attn} does not compute soft-capped attention scores"
+        raise ValueError(
+            f"{config.model_type}: {reason}; use --attn eager (exact, slow) or flash_attention_2"
+        )
+    if not model_class._supports_sdpa and not soft_capped and "flash" not in attn:
+        reason = f"--attn {attn} does not compute attention sinks on packed rows"
+        raise ValueError(
+            f"{config.model_type}: {reason}; use a flash kernel with sinks (kernels-community/vllm-flash-attn3)"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Log-probs
+# ------------------------------------------------------------------------------------------------------------
+def packed_hidden_states(
+    model, batch: PackedBatch, embedding_noise: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Run the backbone of a causal language model over a packed row -> last hidden states (1, N, H)."""
+    inputs = {"input_ids": batch.input_ids}
+    if embedding_noise is not None:  # (N, H)
+        inputs = {"inputs_embeds": model.get_input_embeddings()(batch.input_ids) + embedding_noise[None]}
+    packed = model.config._attn_implementation == "packed"
+    # An empty 4-D mask counts as ready-made: transformers then neither builds a dense (N, N) one nor synchronises
+    # to look for sequence boundaries. Other implementations find them in position_ids, which is exact only
+    # with no mask at all *and* use_cache=False; a default cache or an all-ones mask leaks silently.
+    mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=batch.input_ids.device) if packed else None
+    longest = max(batch.lengths)
+    return model.get_decoder()(
+        **inputs,
+        attention_mask=mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        cu_seq_lens_q=batch.cu_seqlens,
+        cu_seq_lens_k=batch.cu_seqlens,
+        max_length_q=longest,
+        max_length_k=longest,
+        packed_lengths=torch.tensor(
+            batch.lengths
+        ),  # a host tensor: torch.compile does not specialise on its values
+    ).last_hidden_state
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """LM head and log-softmax in chunks of rows; the backward pass recomputes each chunk, so only (C,) is kept."""
+
+    @staticmethod
+    def logits(hidden, weight, bias, scale, softcap):  # (c, H) -> (c, V) float32, before the temperature
+        logits = F.linear(hidden, weight, bias).float()
+        if scale != 1:
+            logits = logits * scale
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, scale, softcap, chunk_size, with_entropy):
+        logprobs = torch.empty(len(targets), device=hidden.device)  # (C,)
+        log_normaliser, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs)  # (C,)
+        is_top1 = torch.empty_like(targets, dtype=torch.bool)  # (C,)
+        for start in range(0, len(targets), chunk_size):
+            c = slice(start, start + chunk_size)
+            logits = _HeadLogprobs.logits(hidden[c], weight, bias, scale, softcap)  # (c, V)
+            if temperature != 1:
+                logits /= temperature
+            top = logits.amax(-1, keepdim=True)  # (c, 1)
+            logits -= top
+            target = logits.gather(-1, targets[c, None]).squeeze(-1)  # (c,)
+            weights = logits.exp() if with_entropy else logits.exp_()  # (c, V) unnormalised probabilities
+            total = weights.sum(-1)  # (c,)
+            logprobs[c] = target - total.log()
+            is_top1[c] = target == 0
+            log_normaliser[c] = top.squeeze(-1) + total.log()
+            if with_entropy:  # H = log Z - sum_v p_v logit_v
+                entropy[c] = total.log() - torch.linalg.vecdot(weights, logits) / total
+        ctx.save_for_backward(hidden, weight, bias, targets, log_normaliser, entropy)
+        ctx.settings = temperature, scale, softcap, chunk_size
+        ctx.mark_non_differentiable(is_top1)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy, is_top1
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy, _):
+        hidden, weight, bias, targets, log_normaliser, entropy = ctx.saved_tensors
+        temperature, scale, softcap, chunk_size = ctx.settings
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for start in range(0, len(targets), chunk_size):
+            c = slice(start, start + chunk_size)
+            logits = _HeadLogprobs.logits(hidden[c], weight, bias, scale, softcap)  # (c, V)
+            slope = None if softcap is None else 1 - (logits / softcap) ** 2  # derivative of the soft cap
+            log_p = (logits.div_(temperature) if temperature != 1 else logits).sub_(log_normaliser[c, None])
+            if grad_entropy is None:
+                grad = log_p.exp_().mul_(-grad_logprobs[c, None])  # d logprob / d logits = onehot - p
+            else:  # d entropy / d logits = -p (log p + H)
+                grad = -log_p.exp() * (
+                    (log_p + entropy[c, None]) * grad_entropy[c, None]
+                    + (0 if grad_logprobs is None else grad_logprobs[c, None])
+                )
+            if grad_logprobs is not None:
+                grad.scatter_add_(-1, targets[c, None], grad_logprobs[c, None])
+            if slope is not None:
+                grad *= slope
+            if scale != temperature:
+                grad *= scale / temperature
+            grad = grad.to(weight.dtype)  # (c, V)
+            grad_hidden[c] = grad @ weight
+            grad_weight.addmm_(grad.T, hidden[c])
+            if bias is not None:
+                grad_bias += grad.sum(0)
+        return grad_hidden, grad_weight, grad_bias, *[None] * 6
+
+
+def _token_logprobs(model, batch, temperature, return_entropy, return_top1, embedding_noise, chunk_size):
+    hidden = packed_hidden_states(model, batch, embedding_noise)  # (1, N, H)
+    hidden = hidden[0, batch.completion_index - 1]  # (C, H): the state of a token predicts the next one
+    targets = batch.input_ids[0, batch.completion_index]  # (C,)
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    chunk_size = chunk_size or (4096 if hidden.is_cuda else 512)
+    logprobs, entropy, is_top1 = _HeadLogprobs.apply(
+        hidden, head.weight, head.bias, targets, temperature, scale, softcap, chunk_size, return_entropy
+    )
+    outputs = (logprobs,) + (entropy,) * return_entropy + (is_top1,) * return_top1
+    return outputs if len(outputs) > 1 else logprobs
+
+
+def token_logprobs(
+    model,
+    batch: PackedBatch,
+    *,
+    temperature=1.0,
+    return_entropy=False,
+    return_top1=False,
+    embedding_noise=None,
+    chunk_size=None,
+):
+    """Log-probs of the C trained tokens of a packed row under a causal language model.
+
+    Returns `logprobs (C,)`, float32, in nats: log_softmax(logits / temperature) at the token, given what comes before
+    it in its own sequence. With `return_entropy` also `entropy (C,)` of that distribution over the vocabulary, with
+    `return_top1` also `is_top1 (C,)`, whether the token is the most likely one (no gradient); then a tuple in
+    this order. `embedding_noise (N, H)` is added to the input embeddings (NEFTune, arXiv:2310.05914).
+
+    The LM head (tied or not, with bias, logit scaling and soft-capping where the config has them) runs on the C positions
+    only, `chunk_size` rows at a time (by default 4,096 on CUDA, where small products waste the device, and 512 elsewhere,
+    where a chunk should stay in the cache), and is recomputed in the backward pass.
+    """
+    options = (temperature, return_entropy, return_top1, embedding_noise, chunk_size)
+    if not isinstance(model, FSDPModule):
+        return _token_logprobs(model, batch, *options)
+    if not hasattr(model, "_token_logprobs"):  # inside FSDP2's hooks: else the root's parameters stay sharded
+        model._token_logprobs = MethodType(_token_logprobs, model)
+        register_fsdp_forward_method(model, "_token_logprobs")
+    return model._token_logprobs(batch, *options)
+
+
+@torch.no_grad()
+def check_packed(model) -> None:
+    """Raise ValueError unless two short sequences in one packed row score as each of them does in the stock model.
+
+    It holds the whole path (attention, positions, head, scaling) against the model's own forward pass, for any
+    architecture; a leak between sequences shows as an error of 0.1 nats and more, rounding as 1e-5 (bfloat16: 0.05).
+    """
+    device, vocab_size = model.get_input_embeddings().weight.device, model.config.get_text_config().vocab_size
+    sequences = [torch.arange(1, n + 1) * 7919 % vocab_size for n in (9, 6)]
+    batch = collate([(ids, torch.arange(len(ids)) > 0) for ids in sequences], device)
+    packed = token_logprobs(model, batch)  # (C,)
+    alone = []
+    for ids in sequences:
+        logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0, :-1]  # (length - 1, V)
+        tolerance = 1e-3 if logits.dtype == torch.float32 else 0.25
+        alone.append(logits.float().log_softmax(-1).gather(-1, ids[1:, None].to(device)).squeeze(-1))
+    error = (packed - torch.cat(alone)).abs().max().item()
+    if not error < tolerance:
+        name, attn = model.config.model_type, model.config._attn_implementation
+        raise ValueError(
+            f"{name}: packed log-probs differ from the model's own by {error:.2g} nats under --attn {attn}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# KL divergence
+#
+# For x ~ pi and log_ratio = logprobs - ref_logprobs, every estimator below has its own gradient, and only some are the
+# one that is wanted (Schulman 2020, http://joschu.net/blog/kl-approx.html; arXiv:2510.01555):
+#
+#               estimates         its gradient, used as a loss         used as a (detached) reward
+#     k1        KL(pi || ref)     0 in expectation: no regularisation  gradient of KL(pi || ref)
+#     k2        biased            gradient of KL(pi || ref)            biased
+#     k3        KL(pi || ref)     gradient of KL(ref || pi)            biased
+#     kl_full   KL exactly        gradient of KL(pi || ref)            -
+# ------------------------------------------------------------------------------------------------------------
+def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """log(pi / ref) (C,), for samples of pi: unbiased for KL(pi || ref), of either sign (Schulman 2020)."""
+    return logprobs - ref_logprobs
+
+
+def kl_k2(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """log(pi / ref)^2 / 2 (C,): low variance and never negative, biased in value, right in gradient (Schulman 2020)."""
+    return (logprobs - ref_logprobs).square() / 2
+
+
+def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """ref/pi - 1 - log(ref/pi) (C,): unbiased for KL(pi || ref), never negative (Schulman 2020)."""
+    log_ratio = logprobs - ref_logprobs
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def kl_full(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
+    """KL(pi || ref) summed over the vocabulary, float32: logits (..., V), ref_logits (..., V) -> (...,) in nats."""
+    log_p, log_q = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
