@@ -1,7 +1,7 @@
 """The one module that every script shares: packed rows, their log-probs, and the KL estimators.
 
-A batch is a list of sequences laid end to end in one row, without padding. Everything that is known per token is known
-for the trained tokens only:
+A batch is a list of sequences laid end to end in one row, without padding. Everything that is known per token
+is known for the trained tokens only:
 
     input_ids       (1, N)    the row                              N tokens in the row, B sequences,
     position_ids    (1, N)    restart at 0 with each sequence      C completion (= trained) tokens,
@@ -9,12 +9,12 @@ for the trained tokens only:
     completion_index (C,)     where in the row each trained token stands
     sequence_index  (C,)      which of the B sequences it belongs to
 
-`token_logprobs(model, batch)` gives `logprobs (C,)` with `logprobs[c] = log pi(token c | all before it in its own
-sequence)`: the shift by one happens there and nowhere else. The (N, V) logits never exist.
+`token_logprobs(model, batch)` gives `logprobs (C,)` with `logprobs[c] = log pi(token c | all before it in its
+own sequence)`: the shift by one happens there and nowhere else. The (N, V) logits never exist.
 
     >>> batch = collate([([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1])])
-    >>> logprobs = token_logprobs(model, batch)                                     # (3,): tokens 6, 7 and 9
-    >>> segment_sum(logprobs, batch.sequence_index, batch.num_sequences)            # (2,): one sum per sequence
+    >>> logprobs = token_logprobs(model, batch)  # (3,): of the tokens 6, 7 and 9
+    >>> segment_sum(logprobs, batch.sequence_index, batch.num_sequences)  # (2,): one sum per sequence
 """
 
 from dataclasses import dataclass, replace
@@ -88,7 +88,7 @@ def collate(sequences, device="cpu") -> PackedBatch:
 
 
 def segment_sum(x: torch.Tensor, index: torch.Tensor, num_segments: int) -> torch.Tensor:
-    """Sum the entries of x (C,) that share an index (C,) -> (num_segments,); a segment without entries sums to 0."""
+    """Sum the entries of x (C,) that share an index (C,) -> (num_segments,); an empty segment sums to 0."""
     return torch.zeros(num_segments, dtype=x.dtype, device=x.device).index_add(0, index, x)
 
 
@@ -100,9 +100,9 @@ def packed_attention(
 ):
     """Causal attention in which each sequence of a packed row sees only itself; `--attn packed`.
 
-    query (1, heads, N, D), key and value (1, kv_heads, N, D) -> (1, N, heads, D). On CUDA in half precision it is one
-    variable-length flash kernel, elsewhere one sdpa call per sequence. Without `packed_lengths` (`generate`, a plain
-    padded call) it is transformers' own sdpa under the ordinary mask.
+    query (1, heads, N, D), key and value (1, kv_heads, N, D) -> (1, N, heads, D). On CUDA in half precision
+    it is one variable-length flash kernel, elsewhere one sdpa call per sequence. Without `packed_lengths`
+    (`generate`, a plain padded call) it is transformers' own sdpa under the ordinary mask.
 
     Raises ValueError for soft-capped scores or attention sinks, which neither kernel computes.
     """
@@ -156,8 +156,8 @@ AttentionMaskInterface.register(
 def check_attention(config, model_class, attn: str) -> None:
     """Raise ValueError, before any weight is loaded, for an architecture that packed rows would get wrong.
 
-    `config` is a transformers config, `model_class` the class it builds, `attn` the value of `--attn`. The message
-    names the model type, the reason and the `--attn` that works. What it cannot know, `check_packed` measures.
+    `config` is a transformers config, `model_class` the class it builds, `attn` the value of `--attn`. The
+    message names the model type, the reason and the `--attn` that works. `check_packed` measures the rest.
     """
     config = config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -174,9 +174,7 @@ def check_attention(config, model_class, attn: str) -> None:
         )
     if not model_class._supports_sdpa and not soft_capped and "flash" not in attn:
         reason = f"--attn {attn} does not compute attention sinks on packed rows"
-        raise ValueError(
-            f"{config.model_type}: {reason}; use a flash kernel with sinks (kernels-community/vllm-flash-attn3)"
-        )
+        raise ValueError(f"{config.model_type}: {reason}; use kernels-community/vllm-flash-attn3")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -190,14 +188,15 @@ def packed_hidden_states(
     if embedding_noise is not None:  # (N, H)
         inputs = {"inputs_embeds": model.get_input_embeddings()(batch.input_ids) + embedding_noise[None]}
     packed = model.config._attn_implementation == "packed"
-    # An empty 4-D mask counts as ready-made: transformers then neither builds a dense (N, N) one nor synchronises
-    # to look for sequence boundaries. Other implementations find them in position_ids, which is exact only
-    # with no mask at all *and* use_cache=False; a default cache or an all-ones mask leaks silently.
-    mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=batch.input_ids.device) if packed else None
+    # An empty 4-D mask counts as ready-made: transformers then neither builds a dense (N, N) one nor
+    # synchronises to look for boundaries. Other implementations find the boundaries in position_ids, which is
+    # exact only with no mask at all *and* use_cache=False: the default cache or an all-ones mask leaks
+    # silently.
+    no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=batch.input_ids.device) if packed else None
     longest = max(batch.lengths)
     return model.get_decoder()(
         **inputs,
-        attention_mask=mask,
+        attention_mask=no_mask,
         position_ids=batch.position_ids,
         use_cache=False,
         cu_seq_lens_q=batch.cu_seqlens,
@@ -211,7 +210,7 @@ def packed_hidden_states(
 
 
 class _HeadLogprobs(torch.autograd.Function):
-    """LM head and log-softmax in chunks of rows; the backward pass recomputes each chunk, so only (C,) is kept."""
+    """LM head and log-softmax in chunks of rows; the backward pass recomputes each, so only (C,) is kept."""
 
     @staticmethod
     def logits(hidden, weight, bias, scale, softcap):  # (c, H) -> (c, V) float32, before the temperature
@@ -305,14 +304,15 @@ def token_logprobs(
 ):
     """Log-probs of the C trained tokens of a packed row under a causal language model.
 
-    Returns `logprobs (C,)`, float32, in nats: log_softmax(logits / temperature) at the token, given what comes before
-    it in its own sequence. With `return_entropy` also `entropy (C,)` of that distribution over the vocabulary, with
-    `return_top1` also `is_top1 (C,)`, whether the token is the most likely one (no gradient); then a tuple in
-    this order. `embedding_noise (N, H)` is added to the input embeddings (NEFTune, arXiv:2310.05914).
+    Returns `logprobs (C,)`, float32, in nats: log_softmax(logits / temperature) at the token, given what
+    comes before it in its own sequence. With `return_entropy` also `entropy (C,)` of that distribution over
+    the vocabulary, with `return_top1` also `is_top1 (C,)`, whether the token is the most likely one (no
+    gradient); then a tuple in this order. `embedding_noise (N, H)` is added to the input embeddings (NEFTune,
+    arXiv:2310.05914).
 
-    The LM head (tied or not, with bias, logit scaling and soft-capping where the config has them) runs on the C positions
-    only, `chunk_size` rows at a time (by default 4,096 on CUDA, where small products waste the device, and 512 elsewhere,
-    where a chunk should stay in the cache), and is recomputed in the backward pass.
+    The LM head (tied or not, with bias, logit scaling and soft-capping where the config has them) runs on the
+    C positions only, `chunk_size` rows at a time, and is recomputed in the backward pass. The default is
+    4,096 rows on CUDA, where small products waste the device, and 512 elsewhere.
     """
     options = (temperature, return_entropy, return_top1, embedding_noise, chunk_size)
     if not isinstance(model, FSDPModule):
@@ -325,10 +325,11 @@ def token_logprobs(
 
 @torch.no_grad()
 def check_packed(model) -> None:
-    """Raise ValueError unless two short sequences in one packed row score as each of them does in the stock model.
+    """Raise ValueError unless two sequences in one packed row score as each does alone in the stock model.
 
-    It holds the whole path (attention, positions, head, scaling) against the model's own forward pass, for any
-    architecture; a leak between sequences shows as an error of 0.1 nats and more, rounding as 1e-5 (bfloat16: 0.05).
+    It holds the whole path (attention, positions, head, scaling) against the model's own forward pass,
+    whatever the architecture; a leak shows as an error of 0.1 nats and more, rounding as 1e-5 (bfloat16:
+    0.05).
     """
     device, vocab_size = model.get_input_embeddings().weight.device, model.config.get_text_config().vocab_size
     sequences = [torch.arange(1, n + 1) * 7919 % vocab_size for n in (9, 6)]
@@ -350,8 +351,8 @@ def check_packed(model) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # KL divergence
 #
-# For x ~ pi and log_ratio = logprobs - ref_logprobs, every estimator below has its own gradient, and only some are the
-# one that is wanted (Schulman 2020, http://joschu.net/blog/kl-approx.html; arXiv:2510.01555):
+# For x ~ pi and log_ratio = logprobs - ref_logprobs, every estimator below has its own gradient, and only
+# some are the one that is wanted (Schulman 2020, http://joschu.net/blog/kl-approx.html; arXiv:2510.01555):
 #
 #               estimates         its gradient, used as a loss         used as a (detached) reward
 #     k1        KL(pi || ref)     0 in expectation: no regularisation  gradient of KL(pi || ref)
@@ -365,7 +366,8 @@ def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
 
 
 def kl_k2(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """log(pi / ref)^2 / 2 (C,): low variance and never negative, biased in value, right in gradient (Schulman 2020)."""
+    """log(pi / ref)^2 / 2 (C,): low variance, never negative, biased in value, right in gradient (Schulman
+    2020)."""
     return (logprobs - ref_logprobs).square() / 2
 
 
@@ -376,6 +378,7 @@ def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
 
 
 def kl_full(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
-    """KL(pi || ref) summed over the vocabulary, float32: logits (..., V), ref_logits (..., V) -> (...,) in nats."""
+    """KL(pi || ref) over the whole vocabulary: logits (..., V), ref_logits (..., V) -> (...,) float32, in
+    nats."""
     log_p, log_q = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -2,8 +2,8 @@
 
     L(theta) = -1/T sum_t log pi_theta(y_t | x, y_<t)            T: trained tokens of the optimizer batch
 
-The sum runs over the assistant's tokens y of every turn, its end token included; system, user and tool tokens x
-are read and not trained. This is step 1 of InstructGPT (arXiv:2203.02155, section 3.1). The loop:
+The sum runs over the assistant's tokens y of every turn, its end token included; system, user and tool tokens
+x are read and not trained. This is step 1 of InstructGPT (arXiv:2203.02155, section 3.1). The loop:
 
     1. Batch     take the next `--batch-size` sequences and pack them, best fit decreasing, into rows
     2. Loss      log-probs of each row's trained tokens, divided by counts over the whole optimizer batch
@@ -17,7 +17,7 @@ Deviations from common practice, each with its reason:
 
     python sft.py                                              # CPU, offline, 3 minutes on 2 cores
     python sft.py --model Qwen/Qwen2.5-1.5B --dataset openai/gsm8k --dataset-config main \
-        --eval-dataset openai/gsm8k --learning-rate 1e-5 --batch-size 64 --max-tokens-per-micro-batch 16384  # GPU
+        --eval-dataset openai/gsm8k --learning-rate 1e-5 --batch-size 64 --max-tokens-per-micro-batch 16384
 
 Shapes: N tokens in a row, B sequences, C trained (completion) tokens, H hidden size, V vocabulary.
 """
@@ -30,6 +30,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from bisect import bisect_left, insort
 from collections import Counter
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ class Args:
     add_special_tokens: tuple[str, ...] = ()
     """New special tokens; their embeddings start as the mean of the old ones."""
     attn: str = "packed"
-    """Attention implementation: packed, or flash_attention_2 where it is installed, or eager (exact, slow)."""
+    """Attention: packed, or flash_attention_2 where it is installed, or eager (exact, slow)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about 30 % slower, far less memory, the same result."""
     compile: bool = False
@@ -90,7 +91,7 @@ class Args:
     replay_fraction: float = 0.1
     """Share of sequences that come from --replay-dataset (0.01 to 0.1 in practice: arXiv:2403.08763)."""
     forgetting_dataset: str | None = None
-    """Corpus whose perplexity is measured before and after; by default the one of tiny/ if tiny/ is trained on."""
+    """Corpus whose perplexity is measured before and after; by default tiny/'s if tiny/ is trained on."""
     order: Literal["shuffled", "given", "length"] = "shuffled"
     """Order of the sequences within an epoch; `length` goes from short to long (a curriculum)."""
     dedupe: bool = True
@@ -106,7 +107,7 @@ class Args:
 
     # Loss
     loss: Literal["nll", "dft"] = "nll"
-    """Negative log-likelihood, or dynamic fine-tuning: weighted by the token's probability (arXiv:2508.05629)."""
+    """Negative log-likelihood, or dynamic fine-tuning: weighted by the probability (arXiv:2508.05629)."""
     loss_agg: Literal["token_mean", "seq_mean_token_mean"] = "token_mean"
     """Mean over all trained tokens (long answers weigh more), or over sequences of each one's token mean."""
     neftune_alpha: float = 0.0
@@ -128,7 +129,7 @@ class Args:
     batch_size: int = 32
     """Sequences per optimizer step, over all processes."""
     max_tokens_per_micro_batch: int = 8192
-    """Tokens of a packed row: a memory setting, never changes the result. Longer sequences get their own row."""
+    """Tokens of a packed row: memory only, never the result. A longer sequence gets its own row."""
     num_epochs: float = 1.0
     """Passes over the training set."""
     max_steps: int = 0
@@ -198,28 +199,27 @@ def nll_loss(logprobs: torch.Tensor) -> torch.Tensor:
 def dft_loss(logprobs: torch.Tensor) -> torch.Tensor:
     """Dynamic fine-tuning (arXiv:2508.05629, Eq. 9): -sg(pi) log pi of each token, logprobs (C,) -> (C,).
 
-    The gradient of log pi is grad pi / pi: the factor sg(pi) takes the 1/pi away that lets unlikely tokens dominate.
+    The gradient of log pi is grad pi / pi: the factor takes away the 1/pi that lets unlikely tokens dominate.
     """
     return -logprobs.detach().exp() * logprobs
 
 
-def loss_weights(
-    sequence_index, num_sequences: int, *, batch_tokens: int, batch_sequences: int, loss_agg: str
-):
-    """The weight (C,) of each token's loss in one row; over all rows of an optimizer batch they add up to 1.
+def aggregate(token_losses, batch, *, batch_tokens: int, batch_sequences: int, loss_agg: str) -> torch.Tensor:
+    """One row's part of the mean over the whole optimizer batch, token_losses (C,) -> scalar: rows add up.
 
-    sequence_index (C,) and num_sequences describe the row. `batch_tokens` (trained) and `batch_sequences` count the
-    whole optimizer batch, over all rows and processes: packing must not change the objective.
+    `batch_tokens` (trained) and `batch_sequences` count the optimizer batch, over all rows and processes:
+    what shares a row must not change the objective. `token_mean` weighs all tokens alike,
+    `seq_mean_token_mean` all sequences.
     """
-    ones = torch.ones_like(sequence_index, dtype=torch.float32)  # (C,)
     if loss_agg == "token_mean":
-        return ones / batch_tokens
-    trained_lengths = segment_sum(ones, sequence_index, num_sequences)  # (B,)
-    return 1 / (trained_lengths[sequence_index] * batch_sequences)
+        return token_losses.sum() / batch_tokens
+    sums = segment_sum(token_losses, batch.sequence_index, batch.num_sequences)  # (B,)
+    counts = segment_sum(torch.ones_like(token_losses), batch.sequence_index, batch.num_sequences)  # (B,)
+    return (sums / counts.clamp(min=1)).sum() / batch_sequences
 
 
 def neftune_noise(lengths, generators, hidden_size: int, *, alpha: float) -> torch.Tensor:
-    """Uniform noise in [-1, 1] alpha / sqrt(L H) for each sequence of L tokens -> (N, H) (arXiv:2310.05914, Alg. 1).
+    """Uniform noise in [-1, 1] alpha / sqrt(L H) for sequences of L tokens -> (N, H) (arXiv:2310.05914).
 
     Each sequence has its own generator, so that its noise does not depend on the row that it was packed into.
     """
@@ -247,28 +247,22 @@ def main(args: Args) -> dict:
     output_dir = choose_output_dir(args, "sft")
     tokenizer = load_tokenizer(args)
     sources = [load_sequences(tokenizer, source, args.dataset_split, args) for source in args.dataset]
-    shares = list(args.dataset_weights)
+    shares = args.dataset_weights or [len(source) for source in sources]
+    epoch_size = sum(len(source) for source in sources)  # sequences
     if args.replay_dataset:
-        shares = shares or [len(source) for source in sources]
-        shares = [(1 - args.replay_fraction) * share / sum(shares) for share in shares] + [
-            args.replay_fraction
-        ]
         sources.append(load_sequences(tokenizer, args.replay_dataset, args.dataset_split, args))
+        replay_share = args.replay_fraction / (1 - args.replay_fraction)  # to one sequence of the others
+        shares, epoch_size = [*shares, sum(shares) * replay_share], round(epoch_size * (1 + replay_share))
     sequences = [sequence for source in sources for sequence in source]
+    lengths = np.array([len(sequence.input_ids) for sequence in sequences])
+    total_steps = args.max_steps or max(1, math.ceil(args.num_epochs * epoch_size / args.batch_size))
+    num_epochs = math.ceil(total_steps * args.batch_size / epoch_size)
+    stream = data_order(lengths, sources, shares, epoch_size, num_epochs, args.order, args.seed)
     held_out = load_sequences(tokenizer, args.eval_dataset, args.eval_split, args, limit=args.num_eval)
-    questions = load_questions(tokenizer, args.eval_dataset, args.eval_split, args, limit=args.num_eval)
     forgetting = load_sequences(
         tokenizer, args.forgetting_dataset, args.eval_split, args, limit=args.num_eval
     )
-    show_sequence(tokenizer, sequences[0])
-
-    lengths = np.array([len(sequence.input_ids) for sequence in sequences])
-    orders = data_orders(lengths, [len(source) for source in sources], shares, args.order, args.seed)
-    epoch_size = len(next(orders))
-    total_steps = args.max_steps or max(1, math.ceil(args.num_epochs * epoch_size / args.batch_size))
-    orders = data_orders(lengths, [len(source) for source in sources], shares, args.order, args.seed)
-    num_epochs = math.ceil(total_steps * args.batch_size / epoch_size)
-    stream = np.concatenate([next(orders) for _ in range(num_epochs)])  # the data position is the step
+    show_sequence(tokenizer, sequences[stream[0]])
 
     model = load_model(args, tokenizer, device)
     optimizer = make_optimizer(model, args)
@@ -278,7 +272,7 @@ def main(args: Args) -> dict:
     logger = Logger(args, output_dir, total_steps, step, COLUMNS)
     metrics = {}
     if step == 0:
-        metrics, samples = evaluate(model, tokenizer, held_out, forgetting, questions, args, device)
+        metrics, samples = evaluate(model, tokenizer, held_out, forgetting, args, device)
         logger.log({"step": 0} | metrics, samples)
     while step < total_steps:
         # 1. Batch: the sequences of this optimizer step, packed into rows that are dealt to the processes
@@ -287,6 +281,7 @@ def main(args: Args) -> dict:
         batch_lengths = lengths[picks]
         rows = pack(batch_lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
         batch_tokens = sum(int(sequences[i].trained.sum()) for i in picks)
+        counts = {"batch_tokens": batch_tokens, "batch_sequences": len(picks)}
 
         # 2. Loss: each row adds its part of the mean over the whole optimizer batch
         model.train()
@@ -295,25 +290,15 @@ def main(args: Args) -> dict:
             batch = collate([sequences[picks[i]] for i in row] or [FILLER], device)
             noise = None
             if args.neftune_alpha and row:
-                seeds = [hash((args.seed, step, i)) for i in row]
-                generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+                generators = [torch.Generator(device).manual_seed(hash((args.seed, step, i))) for i in row]
                 noise = neftune_noise(
                     batch.lengths, generators, hidden_size, alpha=args.neftune_alpha
                 )  # (N, H)
             logprobs, entropy, is_top1 = token_logprobs(
                 model, batch, return_entropy=True, return_top1=True, embedding_noise=noise
             )  # (C,) each
-            weights = loss_weights(
-                batch.sequence_index,
-                batch.num_sequences,
-                batch_tokens=batch_tokens,
-                batch_sequences=len(picks),
-                loss_agg=args.loss_agg,
-            )  # (C,)
-            loss = (weights * token_loss(logprobs)).sum()
-            (
-                loss * world_size
-            ).backward()  # FSDP2 averages gradients over processes; these are parts of a sum
+            loss = aggregate(token_loss(logprobs), batch, **counts, loss_agg=args.loss_agg)
+            (loss * world_size).backward()  # FSDP2 averages over processes what is to be summed
             sums[:3] += torch.stack([loss.detach(), is_top1.sum(), entropy.detach().sum()])
 
         # 3. Update
@@ -323,10 +308,8 @@ def main(args: Args) -> dict:
                 step, total_steps=total_steps, warmup_steps=args.warmup_steps, lr_schedule=args.lr_schedule
             )
         sums[3] = logger.stopping
-        results = torch.cat(
-            [all_reduce(sums), full(grad_norm)[None]]
-        ).tolist()  # the one synchronisation of a step
-        loss, right, entropy, stopping, grad_norm = results
+        results = torch.cat([all_reduce(sums), full(grad_norm)[None]])
+        loss, right, entropy, stopping, grad_norm = results.tolist()  # the one synchronisation of a step
         if not math.isfinite(loss + grad_norm):
             stop_on_nonfinite(output_dir, step, [sequences[i] for i in picks], loss, grad_norm)
         optimizer.step()
@@ -354,7 +337,7 @@ def main(args: Args) -> dict:
             metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         evaluated, samples = {}, []
         if step == total_steps or (args.eval_every and step % args.eval_every == 0):
-            evaluated, samples = evaluate(model, tokenizer, held_out, forgetting, questions, args, device)
+            evaluated, samples = evaluate(model, tokenizer, held_out, forgetting, args, device)
         logger.log({k: v for k, v in metrics.items() if not k.startswith("eval/")} | evaluated, samples)
         metrics |= evaluated
         if stopping or (args.save_every and (step == total_steps or step % args.save_every == 0)):
@@ -367,20 +350,28 @@ def main(args: Args) -> dict:
     return metrics
 
 
-def evaluate(model, tokenizer, held_out, forgetting, questions, args, device) -> tuple[dict, list[dict]]:
-    """Held-out loss and accuracy, perplexity of the forgetting corpus, share of sampled answers that are right."""
+def evaluate(model, tokenizer, held_out, forgetting, args, device) -> tuple[dict, list[dict]]:
+    """Held-out loss and accuracy, perplexity of the forgetting corpus, share of right sampled answers."""
     metrics, samples = {}, []
     if held_out:
         metrics["eval/loss"], metrics["eval/token_accuracy"] = held_out_loss(model, held_out, args, device)
         metrics["eval/perplexity"] = math.exp(metrics["eval/loss"])
     if forgetting:
         metrics["eval/forgetting_perplexity"] = math.exp(held_out_loss(model, forgetting, args, device)[0])
-    if questions:
-        completions = generate(model, tokenizer, [q["prompt_ids"] for q in questions], args, device)
-        for q, ids in zip(questions, completions, strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            right = final_answer(text) == final_answer(q["answer"])
-            samples.append({"prompt": q["prompt"], "completion": text, "answer": q["answer"], "right": right})
+    # A question is what stands before the last trained turn of a held-out sequence; running text asks none.
+    starts = [int(np.flatnonzero(np.diff(s.trained, prepend=True) & s.trained)[-1]) for s in held_out]
+    asked = [
+        (s.input_ids[:n].tolist(), s.input_ids[n:]) for s, n in zip(held_out, starts, strict=True) if n > 1
+    ]
+    if asked:
+        completions = generate(model, tokenizer, [prompt_ids for prompt_ids, _ in asked], args, device)
+        for (prompt_ids, answer_ids), completion_ids in zip(asked, completions, strict=True):
+            prompt = tokenizer.decode(prompt_ids)
+            completion, answer = tokenizer.batch_decode(
+                [completion_ids, answer_ids], skip_special_tokens=True
+            )
+            right = final_answer(completion) == final_answer(answer)
+            samples.append({"prompt": prompt, "completion": completion, "answer": answer, "right": right})
         metrics["eval/accuracy"] = sum(sample["right"] for sample in samples) / len(samples)
     return metrics, samples
 
@@ -453,6 +444,7 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -490,12 +482,12 @@ def choose_output_dir(args, script: str) -> Path:
     folder = Path(names[0])
     if not args.resume and (folder / "metrics.jsonl").exists():
         state = "finished" if (folder / "model").exists() else "unfinished"
-        fail(f"{folder} holds {state} run: --resume continues it, another --output-dir starts a new one")
+        fail(f"{folder} holds a run ({state}): --resume continues it, another --output-dir starts a new one")
     return folder
 
 
 def load_tokenizer(args):
-    """The tokenizer of --model, with its chat template, new special tokens, and `end_ids`: all that may end a turn.
+    """The tokenizer of --model, its chat template, new special tokens, and `end_ids`: what may end a turn.
 
     The architecture is checked here as well, before anything slow is loaded.
     """
@@ -565,8 +557,10 @@ def load_rows(source: str, split: str, config: str | None) -> list[dict]:
 
 
 def load_examples(source: str, split: str, args, limit: int = 0) -> list[dict]:
-    """Rows of any accepted format as conversations {"messages", "context", "options"}, of which the first `context`
-    messages are prompt, or as plain text {"prompt", "completion"}."""
+    """Rows of any accepted format, each as {"messages", "context", "options"} or {"prompt", "completion"}.
+
+    Of a conversation's messages the first `context` are prompt; `options` go to the chat template.
+    """
     rows = load_rows(source, split, args.dataset_config)
     if not rows:
         fail(f"{source}: the dataset is empty")
@@ -610,9 +604,9 @@ def load_examples(source: str, split: str, args, limit: int = 0) -> list[dict]:
 def render(tokenizer, example: dict, args) -> list[tuple[str, list[tuple[int, int]]]]:
     """A conversation as text with the character spans of what is trained.
 
-    The spans come from the template's {% generation %} marks, or else from rendering the conversation up to each
-    assistant turn, without it and with it. A template that renders a turn differently once others follow (Qwen3
-    drops old reasoning) gives one text per assistant turn, each as the model sees it when it writes that turn.
+    The spans come from the template's {% generation %} marks, or else from rendering the conversation up to
+    each assistant turn, without it and with it. A template that renders a turn differently once others follow
+    (Qwen3 drops old reasoning) gives one text per turn, each as the model sees it when it writes that turn.
     """
     messages, options, where = example["messages"], example["options"], example["where"]
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -637,7 +631,7 @@ def render(tokenizer, example: dict, args) -> list[tuple[str, list[tuple[int, in
         bodies = [text_of(i + 1) for i in trained_turns]
         if not all(body.startswith(head) for head, body in zip(heads, bodies, strict=True)):
             fail(
-                f"{where}: the chat template has no generation marks, and renders the prompt anew with its reply"
+                f"{where}: the chat template has no generation marks and renders the prompt anew with a reply"
             )
         ends = [tokenizer.decode(i) for i in tokenizer.end_ids]
         spans = []
@@ -703,9 +697,7 @@ def load_sequences(tokenizer, source: str | None, split: str, args, limit: int =
         for input_ids, trained in found:
             trained[0] = False  # nothing comes before it to predict it
             if not trained.any():
-                fail(
-                    f"{example['where']}: no token is trained; the chat template's generation marks hold nothing"
-                )
+                fail(f"{example['where']}: no token is trained; the template's generation marks hold nothing")
             if len(input_ids) > 1 and input_ids[0] == input_ids[1] == tokenizer.bos_token_id:
                 fail(f"{example['where']}: begins with two BOS tokens, the chat template's and the data's")
             lengths.append(len(input_ids))
@@ -722,55 +714,35 @@ def load_sequences(tokenizer, source: str | None, split: str, args, limit: int =
                 input_ids, trained = input_ids[: args.max_length], trained[: args.max_length]
             sequences.append(Sequence(input_ids, trained))
     if not sequences:
-        fail(
-            f"{source}: all sequences are longer than --max-length {args.max_length}; the shortest has {min(lengths)}"
-        )
+        shortest = f"the shortest has {min(lengths)} tokens"
+        fail(f"{source}: no sequence fits --max-length {args.max_length}; {shortest}")
     tokens, trained = sum(len(s.input_ids) for s in sequences), sum(int(s.trained.sum()) for s in sequences)
     ended = np.mean([np.isin(s.input_ids[s.trained][-1], tokenizer.end_ids) for s in sequences])
     notes = "".join(f", {count:,} {reason}" for reason, count in counts.items())
-    say(
-        f"{source}: {len(sequences):,} sequences, {tokens:,} tokens, {trained:,} trained, EOS in {ended:.0%}{notes}"
-    )
+    total = f"{len(sequences):,} sequences, {tokens:,} tokens"
+    say(f"{source}: {total}, {trained:,} trained, EOS trained in {ended:.0%}{notes}")
     return sequences
 
 
-def load_questions(tokenizer, source: str | None, split: str, args, limit: int = 0) -> list[dict]:
-    """The prompts of a dataset's last assistant turns, and those turns as the right answers; none in running text."""
-    questions = []
-    for example in load_examples(source, split, args, limit) if source else []:
-        prompt, answer, prompt_ids = example.get("prompt"), example.get("completion"), None
-        if "messages" in example:
-            last = max(i for i, m in enumerate(example["messages"]) if m["role"] == "assistant")
-            messages, answer = example["messages"][:last], example["messages"][last].get("content", "")
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **example["options"]
-            )
-            prompt, prompt_ids = text, tokenizer(text, add_special_tokens=False).input_ids
-        elif prompt:
-            prompt_ids = tokenizer(prompt).input_ids
-        if prompt_ids and len(prompt_ids) <= args.max_length:
-            questions.append({"prompt": prompt, "prompt_ids": prompt_ids, "answer": answer})
-    return questions
-
-
 def show_sequence(tokenizer, sequence: Sequence):
-    """Print a sequence as the model sees it, trained tokens in green, or in [brackets] where there is no colour."""
+    """Print a sequence as the model sees it: trained tokens in green, or in [brackets] without colours."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     on, off = ("\033[32m", "\033[0m") if colour else ("[", "]")
     cuts, parts = np.flatnonzero(np.diff(sequence.trained)) + 1, []
-    for ids, trained in zip(*(np.split(x, cuts) for x in sequence), strict=True):
+    for ids, trained in zip(*(np.split(x, cuts) for x in sequence), strict=True):  # runs of one kind
         text = tokenizer.decode(ids)
         parts.append(f"{on}{text}{off}" if trained[0] else text)
     say("".join(parts))
 
 
 def pack(lengths, max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
-    """Best fit decreasing: indices of `lengths` in rows of at most max_tokens; a longer one has a row of its own.
+    """Best fit decreasing: indices of `lengths` in rows of at most max_tokens; a longer one has its own row.
 
     >>> pack([3, 5, 2, 4], max_tokens=8)
     [[1, 0], [3, 2]]  # 5 + 3 and 4 + 2 tokens
 
-    The number of rows is a multiple of `multiple_of` (processes): rows are split for it, then empty ones added.
+    The number of rows is a multiple of `multiple_of` (processes): rows are split for it, at last empty ones
+    added.
     """
     rows, spaces = [], []  # spaces: sorted (free tokens, row)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -786,30 +758,33 @@ def pack(lengths, max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
     return rows
 
 
-def data_orders(lengths, sizes: list[int], shares: list[float], order: str, seed: int):
-    """Yield, epoch after epoch, the indices of its sequences. `lengths` are of all, `sizes` count each source's.
+def data_order(
+    lengths, sources, shares, epoch_size: int, num_epochs: int, order: str, seed: int
+) -> np.ndarray:
+    """Indices of the sequences of all epochs, in the order of training.
 
-    Without `shares` an epoch has each sequence once. With them it has as many, each source giving its share, in
-    rounds through the source as often as that takes.
+    It depends on its arguments alone: the data position of a continued run is its step. Each source gives its
+    share of an epoch, in rounds through it where that takes more than one.
     """
-    rng, first = np.random.default_rng(seed), np.cumsum([0, *sizes])
-    while True:
+    rng, stream, sizes = np.random.default_rng(seed), [], [len(source) for source in sources]
+    counts = np.diff(np.rint(np.cumsum([0, *shares]) / sum(shares) * epoch_size)).astype(int)  # per source
+    for _ in range(num_epochs):
         picks = []  # per source
-        for source, size in enumerate(sizes):
-            count = max(1, round(sum(sizes) * shares[source] / sum(shares))) if shares else size
+        for first, size, count in zip(np.cumsum([0, *sizes]), sizes, counts, strict=False):
             rounds = [
-                np.arange(size) if order == "given" else rng.permutation(size)
-                for _ in range(-(-count // size))
+                rng.permutation(size) if order != "given" else np.arange(size) for _ in range(0, count, size)
             ]
-            picks.append(first[source] + np.concatenate(rounds)[:count])
+            picks.append(first + np.concatenate([np.zeros(0, int), *rounds])[:count])
         epoch = np.concatenate(picks)
-        if order == "shuffled":
-            key = rng.random(len(epoch))
-        elif order == "length":
-            key = lengths[epoch]
-        else:  # as given, sources interleaved evenly
-            key = np.concatenate([(np.arange(len(p)) + 0.5) / len(p) for p in picks])
-        yield epoch[np.argsort(key, kind="stable")]
+        key = {
+            "shuffled": rng.random(len(epoch)),
+            "length": lengths[epoch],
+            "given": np.concatenate(
+                [(np.arange(len(p)) + 0.5) / len(p) for p in picks]
+            ),  # evenly interleaved
+        }[order]
+        stream.append(epoch[np.argsort(key, kind="stable")])
+    return np.concatenate(stream)
 
 
 def load_model(args, tokenizer, device):
@@ -844,7 +819,8 @@ def load_model(args, tokenizer, device):
                 module, mesh=mesh, mp_policy=half if device.type == "cuda" else MixedPrecisionPolicy()
             )
     try:
-        check_packed(model)
+        with unsharded(model):  # resharded behind it: an optimizer made on whole parameters would update copies
+            check_packed(model)
     except ValueError as error:
         fail(f"--model {args.model}: {error}")
     size = sum(p.numel() for p in model.parameters())
@@ -881,8 +857,8 @@ def unsharded(model):
 def generate(model, tokenizer, prompts: list[list[int]], args, device) -> list[list[int]]:
     """Sample a completion for each prompt: its token ids up to and with the first end token.
 
-    Every setting is given here, so that the model's own generation config stays out of it. Sampling has its own
-    seed and leaves the training's random state alone.
+    Every setting is given here: the model's own generation config stays out of it. Sampling has a seed of its
+    own and leaves the training's random state alone.
     """
     model.eval()
     rank, world_size = process()
@@ -949,7 +925,7 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> tuple[int, int]:
         return 0, 0
     weights, moments = dcp_state.get_state_dict(model, optimizer)
     state, rng = {"model": weights, "optimizer": moments, "step": 0, "num_tokens": 0}, f"rng_{process()[0]}"
-    state[rng] = torch.get_rng_state()  # stays as it is where more processes continue than had begun
+    state[rng] = torch.get_rng_state()  # stays so where more processes continue than had begun
     planner = dcp.default_planner.DefaultLoadPlanner(allow_partial_load=True)
     dcp.load(state, checkpoint_id=found[-1], planner=planner, no_dist=not dist.is_initialized())
     dcp_state.set_state_dict(
@@ -1000,7 +976,7 @@ def stop_on_nonfinite(output_dir: Path, step: int, sequences: list[Sequence], lo
 
 
 class Logger:
-    """metrics.jsonl, the progress bar, a line per interval, samples, wandb; and the signals that stop a run."""
+    """metrics.jsonl, samples.jsonl, the progress bar, a line per interval, wandb; and the signals to stop."""
 
     def __init__(self, args, output_dir: Path, total_steps: int, step: int, columns: dict[str, str]):
         self.args, self.output_dir, self.total_steps, self.columns = args, output_dir, total_steps, columns
@@ -1055,7 +1031,7 @@ class Logger:
         if evaluated:
             say(f"  evaluation at step {step}:  {'  '.join(evaluated)}")
         for sample in samples[:2]:
-            say(f"    {sample['prompt']!r} -> {sample['completion']!r}")
+            say(f"    ...{sample['prompt'][-100:]!r} -> {sample['completion'][:200]!r}")
 
     def close(self, message: str):
         for number, handler in self.handlers.items():
