@@ -352,26 +352,14 @@ def main(args: Args) -> dict:
 
 def evaluate(model, tokenizer, held_out, forgetting, args, device) -> tuple[dict, list[dict]]:
     """Held-out loss and accuracy, perplexity of the forgetting corpus, share of right sampled answers."""
-    metrics, samples = {}, []
+    metrics = {}
     if held_out:
         metrics["eval/loss"], metrics["eval/token_accuracy"] = held_out_loss(model, held_out, args, device)
         metrics["eval/perplexity"] = math.exp(metrics["eval/loss"])
     if forgetting:
         metrics["eval/forgetting_perplexity"] = math.exp(held_out_loss(model, forgetting, args, device)[0])
-    # A question is what stands before the last trained turn of a held-out sequence; running text asks none.
-    starts = [int(np.flatnonzero(np.diff(s.trained, prepend=True) & s.trained)[-1]) for s in held_out]
-    asked = [
-        (s.input_ids[:n].tolist(), s.input_ids[n:]) for s, n in zip(held_out, starts, strict=True) if n > 1
-    ]
-    if asked:
-        completions = generate(model, tokenizer, [prompt_ids for prompt_ids, _ in asked], args, device)
-        for (prompt_ids, answer_ids), completion_ids in zip(asked, completions, strict=True):
-            prompt = tokenizer.decode(prompt_ids)
-            completion, answer = tokenizer.batch_decode(
-                [completion_ids, answer_ids], skip_special_tokens=True
-            )
-            right = final_answer(completion) == final_answer(answer)
-            samples.append({"prompt": prompt, "completion": completion, "answer": answer, "right": right})
+    samples = sample_answers(model, tokenizer, held_out, args, device)
+    if samples:
         metrics["eval/accuracy"] = sum(sample["right"] for sample in samples) / len(samples)
     return metrics, samples
 
@@ -527,82 +515,85 @@ def use_chatml(tokenizer):
 
 
 def load_rows(source: str, split: str, config: str | None) -> list[dict]:
-    """The rows of a .jsonl/.json/.parquet/.csv file, a saved dataset or a hub dataset."""
-    path = Path(locate(source))
+    """The rows of a .jsonl/.json/.parquet/.csv file, a saved dataset or a hub dataset; at least one."""
+    path, rows = Path(locate(source)), []
     if not path.exists() and (path.suffix in (".jsonl", ".json", ".parquet", ".csv") or source[0] in "./"):
         fail(f"{source}: no such file")
     if path.suffix in (".jsonl", ".json"):
         text = path.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        rows = []
-        for n, line in enumerate(text.splitlines(), 1):
+        whole = text.lstrip().startswith("[")  # one list, else one row a line
+        for n, line in enumerate([text] if whole else text.splitlines(), 1):
             try:
-                rows += [json.loads(line)] if line.strip() else []
+                rows += (json.loads(line) if whole else [json.loads(line)]) if line.strip() else []
             except json.JSONDecodeError as error:
                 fail(f"{source}, line {n}: not JSON ({error})")
-        return rows
-    import datasets  # here, because the import takes a second that .jsonl does not need
+    else:
+        import datasets  # here, because the import takes a second that .jsonl does not need
 
-    datasets.disable_progress_bars()
-    try:
-        if path.is_dir():
-            saved = datasets.load_from_disk(str(path))
-            return list(saved[split] if isinstance(saved, dict) else saved)
-        if path.exists():
-            return list(datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train"))
-        return list(datasets.load_dataset(source, config, split=split))
-    except Exception as error:  # `datasets` raises a dozen kinds; for the user they are one
-        fail(f"{source}: {type(error).__name__}: {error}".splitlines()[0])
-
-
-def load_examples(source: str, split: str, args, limit: int = 0) -> list[dict]:
-    """Rows of any accepted format, each as {"messages", "context", "options"} or {"prompt", "completion"}.
-
-    Of a conversation's messages the first `context` are prompt; `options` go to the chat template.
-    """
-    rows = load_rows(source, split, args.dataset_config)
-    if not rows:
+        datasets.disable_progress_bars()
+        try:
+            if path.is_dir():
+                rows = datasets.load_from_disk(str(path))
+                rows = rows[split] if isinstance(rows, dict) else rows
+            elif path.exists():
+                rows = datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
+            else:
+                rows = datasets.load_dataset(source, config, split=split)
+        except Exception as error:  # `datasets` raises a dozen kinds; for the user they are one
+            fail(f"{source}: {type(error).__name__}: {error}".splitlines()[0])
+    if not len(rows):
         fail(f"{source}: the dataset is empty")
+    return list(rows)
+
+
+def as_example(prompt, completion, row: dict, where: str) -> dict:
+    """A prompt and its completion, each text or messages: {"prompt", "completion"} if both are text, else
+    a conversation {"messages", "context", "options"}.
+
+    Of its messages the first `context` are prompt; `options` go to the chat template (from the row's columns
+    `tools` and `chat_template_kwargs`).
+    """
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not completion.strip():
+            fail(f"{where}: the completion is empty")
+        return {"where": where, "prompt": prompt, "completion": completion}
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    messages = [{k: v for k, v in m.items() if v is not None} for m in [*prompt, *completion]]
+    for m in messages:
+        if isinstance(m.get("content"), list):  # parts, of which text is read
+            m["content"] = "".join(part.get("text", "") for part in m["content"])
+        if m.get("role") == "assistant" and not m.get("content", "").strip() and not m.get("tool_calls"):
+            fail(f"{where}: an assistant turn is empty")
+    if not any(m.get("role") == "assistant" for m in messages[max(1, len(prompt)) :]):
+        fail(f"{where}: no assistant turn follows the prompt")
+    options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+    return {"where": where, "messages": messages, "context": len(prompt), "options": options}
+
+
+def load_examples(source: str, split: str, config: str | None, limit: int = 0) -> list[dict]:
+    """The rows of a dataset in any format that has a completion, as `as_example` gives them."""
     examples = []
-    for n, row in enumerate(rows[: limit or None], 1):
+    for n, row in enumerate(load_rows(source, split, config)[: limit or None], 1):
         where, prompt, completion = f"{source}, row {n}", row.get("prompt"), row.get("completion")
-        if "question" in row and "answer" in row and prompt is None:
-            prompt, completion = [{"role": "user", "content": row["question"]}], row["answer"]
         if "messages" in row:
             prompt, completion = [], row["messages"]
         elif "conversations" in row:  # ShareGPT's names
             roles = {"human": "user", "gpt": "assistant"}
             turns = [(roles.get(m["from"], m["from"]), m["value"]) for m in row["conversations"]]
             prompt, completion = [], [{"role": role, "content": content} for role, content in turns]
+        elif "question" in row and "answer" in row and prompt is None:
+            prompt, completion = [{"role": "user", "content": row["question"]}], row["answer"]
         elif "text" in row and prompt is None:
             prompt, completion = "", row["text"]
         if prompt is None or completion is None:
             fail(f"{where}: found the columns {', '.join(row)}; accepted are {FORMATS}")
-        if isinstance(prompt, str) and isinstance(completion, str):
-            if not completion.strip():
-                fail(f"{where}: the completion is empty")
-            examples.append({"where": where, "prompt": prompt, "completion": completion})
-            continue
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        completion = (
-            [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-        )
-        messages = [{k: v for k, v in m.items() if v is not None} for m in [*prompt, *completion]]
-        for m in messages:
-            if isinstance(m.get("content"), list):  # parts, of which text is read
-                m["content"] = "".join(part.get("text", "") for part in m["content"])
-            if m.get("role") == "assistant" and not m.get("content", "").strip() and not m.get("tool_calls"):
-                fail(f"{where}: an assistant turn is empty")
-        if not any(m.get("role") == "assistant" for m in messages[max(1, len(prompt)) :]):
-            fail(f"{where}: no assistant turn follows the prompt")
-        options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-        examples.append({"where": where, "messages": messages, "context": len(prompt), "options": options})
+        examples.append(as_example(prompt, completion, row, where))
     return examples
 
 
-def render(tokenizer, example: dict, args) -> list[tuple[str, list[tuple[int, int]]]]:
-    """A conversation as text with the character spans of what is trained.
+def render(tokenizer, example: dict) -> list[tuple[str, list[tuple[int, int]]]]:
+    """A conversation as text with the character spans of the assistant's turns after the prompt.
 
     The spans come from the template's {% generation %} marks, or else from rendering the conversation up to
     each assistant turn, without it and with it. A template that renders a turn differently once others follow
@@ -610,51 +601,37 @@ def render(tokenizer, example: dict, args) -> list[tuple[str, list[tuple[int, in
     """
     messages, options, where = example["messages"], example["options"], example["where"]
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    trained_turns = [i for i in turns if i >= max(1, example["context"])]
+    wanted = [i for i in turns if i >= max(1, example["context"])]
 
     def text_of(count, **more):
         return tokenizer.apply_chat_template(messages[:count], tokenize=False, **options, **more)
 
     text, template = text_of(len(messages)), tokenizer.get_chat_template(tools=options.get("tools"))
-    if args.train_on_prompt:
-        return [(text, [(0, len(text))])]
     if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-        variables = tokenizer.special_tokens_map | options
-        marks = render_jinja_template(
-            [messages], chat_template=template, return_assistant_tokens_mask=True, **variables
-        )[1][0]  # one span per assistant turn
+        variables = {"chat_template": template} | tokenizer.special_tokens_map | options
+        marks = render_jinja_template([messages], return_assistant_tokens_mask=True, **variables)[1][0]
         if len(marks) != len(turns):
             fail(f"{where}: the chat template marks {len(marks)} of {len(turns)} assistant turns")
-        texts = [(text, [mark for i, mark in zip(turns, marks, strict=True) if i in trained_turns])]
-    else:
-        heads = [text_of(i, add_generation_prompt=True) for i in trained_turns]
-        bodies = [text_of(i + 1) for i in trained_turns]
-        if not all(body.startswith(head) for head, body in zip(heads, bodies, strict=True)):
-            fail(
-                f"{where}: the chat template has no generation marks and renders the prompt anew with a reply"
-            )
-        ends = [tokenizer.decode(i) for i in tokenizer.end_ids]
-        spans = []
-        for head, body in zip(
-            heads, bodies, strict=True
-        ):  # up to the last end token, not the line break after it
-            stops = [body.rfind(end) + len(end) for end in ends if body.rfind(end) >= len(head)]
-            spans.append((len(head), max(stops, default=len(body))))
-        whole = all(text.startswith(body) for body in bodies)
-        texts = [(text, spans)] if whole else [(b, [span]) for b, span in zip(bodies, spans, strict=True)]
-    if args.train_on_system and messages[0]["role"] == "system":
-        system = text_of(1)
-        if not text.startswith(system):
-            fail(f"{where}: the chat template moves the system message, --train-on-system cannot find it")
-        texts = [(text, [(0, len(system)), *spans]) for text, spans in texts]
-    return texts
+        return [(text, [mark for i, mark in zip(turns, marks, strict=True) if i in wanted])]
+    heads = [text_of(i, add_generation_prompt=True) for i in wanted]
+    bodies = [text_of(i + 1) for i in wanted]
+    if not all(body.startswith(head) for head, body in zip(heads, bodies, strict=True)):
+        fail(f"{where}: the chat template has no generation marks and renders the prompt anew with a reply")
+    spans, ends = [], [tokenizer.decode(i) for i in tokenizer.end_ids]
+    for head, body in zip(
+        heads, bodies, strict=True
+    ):  # up to the last end token, not the line break after it
+        stops = [body.rfind(end) + len(end) for end in ends if body.rfind(end) >= len(head)]
+        spans.append((len(head), max(stops, default=len(body))))
+    whole = all(text.startswith(body) for body in bodies)
+    return [(text, spans)] if whole else [(body, [span]) for body, span in zip(bodies, spans, strict=True)]
 
 
-def tokenize(tokenizer, example: dict, args) -> list[Sequence]:
+def tokenize(tokenizer, example: dict) -> list[Sequence]:
     """An example as token ids and which of them are trained: one sequence, or one per turn (see `render`)."""
     if "messages" in example:
         sequences = []
-        for text, spans in render(tokenizer, example, args):
+        for text, spans in render(tokenizer, example):
             tokens = tokenizer(
                 text, add_special_tokens=False, return_offsets_mapping=True
             )  # BOS is in the text
@@ -676,26 +653,40 @@ def tokenize(tokenizer, example: dict, args) -> list[Sequence]:
     if completion_ids[-1] not in tokenizer.end_ids:
         completion_ids.append(tokenizer.eos_token_id)
     input_ids = np.array(prompt_ids + completion_ids, np.int32)
-    return [
-        Sequence(input_ids, np.arange(len(input_ids)) >= (0 if args.train_on_prompt else len(prompt_ids)))
-    ]
+    trained = np.arange(len(input_ids)) >= max(
+        1, len(prompt_ids)
+    )  # nothing comes before the first to predict it
+    return [Sequence(input_ids, trained)]
+
+
+def train_more(tokenizer, example: dict, sequence: Sequence, args) -> Sequence:
+    """Mark the prompt or the system message as trained, too, if --train-on-prompt or --train-on-system say so."""
+    input_ids, trained = sequence
+    if args.train_on_system and example.get("messages", [{}])[0].get("role") == "system":
+        system = tokenizer.apply_chat_template(example["messages"][:1], tokenize=False, **example["options"])
+        system_ids = tokenizer(system, add_special_tokens=False).input_ids
+        if input_ids[: len(system_ids)].tolist() != system_ids:
+            fail(f"{example['where']}: the chat template moves the system message: drop --train-on-system")
+        trained[: len(system_ids)] = True
+    trained[:] |= args.train_on_prompt
+    trained[0] = False  # nothing comes before it to predict it
+    return sequence
 
 
 def load_sequences(tokenizer, source: str | None, split: str, args, limit: int = 0) -> list[Sequence]:
     """A dataset as sequences; says how much there is to train and what was dropped, and why."""
     if source is None:
         return []
-    examples = load_examples(source, split, args, limit)
+    examples = load_examples(source, split, args.dataset_config, limit)
     if tokenizer.chat_template is None and any("messages" in example for example in examples):
         use_chatml(tokenizer)
     sequences, lengths, seen, counts = [], [], set(), Counter()
     for example in tqdm(examples, desc=f"tokenize {source}", leave=False, disable=None):
         try:
-            found = tokenize(tokenizer, example, args)
+            found = [train_more(tokenizer, example, s, args) for s in tokenize(tokenizer, example)]
         except Exception as error:  # templates raise what they like
             fail(f"{example['where']}: the chat template does not take this conversation: {error}")
         for input_ids, trained in found:
-            trained[0] = False  # nothing comes before it to predict it
             if not trained.any():
                 fail(f"{example['where']}: no token is trained; the template's generation marks hold nothing")
             if len(input_ids) > 1 and input_ids[0] == input_ids[1] == tokenizer.bos_token_id:
@@ -819,7 +810,9 @@ def load_model(args, tokenizer, device):
                 module, mesh=mesh, mp_policy=half if device.type == "cuda" else MixedPrecisionPolicy()
             )
     try:
-        with unsharded(model):  # resharded behind it: an optimizer made on whole parameters would update copies
+        with unsharded(
+            model
+        ):  # resharded behind it: an optimizer made on whole parameters would update copies
             check_packed(model)
     except ValueError as error:
         fail(f"--model {args.model}: {error}")
@@ -893,6 +886,31 @@ def generate(model, tokenizer, prompts: list[list[int]], args, device) -> list[l
         dist.all_gather_object(shares, completions)
         completions = {i: ids for share in shares for i, ids in share.items()}
     return [completions[i] for i in range(len(prompts))]
+
+
+def sample_answers(model, tokenizer, sequences: list[Sequence], args, device) -> list[dict]:
+    """Answer, by sampling, what each sequence asks before its last trained turn, and compare the final answers."""
+    starts = [int(np.flatnonzero(np.diff(s.trained, prepend=True) & s.trained)[-1]) for s in sequences]
+    asked = [
+        (s.input_ids[:n].tolist(), s.input_ids[n:]) for s, n in zip(sequences, starts, strict=True) if n > 1
+    ]
+    completions, samples = (
+        generate(model, tokenizer, [prompt_ids for prompt_ids, _ in asked], args, device),
+        [],
+    )
+    for (prompt_ids, answer_ids), completion_ids in zip(asked, completions, strict=True):
+        prompt, length = tokenizer.decode(prompt_ids), len(completion_ids)
+        completion, answer = tokenizer.batch_decode([completion_ids, answer_ids], skip_special_tokens=True)
+        right = final_answer(completion) == final_answer(answer)
+        sample = {
+            "prompt": prompt,
+            "completion": completion,
+            "answer": answer,
+            "right": right,
+            "length": length,
+        }
+        samples.append(sample)
+    return samples
 
 
 def final_answer(text: str) -> str:
