@@ -660,7 +660,7 @@ def tokenize(tokenizer, example: dict) -> list[Sequence]:
 
 
 def train_more(tokenizer, example: dict, sequence: Sequence, args) -> Sequence:
-    """Mark the prompt or the system message as trained, too, if --train-on-prompt or --train-on-system say so."""
+    """Mark the system message or the whole prompt as trained, too, where the flags say so."""
     input_ids, trained = sequence
     if args.train_on_system and example.get("messages", [{}])[0].get("role") == "system":
         system = tokenizer.apply_chat_template(example["messages"][:1], tokenize=False, **example["options"])
@@ -889,7 +889,7 @@ def generate(model, tokenizer, prompts: list[list[int]], args, device) -> list[l
 
 
 def sample_answers(model, tokenizer, sequences: list[Sequence], args, device) -> list[dict]:
-    """Answer, by sampling, what each sequence asks before its last trained turn, and compare the final answers."""
+    """Sample an answer to what each sequence asks before its last trained turn; compare final answers."""
     starts = [int(np.flatnonzero(np.diff(s.trained, prepend=True) & s.trained)[-1]) for s in sequences]
     asked = [
         (s.input_ids[:n].tolist(), s.input_ids[n:]) for s, n in zip(sequences, starts, strict=True) if n > 1

@@ -13,6 +13,13 @@ sys.path.insert(0, str(ROOT))
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))  # equal sums on any machine
 
+RANDOM_MODEL_TEXT = [
+    "The sky is blue today and the sky was blue yesterday.",
+    "What color is the sky? It is blue. What color is the grass? It is green.",
+    "Think, then answer: two and two are four, three and three are six.",
+    "You are a helpful assistant. Be brief. Thank you, that is right.",
+    "Nora has 12 apples and gives away 5. How many apples does Nora have left? 12 - 5 = 7",
+]
 BANNER = "\n".join(("# " + "-" * 108, "# {}", "# " + "-" * 108))
 FAKE = f'''"""Fits one number by gradient descent.
 
@@ -118,6 +125,60 @@ def gsm8k() -> Path:
     if not path.is_dir():
         pytest.skip("no local copy of GSM8K")
     return path
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory) -> Path:
+    """A folder with a random model (Qwen3, 2 layers, tied, bfloat16) and its tokenizer.
+
+    The tokenizer is byte-level BPE with merges learnt from `RANDOM_MODEL_TEXT`, a ChatML template with
+    generation marks, EOS <|im_end|> and another token for padding.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(RANDOM_MODEL_TEXT, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+        "{% if message.role == 'assistant' %}"
+        "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    folder = tmp_path_factory.mktemp("random_model")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
