@@ -8,6 +8,7 @@ is known for the trained tokens only:
     cu_seqlens      (B + 1,)  where each sequence begins           H hidden size, V vocabulary
     completion_index (C,)     where in the row each trained token stands
     sequence_index  (C,)      which of the B sequences it belongs to
+    predictor_index (C,)      where the state stands that predicts it: one before it, or at its prompt's end
 
 `token_logprobs(model, batch)` gives `logprobs (C,)` with `logprobs[c] = log pi(token c | all before it in its
 own sequence)`: the shift by one happens there and nowhere else. The (N, V) logits never exist.
@@ -18,6 +19,7 @@ own sequence)`: the shift by one happens there and nowhere else. The (N, V) logi
 """
 
 from dataclasses import dataclass, replace
+from functools import wraps
 from types import MethodType
 
 import torch
@@ -41,7 +43,12 @@ class PackedBatch:
     cu_seqlens: torch.Tensor  # (B + 1,) int32, on the device of the row
     completion_index: torch.Tensor  # (C,) int64
     sequence_index: torch.Tensor  # (C,) int64
+    predictor_index: torch.Tensor  # (C,) int64: where the state stands that predicts each trained token
     lengths: tuple[int, ...]  # B Python integers: the host reads boundaries here, never from the device
+    key_index: torch.Tensor | None = (
+        None  # (K,) with shared prompts: what each sequence sees, laid end to end
+    )
+    key_lengths: tuple[int, ...] | None = None  # B: how many of them belong to each sequence
 
     @property
     def num_sequences(self) -> int:
@@ -52,44 +59,69 @@ class PackedBatch:
         return len(self.completion_index)
 
     def to(self, device) -> "PackedBatch":
-        tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if k != "lengths"}
-        return replace(self, **tensors)
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
-def collate(sequences, device="cpu") -> PackedBatch:
+def collate(sequences, device="cpu", shared=None) -> PackedBatch:
     """Lay sequences, each a pair (token ids, which of them are trained), end to end in one row.
 
     >>> collate([([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1])])
     input_ids [[5, 6, 7, 8, 9]]   position_ids [[0, 1, 2, 0, 1]]   cu_seqlens [0, 3, 5]
-    completion_index [1, 2, 4]    sequence_index [0, 0, 1]         lengths (3, 2)
+    completion_index [1, 2, 4]    predictor_index [0, 1, 3]        sequence_index [0, 0, 1]   lengths (3, 2)
+
+    `shared` says of each sequence how many of its first tokens, its prompt, it shares with the last sequence
+    before it that shares none. They stand in the row once; all sharers attend to them (arXiv:2410.20305):
+
+    >>> collate([([5, 6, 7], [0, 0, 1]), ([5, 6, 8, 9], [0, 0, 1, 1])], shared=[0, 2])
+    input_ids [[5, 6, 7, 8, 9]]   position_ids [[0, 1, 2, 2, 3]]   cu_seqlens [0, 3, 5]
+    completion_index [2, 3, 4]    predictor_index [1, 1, 3]        key_index [0, 1, 2, 0, 1, 3, 4]
 
     Raises ValueError where the first token of a sequence is marked as trained: nothing comes before it.
     """
-    lengths = torch.tensor([len(input_ids) for input_ids, _ in sequences])  # (B,)
+    skip = torch.tensor(shared or [0] * len(sequences))  # (B,) tokens that are in the row already
+    lengths = torch.tensor([len(input_ids) for input_ids, _ in sequences]) - skip  # (B,)
     ends = lengths.cumsum(0)  # (B,)
     starts = ends - lengths  # (B,)
-    input_ids = torch.cat([torch.as_tensor(input_ids) for input_ids, _ in sequences]).long()  # (N,)
-    trained = torch.cat([torch.as_tensor(trained) for _, trained in sequences]).bool()  # (N,)
-    if trained[starts].any():
+    parts = [
+        (torch.as_tensor(ids)[n:], torch.as_tensor(t)[n:]) for (ids, t), n in zip(sequences, skip.tolist())
+    ]
+    input_ids, trained = (
+        torch.cat([ids for ids, _ in parts]).long(),
+        torch.cat([t for _, t in parts]).bool(),
+    )  # (N,)
+    if trained[starts[skip == 0]].any():
         raise ValueError(
             "the first token of a sequence cannot be trained: nothing comes before it to predict it"
         )
     sequence_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths)  # (N,)
+    owners = (
+        torch.where(skip == 0, starts, 0).cummax(0).values
+    )  # (B,) where the prompt of each sequence begins
+    predictors = torch.arange(len(input_ids)) - 1  # (N,)
+    predictors[starts[skip > 0]] = (owners + skip - 1)[skip > 0]
     completion_index = trained.nonzero().squeeze(1)  # (C,)
     batch = PackedBatch(
         input_ids=input_ids[None],
-        position_ids=(torch.arange(len(input_ids)) - starts[sequence_of])[None],
+        position_ids=(torch.arange(len(input_ids)) - (starts - skip)[sequence_of])[None],
         cu_seqlens=F.pad(ends, (1, 0)).int(),
         completion_index=completion_index,
         sequence_index=sequence_of[completion_index],
+        predictor_index=predictors[completion_index],
         lengths=tuple(lengths.tolist()),
     )
+    if shared:
+        spans = zip(owners.tolist(), skip.tolist(), starts.tolist(), batch.lengths)
+        keys = [
+            [*range(owner, owner + n), *range(start, start + length)] for owner, n, start, length in spans
+        ]
+        batch = replace(batch, key_index=torch.tensor(sum(keys, [])), key_lengths=tuple(map(len, keys)))
     return batch if torch.device(device).type == "cpu" else batch.to(device)
 
 
 def segment_sum(x: torch.Tensor, index: torch.Tensor, num_segments: int) -> torch.Tensor:
-    """Sum the entries of x (C,) that share an index (C,) -> (num_segments,); an empty segment sums to 0."""
-    return torch.zeros(num_segments, dtype=x.dtype, device=x.device).index_add(0, index, x)
+    """Sum the entries of x (C, ...) of the same index (C,) -> (num_segments, ...); empty segments give 0."""
+    return torch.zeros(num_segments, *x.shape[1:], dtype=x.dtype, device=x.device).index_add(0, index, x)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -107,50 +139,41 @@ def packed_attention(
     Raises ValueError for soft-capped scores or attention sinks, which neither kernel computes.
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise ValueError(
-            f"{type(module).__name__} soft-caps its scores or has attention sinks: use --attn eager"
-        )
-    lengths = kwargs.get("packed_lengths")
+        raise ValueError(f"{type(module).__name__} soft-caps its scores or has sinks: use --attn eager")
+    lengths, key_lengths = kwargs.get("packed_lengths"), kwargs.get("packed_key_lengths")
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    grouped = query.shape[1] != key.shape[1]
+    if key_lengths is not None:  # shared prompts: (1, kv_heads, K, D), each sequence's keys in one piece
+        key, value = (x.index_select(2, kwargs["packed_key_index"]) for x in (key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        window = (
-            (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
-        )  # a window of W includes the token itself
+        window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)  # W includes the token itself
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
-        cu_seqlens, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
-        out = varlen_attn(
-            q,
-            k,
-            v,
-            cu_seqlens,
-            cu_seqlens,
-            longest,
-            longest,
-            scale=scaling,
-            window_size=window,
-            enable_gqa=grouped,
-        )
+        ends, sizes = ([kwargs[f"{name}_{x}"] for x in "qk"] for name in ("cu_seq_lens", "max_length"))
+        grouped = q.shape[1] != k.shape[1]
+        out = varlen_attn(q, k, v, *ends, *sizes, scale=scaling, window_size=window, enable_gqa=grouped)
         return out[None], None
-    out = []
-    for q, k, v in zip(*(x.split(lengths.tolist(), dim=2) for x in (query, key, value)), strict=True):
-        band, length = None, q.shape[2]
-        if sliding_window is not None and length > sliding_window:
-            band = (
-                torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
-            )
-        o = F.scaled_dot_product_attention(
-            q, k, v, band, is_causal=band is None, scale=scaling, enable_gqa=grouped
-        )
-        out.append(o.transpose(1, 2))  # (1, length, heads, D)
-    return torch.cat(out, dim=1), None
+    key_lengths = lengths if key_lengths is None else key_lengths
+    return sdpa_per_sequence(query, key, value, lengths, key_lengths, scaling, sliding_window), None
+
+
+@torch.compiler.disable  # the boundaries move with every row
+def sdpa_per_sequence(query, key, value, lengths, key_lengths, scaling, sliding_window) -> torch.Tensor:
+    """One causal sdpa call per sequence, shapes as in `packed_attention`; a sequence may have more keys than
+    queries, which are then its last positions."""
+    lengths, key_lengths, out = lengths.tolist(), key_lengths.tolist(), []
+    options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    for q, k, v in zip(query.split(lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2)):
+        band, before = None, k.shape[2] - q.shape[2]  # keys before the first query
+        if before or (sliding_window is not None and k.shape[2] > sliding_window):
+            band = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
+            band = band if sliding_window is None else band.triu(before + 1 - sliding_window)
+        attended = F.scaled_dot_product_attention(q, k, v, band, is_causal=band is None, **options)
+        out.append(attended.transpose(1, 2))  # (1, length, heads, D)
+    return torch.cat(out, dim=1)
 
 
 AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register(
-    "packed", sdpa_mask
-)  # for `generate`: a name without a mask function gets no mask
+AttentionMaskInterface.register("packed", sdpa_mask)  # `generate` needs it: without one there is no mask
 
 
 def check_attention(config, model_class, attn: str) -> None:
@@ -163,15 +186,11 @@ def check_attention(config, model_class, attn: str) -> None:
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     soft_capped = getattr(config, "attn_logit_softcapping", None)
     if getattr(model_class, "_is_stateful", False) or layers - {"full_attention", "sliding_attention"}:
-        reason = (
-            f"layers of kind {', '.join(sorted(layers))} carry a state that leaks between packed sequences"
-        )
+        reason = f"layers of kind {', '.join(sorted(layers))} leak a state between packed sequences"
         raise ValueError(f"{config.model_type}: {reason}; no --attn works")
     if soft_capped and attn in ("packed", "sdpa"):
         reason = f"--attn {attn} does not compute soft-capped attention scores"
-        raise ValueError(
-            f"{config.model_type}: {reason}; use --attn eager (exact, slow) or flash_attention_2"
-        )
+        raise ValueError(f"{config.model_type}: {reason}; use --attn eager (exact, slow)")
     if not model_class._supports_sdpa and not soft_capped and "flash" not in attn:
         reason = f"--attn {attn} does not compute attention sinks on packed rows"
         raise ValueError(f"{config.model_type}: {reason}; use kernels-community/vllm-flash-attn3")
@@ -180,9 +199,7 @@ def check_attention(config, model_class, attn: str) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # Log-probs
 # ------------------------------------------------------------------------------------------------------------
-def packed_hidden_states(
-    model, batch: PackedBatch, embedding_noise: torch.Tensor | None = None
-) -> torch.Tensor:
+def packed_hidden_states(model, batch: PackedBatch, embedding_noise=None) -> torch.Tensor:
     """Run the backbone of a causal language model over a packed row -> last hidden states (1, N, H)."""
     inputs = {"input_ids": batch.input_ids}
     if embedding_noise is not None:  # (N, H)
@@ -193,31 +210,48 @@ def packed_hidden_states(
     # exact only with no mask at all *and* use_cache=False: the default cache or an all-ones mask leaks
     # silently.
     no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=batch.input_ids.device) if packed else None
-    longest = max(batch.lengths)
+    keys = {}
+    if batch.key_lengths is not None:
+        keys = {"packed_key_index": batch.key_index, "packed_key_lengths": torch.tensor(batch.key_lengths)}
+    cu_keys = batch.cu_seqlens if not keys else F.pad(keys["packed_key_lengths"].cumsum(0), (1, 0)).int()
     return model.get_decoder()(
         **inputs,
         attention_mask=no_mask,
         position_ids=batch.position_ids,
         use_cache=False,
         cu_seq_lens_q=batch.cu_seqlens,
-        cu_seq_lens_k=batch.cu_seqlens,
-        max_length_q=longest,
-        max_length_k=longest,
+        cu_seq_lens_k=cu_keys.to(batch.input_ids.device),
+        max_length_q=max(batch.lengths),
+        max_length_k=max(batch.key_lengths or batch.lengths),
         packed_lengths=torch.tensor(
             batch.lengths
-        ),  # a host tensor: torch.compile does not specialise on its values
+        ),  # on the host, and a tensor: torch.compile does not specialise
+        **keys,
     ).last_hidden_state
+
+
+def completion_states(model, batch: PackedBatch, embedding_noise: torch.Tensor | None = None) -> torch.Tensor:
+    """The last hidden states that predict the trained tokens of a packed row, (C, H)."""
+    return packed_hidden_states(model, batch, embedding_noise)[0, batch.predictor_index]
+
+
+def head_settings(model) -> tuple[torch.Tensor, torch.Tensor | None, float, float | None]:
+    """The LM head of a model: weight (V, H), bias (V,), the scale of its logits and their soft cap."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    return head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None)
+
+
+def head_logits(hidden, weight, bias, scale, softcap) -> torch.Tensor:
+    """Logits (c, V), float32, of hidden states (c, H) under a head as `head_settings` describes it."""
+    logits = F.linear(hidden, weight, bias).float()
+    if scale != 1:
+        logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 class _HeadLogprobs(torch.autograd.Function):
     """LM head and log-softmax in chunks of rows; the backward pass recomputes each, so only (C,) is kept."""
-
-    @staticmethod
-    def logits(hidden, weight, bias, scale, softcap):  # (c, H) -> (c, V) float32, before the temperature
-        logits = F.linear(hidden, weight, bias).float()
-        if scale != 1:
-            logits = logits * scale
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, scale, softcap, chunk_size, with_entropy):
@@ -226,7 +260,7 @@ class _HeadLogprobs(torch.autograd.Function):
         is_top1 = torch.empty_like(targets, dtype=torch.bool)  # (C,)
         for start in range(0, len(targets), chunk_size):
             c = slice(start, start + chunk_size)
-            logits = _HeadLogprobs.logits(hidden[c], weight, bias, scale, softcap)  # (c, V)
+            logits = head_logits(hidden[c], weight, bias, scale, softcap)  # (c, V)
             if temperature != 1:
                 logits /= temperature
             top = logits.amax(-1, keepdim=True)  # (c, 1)
@@ -253,7 +287,7 @@ class _HeadLogprobs(torch.autograd.Function):
         grad_bias = None if bias is None else torch.zeros_like(bias)
         for start in range(0, len(targets), chunk_size):
             c = slice(start, start + chunk_size)
-            logits = _HeadLogprobs.logits(hidden[c], weight, bias, scale, softcap)  # (c, V)
+            logits = head_logits(hidden[c], weight, bias, scale, softcap)  # (c, V)
             slope = None if softcap is None else 1 - (logits / softcap) ** 2  # derivative of the soft cap
             log_p = (logits.div_(temperature) if temperature != 1 else logits).sub_(log_normaliser[c, None])
             if grad_entropy is None:
@@ -277,50 +311,53 @@ class _HeadLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, *[None] * 6
 
 
-def _token_logprobs(model, batch, temperature, return_entropy, return_top1, embedding_noise, chunk_size):
-    hidden = packed_hidden_states(model, batch, embedding_noise)  # (1, N, H)
-    hidden = hidden[0, batch.completion_index - 1]  # (C, H): the state of a token predicts the next one
-    targets = batch.input_ids[0, batch.completion_index]  # (C,)
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    chunk_size = chunk_size or (4096 if hidden.is_cuda else 512)
-    logprobs, entropy, is_top1 = _HeadLogprobs.apply(
-        hidden, head.weight, head.bias, targets, temperature, scale, softcap, chunk_size, return_entropy
-    )
-    outputs = (logprobs,) + (entropy,) * return_entropy + (is_top1,) * return_top1
-    return outputs if len(outputs) > 1 else logprobs
+def fsdp_forward(function):
+    """Let function(model, ...) run inside FSDP2's hooks: outside, the root's parameters stay sharded."""
+
+    @wraps(function)
+    def inside(model, *args, **kwargs):
+        if not isinstance(model, FSDPModule):
+            return function(model, *args, **kwargs)
+        name = f"_{function.__name__}"
+        if not hasattr(model, name):
+            setattr(model, name, MethodType(function, model))
+            register_fsdp_forward_method(model, name)
+        return getattr(model, name)(*args, **kwargs)
+
+    return inside
 
 
+@fsdp_forward
 def token_logprobs(
     model,
     batch: PackedBatch,
     *,
-    temperature=1.0,
-    return_entropy=False,
-    return_top1=False,
-    embedding_noise=None,
-    chunk_size=None,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    return_top1: bool = False,
+    embedding_noise: torch.Tensor | None = None,
+    chunk_size: int | None = None,
 ):
     """Log-probs of the C trained tokens of a packed row under a causal language model.
 
     Returns `logprobs (C,)`, float32, in nats: log_softmax(logits / temperature) at the token, given what
     comes before it in its own sequence. With `return_entropy` also `entropy (C,)` of that distribution over
     the vocabulary, with `return_top1` also `is_top1 (C,)`, whether the token is the most likely one (no
-    gradient); then a tuple in this order. `embedding_noise (N, H)` is added to the input embeddings (NEFTune,
-    arXiv:2310.05914).
+    gradient); then a tuple in this order. `embedding_noise (N, H)` is added to the input embeddings.
 
-    The LM head (tied or not, with bias, logit scaling and soft-capping where the config has them) runs on the
-    C positions only, `chunk_size` rows at a time, and is recomputed in the backward pass. The default is
-    4,096 rows on CUDA, where small products waste the device, and 512 elsewhere.
+    The LM head (tied or not, with bias, logit scaling and soft-capping where the config has them) runs on
+    the C positions only, `chunk_size` rows at a time, and is recomputed in the backward pass. The default
+    is 4,096 rows on CUDA, where small products waste the device, and 512 elsewhere.
     """
-    options = (temperature, return_entropy, return_top1, embedding_noise, chunk_size)
-    if not isinstance(model, FSDPModule):
-        return _token_logprobs(model, batch, *options)
-    if not hasattr(model, "_token_logprobs"):  # inside FSDP2's hooks: else the root's parameters stay sharded
-        model._token_logprobs = MethodType(_token_logprobs, model)
-        register_fsdp_forward_method(model, "_token_logprobs")
-    return model._token_logprobs(batch, *options)
+    hidden = completion_states(model, batch, embedding_noise)  # (C, H)
+    targets = batch.input_ids[0, batch.completion_index]  # (C,)
+    chunk_size = chunk_size or (4096 if hidden.is_cuda else 512)
+    weight, bias, scale, softcap = head_settings(model)
+    logprobs, entropy, is_top1 = _HeadLogprobs.apply(
+        hidden, weight, bias, targets, temperature, scale, softcap, chunk_size, return_entropy
+    )
+    outputs = (logprobs,) + (entropy,) * return_entropy + (is_top1,) * return_top1
+    return outputs if len(outputs) > 1 else logprobs
 
 
 @torch.no_grad()
