@@ -218,7 +218,7 @@ def aggregate(token_losses, batch, *, batch_tokens: int, batch_sequences: int, l
     return (sums / counts.clamp(min=1)).sum() / batch_sequences
 
 
-def neftune_noise(lengths, generators, hidden_size: int, *, alpha: float) -> torch.Tensor:
+def neftune_noise(lengths, generators, hidden_size: int, alpha: float) -> torch.Tensor:
     """Uniform noise in [-1, 1] alpha / sqrt(L H) for sequences of L tokens -> (N, H) (arXiv:2310.05914).
 
     Each sequence has its own generator, so that its noise does not depend on the row that it was packed into.
@@ -246,40 +246,33 @@ def main(args: Args) -> dict:
     rank, world_size, device = setup_distributed()
     output_dir = choose_output_dir(args, "sft")
     tokenizer = load_tokenizer(args)
-    sources = [load_sequences(tokenizer, source, args.dataset_split, args) for source in args.dataset]
-    shares = args.dataset_weights or [len(source) for source in sources]
-    epoch_size = sum(len(source) for source in sources)  # sequences
-    if args.replay_dataset:
-        sources.append(load_sequences(tokenizer, args.replay_dataset, args.dataset_split, args))
-        replay_share = args.replay_fraction / (1 - args.replay_fraction)  # to one sequence of the others
-        shares, epoch_size = [*shares, sum(shares) * replay_share], round(epoch_size * (1 + replay_share))
+    sources, shares, epoch_size = load_mixture(tokenizer, args)
     sequences = [sequence for source in sources for sequence in source]
     lengths = np.array([len(sequence.input_ids) for sequence in sequences])
+    held_out = load_sequences(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
+    forgetting = load_sequences(tokenizer, args.forgetting_dataset, args.eval_split, args, args.num_eval)
     total_steps = args.max_steps or max(1, math.ceil(args.num_epochs * epoch_size / args.batch_size))
     num_epochs = math.ceil(total_steps * args.batch_size / epoch_size)
     stream = data_order(lengths, sources, shares, epoch_size, num_epochs, args.order, args.seed)
-    held_out = load_sequences(tokenizer, args.eval_dataset, args.eval_split, args, limit=args.num_eval)
-    forgetting = load_sequences(
-        tokenizer, args.forgetting_dataset, args.eval_split, args, limit=args.num_eval
-    )
     show_sequence(tokenizer, sequences[stream[0]])
 
     model = load_model(args, tokenizer, device)
     optimizer = make_optimizer(model, args)
     hidden_size = model.config.get_text_config().hidden_size
+    row_size = args.max_tokens_per_micro_batch
     token_loss = {"nll": nll_loss, "dft": dft_loss}[args.loss]
     step, num_tokens = load_checkpoint(output_dir, model, optimizer) if args.resume else (0, 0)
     logger = Logger(args, output_dir, total_steps, step, COLUMNS)
     metrics = {}
     if step == 0:
-        metrics, samples = evaluate(model, tokenizer, held_out, forgetting, args, device)
-        logger.log({"step": 0} | metrics, samples)
+        evaluation, samples = evaluate(model, tokenizer, held_out, forgetting, args, device)
+        logger.log({"step": 0} | evaluation, samples)
     while step < total_steps:
         # 1. Batch: the sequences of this optimizer step, packed into rows that are dealt to the processes
         step, started = step + 1, time.perf_counter()
         picks = stream[(step - 1) * args.batch_size : step * args.batch_size]
         batch_lengths = lengths[picks]
-        rows = pack(batch_lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+        rows = pack(batch_lengths, row_size, multiple_of=world_size)
         batch_tokens = sum(int(sequences[i].trained.sum()) for i in picks)
         counts = {"batch_tokens": batch_tokens, "batch_sequences": len(picks)}
 
@@ -291,9 +284,7 @@ def main(args: Args) -> dict:
             noise = None
             if args.neftune_alpha and row:
                 generators = [torch.Generator(device).manual_seed(hash((args.seed, step, i))) for i in row]
-                noise = neftune_noise(
-                    batch.lengths, generators, hidden_size, alpha=args.neftune_alpha
-                )  # (N, H)
+                noise = neftune_noise(batch.lengths, generators, hidden_size, args.neftune_alpha)  # (N, H)
             logprobs, entropy, is_top1 = token_logprobs(
                 model, batch, return_entropy=True, return_top1=True, embedding_noise=noise
             )  # (C,) each
@@ -318,7 +309,7 @@ def main(args: Args) -> dict:
 
         # 4. Evaluate, log, save
         num_tokens += int(batch_lengths.sum())
-        metrics |= {
+        metrics = {
             "step": step,
             "epoch": step * args.batch_size / epoch_size,
             "loss": loss,
@@ -329,17 +320,15 @@ def main(args: Args) -> dict:
             "num_tokens": num_tokens,
             "tokens_per_second": int(batch_lengths.sum()) / seconds,
             "step_time": seconds,
-            "packing/fill": batch_lengths.sum()
-            / max(args.max_tokens_per_micro_batch, *batch_lengths)
-            / len(rows),
+            "packing/fill": batch_lengths.sum() / (len(rows) * max(row_size, *batch_lengths)),
         }
         if device.type == "cuda":
             metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        evaluated, samples = {}, []
+        samples = []
         if step == total_steps or (args.eval_every and step % args.eval_every == 0):
-            evaluated, samples = evaluate(model, tokenizer, held_out, forgetting, args, device)
-        logger.log({k: v for k, v in metrics.items() if not k.startswith("eval/")} | evaluated, samples)
-        metrics |= evaluated
+            evaluation, samples = evaluate(model, tokenizer, held_out, forgetting, args, device)
+            metrics |= evaluation
+        logger.log(metrics, samples)
         if stopping or (args.save_every and (step == total_steps or step % args.save_every == 0)):
             save_checkpoint(output_dir, model, optimizer, step, num_tokens, args.keep_checkpoints)
         if stopping and step < total_steps:
@@ -370,9 +359,8 @@ def held_out_loss(model, sequences, args, device) -> tuple[float, float]:
     model.eval()
     rank, world_size = process()
     sums = torch.zeros(3, device=device)  # negative log-likelihood, right predictions, tokens
-    rows = pack(
-        [len(s.input_ids) for s in sequences], args.max_tokens_per_micro_batch, multiple_of=world_size
-    )
+    lengths = [len(sequence.input_ids) for sequence in sequences]
+    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
     for row in rows[rank::world_size]:
         batch = collate([sequences[i] for i in row] or [FILLER], device)
         logprobs, is_top1 = token_logprobs(model, batch, return_top1=True)  # (C,) each
@@ -713,6 +701,20 @@ def load_sequences(tokenizer, source: str | None, split: str, args, limit: int =
     total = f"{len(sequences):,} sequences, {tokens:,} tokens"
     say(f"{source}: {total}, {trained:,} trained, EOS trained in {ended:.0%}{notes}")
     return sequences
+
+
+def load_mixture(tokenizer, args) -> tuple[list[list[Sequence]], list[float], int]:
+    """The training sets, the replay set last: their sequences, their shares of an epoch, and its sequences.
+
+    An epoch holds as many sequences as the training sets, and those of the replay set beside them.
+    """
+    sources = [load_sequences(tokenizer, source, args.dataset_split, args) for source in args.dataset]
+    shares, epoch_size = args.dataset_weights or [len(s) for s in sources], sum(len(s) for s in sources)
+    if args.replay_dataset:
+        sources.append(load_sequences(tokenizer, args.replay_dataset, args.dataset_split, args))
+        beside = args.replay_fraction / (1 - args.replay_fraction)  # replayed ones to each of the others
+        shares, epoch_size = [*shares, sum(shares) * beside], round(epoch_size * (1 + beside))
+    return sources, shares, epoch_size
 
 
 def show_sequence(tokenizer, sequence: Sequence):
