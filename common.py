@@ -24,6 +24,7 @@ from types import MethodType
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -77,29 +78,32 @@ def collate(sequences, device="cpu", shared=None) -> PackedBatch:
     input_ids [[5, 6, 7, 8, 9]]   position_ids [[0, 1, 2, 2, 3]]   cu_seqlens [0, 3, 5]
     completion_index [2, 3, 4]    predictor_index [1, 1, 3]        key_index [0, 1, 2, 0, 1, 3, 4]
 
-    Raises ValueError where the first token of a sequence is marked as trained: nothing comes before it.
+    Raises ValueError where the first token of a sequence is marked as trained (nothing comes before it), and
+    where a shared prompt is trained, differs from its first sharer's, or is a whole sequence.
     """
     skip = torch.tensor(shared or [0] * len(sequences))  # (B,) tokens that are in the row already
     lengths = torch.tensor([len(input_ids) for input_ids, _ in sequences]) - skip  # (B,)
     ends = lengths.cumsum(0)  # (B,)
     starts = ends - lengths  # (B,)
-    parts = [
-        (torch.as_tensor(ids)[n:], torch.as_tensor(t)[n:]) for (ids, t), n in zip(sequences, skip.tolist())
-    ]
     input_ids, trained = (
-        torch.cat([ids for ids, _ in parts]).long(),
-        torch.cat([t for _, t in parts]).bool(),
-    )  # (N,)
+        torch.cat([torch.as_tensor(pair[which])[n:] for pair, n in zip(sequences, skip.tolist())])
+        for which in (0, 1)
+    )  # (N,) each
+    input_ids, trained = input_ids.long(), trained.bool()
     if trained[starts[skip == 0]].any():
-        raise ValueError(
-            "the first token of a sequence cannot be trained: nothing comes before it to predict it"
-        )
+        raise ValueError("the first token of a sequence cannot be trained: nothing comes before it")
     sequence_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths)  # (N,)
-    owners = (
-        torch.where(skip == 0, starts, 0).cummax(0).values
-    )  # (B,) where the prompt of each sequence begins
     predictors = torch.arange(len(input_ids)) - 1  # (N,)
-    predictors[starts[skip > 0]] = (owners + skip - 1)[skip > 0]
+    owner, keys = 0, []  # of each sequence that may share its prompt: the positions in the row that it sees
+    for (ids, t), n, start, end in (
+        zip(sequences, skip.tolist(), starts.tolist(), ends.tolist()) if shared else ()
+    ):
+        owner = owner if n else start  # where its prompt begins
+        prompt = torch.as_tensor(ids)[:n].long()
+        if n and (start == end or any(t[:n]) or not torch.equal(input_ids[owner : owner + n], prompt)):
+            raise ValueError("a shared prompt must be the beginning of both sequences, and not be trained")
+        predictors[start] = owner + n - 1
+        keys.append([*range(owner, owner + n), *range(start, end)])
     completion_index = trained.nonzero().squeeze(1)  # (C,)
     batch = PackedBatch(
         input_ids=input_ids[None],
@@ -109,13 +113,9 @@ def collate(sequences, device="cpu", shared=None) -> PackedBatch:
         sequence_index=sequence_of[completion_index],
         predictor_index=predictors[completion_index],
         lengths=tuple(lengths.tolist()),
+        key_index=torch.tensor(sum(keys, [])) if keys else None,
+        key_lengths=tuple(map(len, keys)) or None,
     )
-    if shared:
-        spans = zip(owners.tolist(), skip.tolist(), starts.tolist(), batch.lengths)
-        keys = [
-            [*range(owner, owner + n), *range(start, start + length)] for owner, n, start, length in spans
-        ]
-        batch = replace(batch, key_index=torch.tensor(sum(keys, [])), key_lengths=tuple(map(len, keys)))
     return batch if torch.device(device).type == "cpu" else batch.to(device)
 
 
@@ -127,22 +127,26 @@ def segment_sum(x: torch.Tensor, index: torch.Tensor, num_segments: int) -> torc
 # ------------------------------------------------------------------------------------------------------------
 # Attention over a packed row
 # ------------------------------------------------------------------------------------------------------------
-def packed_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **kwargs
-):
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Causal attention in which each sequence of a packed row sees only itself; `--attn packed`.
 
     query (1, heads, N, D), key and value (1, kv_heads, N, D) -> (1, N, heads, D). On CUDA in half precision
     it is one variable-length flash kernel, elsewhere one sdpa call per sequence. Without `packed_lengths`
     (`generate`, a plain padded call) it is transformers' own sdpa under the ordinary mask.
 
-    Raises ValueError for soft-capped scores or attention sinks, which neither kernel computes.
+    Raises ValueError for soft-capped scores or attention sinks, which neither kernel computes, and for a
+    sliding window that the model keeps in its mask.
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} soft-caps its scores or has sinks: use --attn eager")
     lengths, key_lengths = kwargs.get("packed_lengths"), kwargs.get("packed_key_lengths")
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    sliding_window, longest = kwargs.get("sliding_window"), kwargs["max_length_q"]
+    if "sliding_window" not in kwargs and longest > (
+        getattr(module.config, "sliding_window", None) or longest
+    ):
+        raise ValueError(f"{type(module).__name__} keeps its sliding window in the mask: use --attn eager")
     if key_lengths is not None:  # shared prompts: (1, kv_heads, K, D), each sequence's keys in one piece
         key, value = (x.index_select(2, kwargs["packed_key_index"]) for x in (key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
@@ -183,17 +187,20 @@ def check_attention(config, model_class, attn: str) -> None:
     message names the model type, the reason and the `--attn` that works. `check_packed` measures the rest.
     """
     config = config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    name, layers = config.model_type, set(getattr(config, "layer_types", None) or ["full_attention"])
     soft_capped = getattr(config, "attn_logit_softcapping", None)
     if getattr(model_class, "_is_stateful", False) or layers - {"full_attention", "sliding_attention"}:
-        reason = f"layers of kind {', '.join(sorted(layers))} leak a state between packed sequences"
-        raise ValueError(f"{config.model_type}: {reason}; no --attn works")
+        kinds = ", ".join(sorted(layers))
+        raise ValueError(f"{name}: layers of kind {kinds} see across packed sequences; no --attn works")
     if soft_capped and attn in ("packed", "sdpa"):
-        reason = f"--attn {attn} does not compute soft-capped attention scores"
-        raise ValueError(f"{config.model_type}: {reason}; use --attn eager (exact, slow)")
+        raise ValueError(
+            f"{name}: --attn {attn} does not soft-cap attention scores; use --attn eager (exact, slow)"
+        )
     if not model_class._supports_sdpa and not soft_capped and "flash" not in attn:
-        reason = f"--attn {attn} does not compute attention sinks on packed rows"
-        raise ValueError(f"{config.model_type}: {reason}; use kernels-community/vllm-flash-attn3")
+        reason = "its attention is more than sdpa computes (attention sinks, position biases)"
+        raise ValueError(
+            f"{name}: {reason}, and leaks between packed sequences elsewhere; no --attn works on a CPU"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -211,6 +218,8 @@ def packed_hidden_states(model, batch: PackedBatch, embedding_noise=None) -> tor
     # silently.
     no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=batch.input_ids.device) if packed else None
     keys = {}
+    if batch.key_lengths is not None and not packed:
+        raise ValueError("shared prompts need --attn packed")
     if batch.key_lengths is not None:
         keys = {"packed_key_index": batch.key_index, "packed_key_lengths": torch.tensor(batch.key_lengths)}
     cu_keys = batch.cu_seqlens if not keys else F.pad(keys["packed_key_lengths"].cumsum(0), (1, 0)).int()
@@ -280,11 +289,13 @@ class _HeadLogprobs(torch.autograd.Function):
         return logprobs, entropy, is_top1
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy, _):
         hidden, weight, bias, targets, log_normaliser, entropy = ctx.saved_tensors
         temperature, scale, softcap, chunk_size = ctx.settings
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
+        wanted_of_head = zip((weight, bias), ctx.needs_input_grad[1:3])  # a frozen head gets no gradient
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight, grad_bias = (torch.zeros_like(x) if wanted else None for x, wanted in wanted_of_head)
         for start in range(0, len(targets), chunk_size):
             c = slice(start, start + chunk_size)
             logits = head_logits(hidden[c], weight, bias, scale, softcap)  # (c, V)
@@ -305,8 +316,9 @@ class _HeadLogprobs(torch.autograd.Function):
                 grad *= scale / temperature
             grad = grad.to(weight.dtype)  # (c, V)
             grad_hidden[c] = grad @ weight
-            grad_weight.addmm_(grad.T, hidden[c])
-            if bias is not None:
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.T, hidden[c])
+            if grad_bias is not None:
                 grad_bias += grad.sum(0)
         return grad_hidden, grad_weight, grad_bias, *[None] * 6
 
@@ -371,7 +383,13 @@ def check_packed(model) -> None:
     device, vocab_size = model.get_input_embeddings().weight.device, model.config.get_text_config().vocab_size
     sequences = [torch.arange(1, n + 1) * 7919 % vocab_size for n in (9, 6)]
     batch = collate([(ids, torch.arange(len(ids)) > 0) for ids in sequences], device)
-    packed = token_logprobs(model, batch)  # (C,)
+    name, attn = model.config.model_type, model.config._attn_implementation
+    try:
+        packed = token_logprobs(model, batch)  # (C,)
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"{name}: --attn {attn} does not run on packed rows; try --attn sdpa ({error})"
+        ) from error
     alone = []
     for ids in sequences:
         logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0, :-1]  # (length - 1, V)
@@ -379,9 +397,8 @@ def check_packed(model) -> None:
         alone.append(logits.float().log_softmax(-1).gather(-1, ids[1:, None].to(device)).squeeze(-1))
     error = (packed - torch.cat(alone)).abs().max().item()
     if not error < tolerance:
-        name, attn = model.config.model_type, model.config._attn_implementation
         raise ValueError(
-            f"{name}: packed log-probs differ from the model's own by {error:.2g} nats under --attn {attn}"
+            f"{name}: packed log-probs differ from the model's by {error:.2g} nats under --attn {attn}"
         )
 
 

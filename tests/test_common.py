@@ -1,0 +1,909 @@
+"""common.py: packed equals alone, the head against float64, refusals, KL estimators by enumeration.
+
+The code is held against transformers' own forward pass over one unpadded sequence at a time, plain float64
+arithmetic, or numbers worked by hand; only a setting that must change nothing is held against its absence.
+"""
+
+import copy
+import functools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from torch._dynamo.utils import counters
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from common import (
+    check_attention,
+    check_packed,
+    collate,
+    completion_states,
+    head_logits,
+    head_settings,
+    kl_full,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    packed_attention,
+    segment_sum,
+    token_logprobs,
+)
+
+VOCAB_SIZE, HIDDEN_SIZE = 61, 32
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": HIDDEN_SIZE,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES = {  # what each adds: a kind of head, window, position or norm that the ones above do not have
+    "llama": ("llama", {}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {}),  # biased projections
+    "qwen3": ("qwen3", {"head_dim": 8}),  # normalised queries and keys
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral_window": ("mistral", {"sliding_window": 4}),
+    "phi3": ("phi3", {"sliding_window": None}),  # fused projections
+    "olmo2": ("olmo2", {}),  # norms after the blocks
+    "gemma": ("gemma", {"head_dim": 8}),  # scaled embeddings
+    "gemma3": ("gemma3_text", {"head_dim": 8, "final_logit_softcapping": 3.0} | WINDOWS),
+    "cohere": ("cohere", {"logit_scale": 0.5}),  # tied
+    "granite": ("granite", {"logits_scaling": 2.0}),
+    "gpt2": ("gpt2", {}),  # learned absolute positions
+    "gpt_neox": ("gpt_neox", {}),
+    "phi": ("phi", {}),  # biased head
+}
+LENGTHS = (9, 2, 13, 5, 6)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small take longer on two threads than on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def build(family, attn="packed", **changes):
+    """A random model of the family, its weights so large that a leak moves a log-prob by more than 0.1."""
+    model_type, settings = FAMILIES.get(family, (family, {}))
+    config = AutoConfig.for_model(model_type, **(SIZES | settings | changes))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        norm = parameter.ndim == 1 and name.endswith("weight")
+        parameter.data = norm + 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+cached = functools.cache(build)  # for tests that leave the model as it is
+
+
+def make_sequences(lengths=LENGTHS, seed=0):
+    """Random tokens, of which random ones are trained, never the first, and none in the fourth sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    sequences = []
+    for i, length in enumerate(lengths):
+        ids = torch.randint(3, VOCAB_SIZE, (length,), generator=generator)
+        trained = torch.rand(length, generator=generator) < 0.7
+        trained[-1] = True
+        trained &= (torch.arange(length) > 0) & (i != 3)
+        sequences.append((ids, trained))
+    return sequences
+
+
+def stock_logprobs(model, sequences, temperature=1.0):
+    """Log-probs and entropy, each (C,), by log_softmax of the logits of one unpadded sequence at a time."""
+    logprobs, entropy = [], []
+    for ids, trained in sequences:
+        logits = model(input_ids=ids[None], use_cache=False).logits[0].double()  # (length, V)
+        for t in trained.nonzero().flatten():
+            log_p = (logits[t - 1] / temperature).log_softmax(-1)  # (V,)
+            logprobs.append(log_p[ids[t]])
+            entropy.append(-(log_p.exp() * log_p).sum())
+    return torch.stack(logprobs), torch.stack(entropy)
+
+
+def gradients(model, *outputs, seed=0):
+    """Gradients of a random weighted sum of the outputs, each (C,), with respect to all parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    loss = sum((torch.randn(len(x), generator=generator).to(x.dtype) * x).sum() for x in outputs)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def assert_equal(actual, expected, tolerance):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, check_dtype=False)
+
+
+def assert_equal_gradients(actual, expected, relative=1e-4):
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        largest = gradient.abs().max().item()
+        assert largest > 1e-3, f"{name} has no gradient to compare"
+        error = (actual[name] - gradient).abs().max().item()
+        assert error < relative * largest, f"{name}: {error:.1e} of {largest:.1e}"
+
+
+# Packed equals alone ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_packed_logprobs_and_entropy_are_those_of_each_sequence_alone(family):
+    sequences = make_sequences()
+    logprobs, entropy = token_logprobs(cached(family), collate(sequences), return_entropy=True)
+    expected_logprobs, expected_entropy = stock_logprobs(cached(family, "eager"), sequences)
+    assert expected_logprobs.std() > 0.3, "the model is too uniform for a mistake to show"
+    assert_equal(logprobs, expected_logprobs, 1e-5)
+    assert_equal(entropy, expected_entropy, 1e-5)
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3", "gpt2"])
+@torch.no_grad()
+def test_packed_equals_alone_under_stock_attention(family, attn):
+    sequences = make_sequences()
+    logprobs = token_logprobs(cached(family, attn), collate(sequences))
+    assert_equal(logprobs, stock_logprobs(cached(family, "eager"), sequences)[0], 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_gradient_is_the_sum_of_gradients_alone(family):
+    sequences, model = make_sequences(), cached(family)
+    outputs = token_logprobs(model, collate(sequences), temperature=0.7, return_entropy=True)
+    stock = cached(family, "eager")
+    expected = gradients(stock, *stock_logprobs(stock, sequences, temperature=0.7))
+    assert_equal_gradients(gradients(model, *outputs), expected)
+
+
+def make_sharing_sequences():
+    """Sequences that continue three prompts in ways of their own, and how many tokens each shares."""
+    generator, sequences, shared = torch.Generator().manual_seed(0), [], []
+    for prompt_length, lengths in ((5, (4, 1, 7)), (3, (2,)), (6, (3, 6))):  # of the prompts, of completions
+        prompt = torch.randint(3, VOCAB_SIZE, (prompt_length,), generator=generator)
+        for i, length in enumerate(lengths):
+            ids = torch.cat([prompt, torch.randint(3, VOCAB_SIZE, (length,), generator=generator)])
+            sequences.append((ids, torch.arange(len(ids)) >= prompt_length))
+            shared.append(prompt_length if i else 0)
+    return sequences, shared
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3", "gpt2"])
+def test_sequences_that_share_a_prompt_have_the_logprobs_and_gradients_of_each_alone(family):
+    sequences, shared = make_sharing_sequences()
+    model, stock = cached(family), cached(family, "eager")
+    batch = collate(sequences, shared=shared)
+    assert batch.input_ids.shape[1] == sum(len(ids) for ids, _ in sequences) - sum(shared)
+    outputs, expected = token_logprobs(model, batch, return_entropy=True), stock_logprobs(stock, sequences)
+    for x, y in zip(outputs, expected, strict=True):
+        assert_equal(x, y, 1e-5)
+    assert_equal_gradients(gradients(model, *outputs), gradients(stock, *expected))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_head_on_the_predicting_states_gives_the_logits_of_each_sequence_alone(family):
+    model, stock, sequences = cached(family), cached(family, "eager"), make_sequences()
+    logits = head_logits(completion_states(model, collate(sequences)), *head_settings(model))  # (C, V)
+    expected = [stock(input_ids=ids[None]).logits[0, :-1][trained[1:]] for ids, trained in sequences]
+    assert_equal(logits, torch.cat(expected), 2e-5)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gemma3", "phi"])
+def test_chunk_size_changes_neither_values_nor_gradients(family):
+    model, batch = cached(family), collate(make_sequences())
+    few, many = (
+        token_logprobs(model, batch, return_entropy=True, return_top1=True, chunk_size=n) for n in (3, 4096)
+    )
+    for x, y in zip(few, many, strict=True):
+        assert_equal(x, y, 2e-6)
+    assert_equal_gradients(gradients(model, *few[:2]), gradients(model, *many[:2]))
+
+
+@torch.no_grad()
+def test_embedding_noise_is_added_to_the_input_embeddings_of_its_own_token():
+    model, stock, sequences = cached("llama"), cached("llama", "eager"), make_sequences()
+    noise = 0.5 * torch.randn(sum(LENGTHS), HIDDEN_SIZE, generator=torch.Generator().manual_seed(0))
+    expected = []
+    for (ids, trained), e in zip(sequences, noise.split(LENGTHS), strict=True):
+        logits = stock(inputs_embeds=(stock.model.embed_tokens(ids) + e)[None], use_cache=False).logits
+        log_p = F.pad(logits[0, :-1].log_softmax(-1), (0, 0, 1, 0))  # the row before a token predicts it
+        expected.append(log_p.gather(-1, ids[:, None]).squeeze(-1)[trained])
+    noisy = token_logprobs(model, collate(sequences), embedding_noise=noise)
+    assert_equal(noisy, torch.cat(expected), 1e-5)
+    assert (noisy - token_logprobs(model, collate(sequences))).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "cohere"])
+@torch.no_grad()
+def test_temperature_is_that_of_sampling(family):
+    model, prompt = cached(family), torch.tensor([[7, 11, 13, 17]])
+    settings = GenerationConfig(
+        do_sample=True, temperature=0.6, top_k=0, top_p=1.0, max_new_tokens=8, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    sampled = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_config=settings,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    ids = sampled.sequences[0]
+    scores = torch.stack(sampled.scores)[:, 0]  # (length - 4, V), what it sampled from
+    expected = scores.log_softmax(-1).gather(-1, ids[4:, None]).squeeze(-1)
+    batch = collate([(ids, torch.arange(len(ids)) >= 4)])
+    assert_equal(token_logprobs(model, batch, temperature=0.6), expected, 1e-5)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    batch, found = collate(make_sequences()), []
+    for checkpointing in (False, True):
+        model, calls = build("gemma3").train(), []
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.model.layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        outputs = token_logprobs(model, batch, return_entropy=True)
+        found.append(gradients(model, *outputs))
+        assert len(calls) == 1 + checkpointing  # the backward pass computes each layer again
+    assert_equal_gradients(found[1], found[0], 1e-6)
+
+
+def check_compiled(backend):
+    torch._dynamo.reset()
+    counters.clear()
+    stock, model = (build("llama", num_hidden_layers=1) for _ in range(2))
+    for layer in model.model.layers:
+        layer.compile(backend=backend)
+    graphs = []
+    for lengths in ((9, 2, 13), (5, 6), (12, 4, 7, 3), (3, 20)):
+        batch = collate(make_sequences(lengths))
+        logprobs, expected = token_logprobs(model, batch), token_logprobs(stock, batch)
+        assert_equal(logprobs, expected, 1e-5)
+        assert_equal_gradients(gradients(model, logprobs), gradients(stock, expected))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0, "nothing was compiled"
+    assert graphs[-1] == graphs[1], "boundaries that move should not compile the layer again"
+    torch._dynamo.reset()
+
+
+def test_traced_layers_give_the_same_and_are_traced_twice_at_most():
+    check_compiled("eager")  # torch.compile without the code generator
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_and_are_compiled_twice_at_most():
+    check_compiled("inductor")
+
+
+# The traps of the stock forward pass ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "trap", [{"attention_mask": torch.ones(1, sum(LENGTHS), dtype=torch.int64)}, {"use_cache": True}]
+)
+@torch.no_grad()
+def test_an_all_ones_mask_or_a_cache_leaks_in_the_stock_model(family, trap):
+    sequences = make_sequences()
+    model, batch = cached(family, "sdpa"), collate(sequences)
+    settings = {"attention_mask": None, "use_cache": False} | trap
+    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, **settings).logits[0]  # (N, V)
+    log_p = logits[batch.completion_index - 1].log_softmax(-1)  # (C, V)
+    leaking = log_p.gather(-1, batch.input_ids[0, batch.completion_index, None]).squeeze(-1)
+    error = (leaking - stock_logprobs(cached(family, "eager"), sequences)[0]).abs()
+    assert error[batch.sequence_index == 0].max() < 1e-5  # nothing stands before the first sequence
+    assert error.max() > 0.1
+
+
+@pytest.mark.parametrize("attn", ["packed", "sdpa", "eager"])
+def test_neither_a_cache_nor_a_mask_slips_into_the_packed_forward(attn):
+    model, seen = build("llama", attn), []
+    model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    )
+    output = []
+    model.get_decoder().register_forward_hook(lambda *args: output.append(args[-1]))
+    token_logprobs(model, collate(make_sequences()))
+    ((args, kwargs),) = seen
+    assert args == ()
+    assert kwargs["use_cache"] is False and "past_key_values" not in kwargs
+    assert output[0].past_key_values is None
+    mask = kwargs["attention_mask"]
+    assert (mask is None) if attn != "packed" else mask.numel() == 0
+
+
+def test_neither_the_logits_nor_a_dense_mask_of_a_row_ever_exist():
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **kwargs or {})
+            for tensor in output if isinstance(output, tuple | list) else (output,):
+                if isinstance(tensor, torch.Tensor):
+                    shapes.add((tuple(tensor.shape), str(func)))
+            return output
+
+    model, batch, shapes, chunk_size = build("llama"), collate(make_sequences((60,) * 5)), set(), 40
+    assert batch.num_completion_tokens > 3 * chunk_size
+    with Shapes():
+        logprobs, entropy = token_logprobs(model, batch, return_entropy=True, chunk_size=chunk_size)
+        gradients(model, logprobs, entropy)
+    assert any(shape == (chunk_size, VOCAB_SIZE) for shape, _ in shapes)
+    rows = batch.input_ids.shape[1]
+    for shape, func in shapes:
+        assert not (shape[-1:] == (VOCAB_SIZE,) and math.prod(shape) > chunk_size * VOCAB_SIZE), (shape, func)
+        assert sum(size >= rows for size in shape) < 2, (shape, func)
+
+
+# Plain calls under attn "packed" ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3", "cohere"])
+@torch.no_grad()
+def test_plain_call_with_a_padding_mask_equals_each_sequence_alone(family, side):
+    model, stock = cached(family), cached(family, "eager")
+    longest = max(LENGTHS)
+    rows, masks, places = [], [], []
+    for ids, _ in make_sequences():
+        padding = (longest - len(ids), 0) if side == "left" else (0, longest - len(ids))
+        rows.append(F.pad(ids, padding, value=40))  # a token like any other: only the mask hides it
+        masks.append(F.pad(torch.ones_like(ids), padding))
+        places.append(slice(padding[0], padding[0] + len(ids)))
+    logits = model(input_ids=torch.stack(rows), attention_mask=torch.stack(masks)).logits  # (B, longest, V)
+    for row, place, (ids, _) in zip(logits, places, make_sequences(), strict=True):
+        assert_equal(row[place], stock(input_ids=ids[None]).logits[0], 2e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3", "gpt2"])
+@torch.no_grad()
+def test_left_padded_generation_equals_unpadded_generation(family):
+    model, stock = cached(family), cached(family, "eager")
+    settings = GenerationConfig(do_sample=False, max_new_tokens=6, pad_token_id=0)
+    prompts = [ids for ids, _ in make_sequences()]
+    longest = max(LENGTHS)
+    together = model.generate(
+        torch.stack([F.pad(ids, (longest - len(ids), 0)) for ids in prompts]),
+        attention_mask=torch.stack([F.pad(torch.ones_like(ids), (longest - len(ids), 0)) for ids in prompts]),
+        generation_config=settings,
+    )
+    for completion, ids in zip(together[:, longest:], prompts, strict=True):
+        mask = torch.ones(1, len(ids), dtype=torch.int64)
+        alone = stock.generate(ids[None], attention_mask=mask, generation_config=settings)
+        assert completion.tolist() == alone[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "gpt2"])
+@torch.no_grad()
+def test_packed_positions_without_boundaries_go_through_the_dense_mask(family):
+    batch = collate(make_sequences())
+    model, stock = cached(family), cached(family, "eager")
+    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
+    alone = [stock(input_ids=ids[None]).logits[0] for ids, _ in make_sequences()]
+    assert_equal(logits, torch.cat(alone), 2e-5)
+
+
+# The head ---------------------------------------------------------------------------------------------------
+
+
+class Head(torch.nn.Module):
+    """A model whose backbone is a table of hidden states (N, H), so that only the head is left to test."""
+
+    def __init__(self, num_tokens, bias=False, dtype=torch.float32, size=1.0, **config):
+        super().__init__()
+        text_config = SimpleNamespace(**config)
+        self.config = SimpleNamespace(_attn_implementation="packed", get_text_config=lambda: text_config)
+        self.head = torch.nn.Linear(HIDDEN_SIZE, VOCAB_SIZE, bias=bias)
+        self.hidden = torch.nn.Parameter(torch.empty(1, num_tokens, HIDDEN_SIZE))
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator).mul(size).to(dtype)
+
+    def get_decoder(self):
+        return lambda **_: SimpleNamespace(last_hidden_state=self.hidden)
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+def float64_outputs(model, batch, temperature, scale, softcap):
+    """Log-probs and entropy of a Head, each (C,), in plain float64 with PyTorch's own gradient."""
+    logits = model.hidden[0].double() @ model.head.weight.double().T  # (N, V)
+    if model.head.bias is not None:
+        logits = logits + model.head.bias.double()
+    logits = logits * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    log_p = torch.log_softmax(logits / temperature, dim=-1)[batch.completion_index - 1]  # (C, V)
+    logprobs = log_p.gather(-1, batch.input_ids[0, batch.completion_index, None]).squeeze(-1)
+    return logprobs, torch.special.entr(log_p.exp()).sum(-1)
+
+
+HEADS = [  # config, scale, soft cap, bias, temperature
+    ({}, 1, None, False, 1.0),
+    ({}, 1, None, True, 0.7),
+    ({"logit_scale": 0.25}, 0.25, None, False, 1.0),
+    ({"logit_scale": 0.5}, 0.5, None, False, 0.5),  # scale and temperature cancel in the gradient
+    ({"logits_scaling": 4.0}, 0.25, None, True, 1.3),
+    ({"final_logit_softcapping": 3.0}, 1, 3.0, False, 1.0),
+    ({"final_logit_softcapping": 3.0, "logit_scale": 0.5}, 0.5, 3.0, True, 0.7),
+]
+WANTED = {"logprobs": (1, 0), "entropy": (0, 1), "both": (1, 1)}
+
+
+@pytest.mark.parametrize("wanted", WANTED)
+@pytest.mark.parametrize("config, scale, softcap, bias, temperature", HEADS)
+def test_head_and_its_gradient_equal_float64_autograd(config, scale, softcap, bias, temperature, wanted):
+    batch = collate(make_sequences())
+    model = Head(batch.input_ids.shape[1], bias, size=0.5, **config)
+    outputs = token_logprobs(model, batch, temperature=temperature, return_entropy=True, chunk_size=7)
+    expected = float64_outputs(model, batch, temperature, scale, softcap)
+    for x, y in zip(outputs, expected, strict=True):
+        assert_equal(x, y, 1e-5)
+    chosen = [i for i, use in enumerate(WANTED[wanted]) if use]
+    actual = gradients(model, *(outputs[i] for i in chosen))
+    assert_equal_gradients(actual, gradients(model, *(expected[i] for i in chosen)), 1e-5)
+
+
+def test_gradient_of_logprobs_is_the_same_whether_entropy_is_computed_or_not():
+    batch = collate(make_sequences())
+    model = Head(batch.input_ids.shape[1], final_logit_softcapping=3.0)
+    alone = token_logprobs(model, batch, temperature=0.7)
+    together, entropy = token_logprobs(model, batch, temperature=0.7, return_entropy=True)
+    assert_equal(alone, together, 1e-6)
+    assert_equal_gradients(gradients(model, alone), gradients(model, together, 0 * entropy), 1e-5)
+
+
+def test_gradient_is_the_slope_of_the_values():
+    """Central differences of the function's own values along random directions of all parameters at once."""
+    batch = collate(make_sequences())
+    model = Head(batch.input_ids.shape[1], True, size=0.5, final_logit_softcapping=3.0, logit_scale=0.5)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(2, batch.num_completion_tokens, generator=generator)  # (2, C)
+
+    def value():
+        outputs = token_logprobs(model, batch, temperature=0.7, return_entropy=True)
+        return (weights * torch.stack(outputs)).sum()
+
+    slope = torch.autograd.grad(value(), list(model.parameters()))
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        steps = [1e-2 * torch.randn(p.shape, generator=generator) for p in model.parameters()]
+        values = []
+        for sign in (1, -2):  # from the point to its right, from there to its left
+            for p, step in zip(model.parameters(), steps, strict=True):
+                p.data += sign * step
+            values.append(value().item())
+        for p, step in zip(model.parameters(), steps, strict=True):
+            p.data += step
+        expected = sum((g * step).sum().item() for g, step in zip(slope, steps, strict=True))
+        assert abs(expected) > 0.02
+        assert (values[0] - values[1]) / 2 == pytest.approx(expected, rel=2e-2)
+
+
+def test_top1_says_whether_the_token_is_the_argmax():
+    lengths = torch.tensor(LENGTHS)
+    model = Head(int(lengths.sum()), bias=True, final_logit_softcapping=3.0, size=0.5)
+    logits = F.linear(model.hidden[0], model.head.weight, model.head.bias)  # (N, V)
+    best, second = logits.topk(2).indices.roll(1, 0).T  # (N,) each: after the hidden state before
+    ids = torch.where(torch.arange(len(best)) % 3 > 0, best, second)
+    batch = collate([(x, torch.arange(len(x)) > 0) for x in ids.split(LENGTHS)])
+    logprobs, is_top1 = token_logprobs(model, batch, return_top1=True, temperature=0.7)
+    expected = (torch.arange(len(ids)) % 3 != 0)[batch.completion_index]
+    assert is_top1.dtype == torch.bool and not is_top1.requires_grad
+    assert is_top1.tolist() == expected.tolist()
+    assert 0 < is_top1.sum() < len(is_top1)
+    triple = token_logprobs(model, batch, return_entropy=True, return_top1=True, temperature=0.7)
+    assert_equal(triple[0], logprobs, 1e-6)
+    assert_equal(triple[1], float64_outputs(model, batch, 0.7, 1, 3.0)[1], 1e-5)
+    assert triple[2].tolist() == expected.tolist()
+
+
+def test_logits_of_thousands_neither_overflow_nor_lose_the_small_log_probs():
+    batch = collate(make_sequences())
+    model = Head(batch.input_ids.shape[1], size=20.0)
+    outputs = token_logprobs(model, batch, return_entropy=True)
+    expected = float64_outputs(model, batch, 1.0, 1, None)
+    assert expected[0].min() < -1000
+    for x, y in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=2e-3, check_dtype=False)
+    assert all(g.isfinite().all() for g in gradients(model, *outputs).values())
+
+
+def test_half_precision_logits_are_normalised_in_float32():
+    batch = collate(make_sequences())
+    model = Head(batch.input_ids.shape[1], dtype=torch.bfloat16, size=0.5)
+    logprobs, entropy = token_logprobs(model, batch, return_entropy=True)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    log_p = model.head(model.hidden[0]).double().log_softmax(-1)[batch.completion_index - 1]  # (C, V)
+    assert_equal(logprobs, log_p.gather(-1, batch.input_ids[0, batch.completion_index, None])[:, 0], 1e-5)
+    assert_equal(entropy, -(log_p.exp() * log_p).sum(-1), 1e-5)
+    expected = gradients(model, *float64_outputs(model, batch, 1.0, 1, None))
+    assert_equal_gradients(gradients(model, logprobs, entropy), expected, 2e-2)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_shared_prompts_are_refused_where_only_packed_attention_sees_them(attn):
+    sequences, shared = make_sharing_sequences()
+    with pytest.raises(ValueError, match="--attn packed"):
+        token_logprobs(cached("llama", attn), collate(sequences, shared=shared))
+
+
+@pytest.mark.parametrize(
+    "second",
+    [([5, 6, 8], [0, 1, 1]), ([5, 7, 8], [0, 0, 1]), ([5, 6], [0, 0])],
+    ids=["trained", "other", "whole"],
+)
+def test_shared_prompt_that_is_not_one_is_refused(second):
+    with pytest.raises(ValueError, match="shared prompt"):
+        collate([([5, 6, 7], [0, 0, 1]), second], shared=[0, 2])
+
+
+def test_window_that_lives_in_the_mask_is_refused_once_it_matters():
+    config = transformers.PhimoeConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2, sliding_window=8, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="packed")
+    token_logprobs(model, collate(make_sequences((8, 5))))
+    with pytest.raises(ValueError, match="sliding window"):
+        token_logprobs(model, collate(make_sequences((9, 5))))
+
+
+def test_frozen_head_gets_no_gradient_and_the_backbone_the_same():
+    model = build("llama", tie_word_embeddings=False)
+    batch = collate(make_sequences((9, 5)))
+    expected = torch.autograd.grad(token_logprobs(model, batch).sum(), model.model.norm.weight)[0]
+    model.lm_head.requires_grad_(False)
+    token_logprobs(model, batch).sum().backward()
+    assert model.lm_head.weight.grad is None
+    assert torch.equal(model.model.norm.weight.grad, expected)
+
+
+# What is refused --------------------------------------------------------------------------------------------
+
+
+def model_class(config):
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+@pytest.mark.parametrize(
+    "model_type, attn",
+    [("gemma2", "packed"), ("gemma2", "sdpa")]
+    + [("gpt_oss", attn) for attn in ("packed", "sdpa", "eager")]
+    + [
+        (model_type, attn)
+        for model_type in ("mamba", "qwen3_next", "falcon_h1")
+        for attn in ("packed", "eager", "flash_attention_2")
+    ],
+)
+def test_architecture_that_packed_rows_would_get_wrong_is_refused_by_name(model_type, attn):
+    config = AutoConfig.for_model(model_type)
+    with pytest.raises(ValueError, match=rf"\b{model_type}\b"):
+        check_attention(config, model_class(config), attn)
+
+
+@pytest.mark.parametrize("attn", ["packed", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_supported_family_is_not_refused(family, attn):
+    model_type, settings = FAMILIES[family]
+    config = AutoConfig.for_model(model_type, **(SIZES | settings))
+    check_attention(config, model_class(config), attn)
+
+
+def test_gemma2_is_exact_under_eager():
+    """Soft-capped attention scores, soft-capped logits, windows."""
+    settings = {"head_dim": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0} | WINDOWS
+    model, sequences = build("gemma2", "eager", **settings), make_sequences()
+    check_attention(model.config, type(model), "eager")
+    check_packed(model)
+    outputs = token_logprobs(model, collate(sequences), return_entropy=True)
+    expected = stock_logprobs(model, sequences)
+    for x, y in zip(outputs, expected, strict=True):
+        assert_equal(x, y, 1e-5)
+    assert_equal_gradients(gradients(model, *outputs), gradients(model, *expected))
+
+
+def test_attention_itself_refuses_what_its_kernels_do_not_compute():
+    qkv, lengths = torch.randn(3, 1, 4, 6, 8), torch.tensor([6])
+    for kind in ({"softcap": 5.0}, {"s_aux": torch.zeros(4)}):
+        with pytest.raises(ValueError, match="use .*--attn"):
+            packed_attention(torch.nn.Identity(), *qkv, None, packed_lengths=lengths, **kind)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_check_packed_accepts_what_is_exact(family):
+    check_packed(cached(family))
+
+
+@pytest.mark.parametrize(
+    "model_type, settings",
+    [
+        ("gpt_oss", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}),
+        ("mamba", {"state_size": 8}),
+    ],
+)
+def test_check_packed_refuses_a_model_that_leaks(model_type, settings):
+    with pytest.raises(ValueError, match=rf"\b{model_type}\b.*--attn eager"):
+        check_packed(build(model_type, "eager", **settings))
+
+
+@pytest.mark.parametrize("factor", [1.2, math.nan])
+def test_check_packed_refuses_a_head_that_it_does_not_know(factor):
+    model = build("llama")
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits * factor)
+    with pytest.raises(ValueError, match="llama.*--attn packed"):
+        check_packed(model)
+
+
+def test_check_packed_refuses_attention_that_sees_the_sequence_before(monkeypatch):
+    def leaking(module, query, key, value, mask, packed_lengths=None, **kwargs):
+        if packed_lengths is not None:
+            packed_lengths = packed_lengths.sum()[None]
+        return packed_attention(module, query, key, value, mask, packed_lengths=packed_lengths, **kwargs)
+
+    model = build("llama")
+    check_packed(model)
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "packed", leaking)
+    with pytest.raises(ValueError, match="llama.*--attn packed"):
+        check_packed(model)
+
+
+# Packed rows ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_collate_lays_out_the_worked_example(kind):
+    batch = collate([(kind([5, 6, 7]), kind([False, True, True])), (kind([8, 9]), kind([False, True]))])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5]
+    assert batch.completion_index.tolist() == [1, 2, 4]
+    assert batch.sequence_index.tolist() == [0, 0, 1]
+    assert batch.lengths == (3, 2) and all(type(length) is int for length in batch.lengths)
+    assert (batch.num_sequences, batch.num_completion_tokens) == (2, 3)
+    assert batch.cu_seqlens.dtype == torch.int32  # what the kernels take
+    assert batch.predictor_index.tolist() == [0, 1, 3]
+    for tensor in (batch.input_ids, batch.position_ids, batch.completion_index, batch.sequence_index):
+        assert tensor.dtype == torch.int64
+
+
+def test_collate_lays_out_the_worked_example_of_a_shared_prompt():
+    batch = collate([([5, 6, 7], [0, 0, 1]), ([5, 6, 8, 9], [0, 0, 1, 1])], shared=[0, 2])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5]
+    assert batch.completion_index.tolist() == [2, 3, 4]
+    assert batch.predictor_index.tolist() == [1, 1, 3]  # 7 and 8 both follow 6
+    assert batch.sequence_index.tolist() == [0, 1, 1]
+    assert batch.key_index.tolist() == [0, 1, 2, 0, 1, 3, 4]
+    assert (batch.lengths, batch.key_lengths) == ((3, 2), (3, 4))
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_collate_refuses_to_train_a_first_token(where):
+    sequences = [([5, 6], [0, 1]), ([7], [0]), ([8, 9], [0, 1])]
+    collate(sequences)
+    sequences[where][1][0] = 1
+    with pytest.raises(ValueError, match="first token"):
+        collate(sequences)
+
+
+def test_batch_moves_to_a_device_and_keeps_its_lengths_on_the_host():
+    sequences = [([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1])]
+    for moved in (collate(sequences).to("meta"), collate(sequences, device="meta")):
+        tensors = {k: v for k, v in vars(moved).items() if isinstance(v, torch.Tensor)}
+        assert len(tensors) == 6 and all(v.device.type == "meta" for v in tensors.values())
+        assert moved.lengths == (3, 2)
+
+
+def test_filler_gives_no_logprobs_and_a_gradient_of_zero():
+    model = build("llama")
+    logprobs, entropy, is_top1 = token_logprobs(
+        model, collate([([0], [0])]), return_entropy=True, return_top1=True
+    )
+    assert logprobs.shape == entropy.shape == is_top1.shape == (0,)
+    (logprobs.sum() + entropy.sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_segment_sum_adds_up_each_segment_and_leaves_empty_ones_at_zero():
+    x = torch.tensor([1.0, 2.0, 4.0, 8.0], requires_grad=True)
+    sums = segment_sum(x, torch.tensor([3, 1, 3, 1]), 5)
+    assert sums.tolist() == [0, 10, 0, 5, 0]
+    (sums * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])).sum().backward()
+    assert x.grad.tolist() == [4, 2, 4, 2]
+    rows = segment_sum(torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([1, 0, 1]), 3)
+    assert rows.tolist() == [[3, 4], [6, 8], [0, 0]]
+    assert segment_sum(torch.empty(0), torch.empty(0, dtype=torch.int64), 2).tolist() == [0, 0]
+
+
+# KL divergence ----------------------------------------------------------------------------------------------
+
+PI, REF = torch.tensor([0.75, 0.25]).double(), torch.tensor([0.5, 0.5]).double()
+
+
+@pytest.mark.parametrize(
+    "estimator, by_hand",
+    [
+        (kl_k1, [math.log(1.5), -math.log(2)]),
+        (kl_k2, [0.08220098, 0.24022651]),  # half the square of 0.40546511 and of 0.69314718
+        (kl_k3, [2 / 3 - 1 + math.log(1.5), 2 - 1 - math.log(2)]),
+    ],
+)
+def test_estimators_on_two_outcomes_have_the_values_worked_by_hand(estimator, by_hand):
+    assert_equal(estimator(PI.log(), REF.log()), torch.tensor(by_hand).double(), 1e-7)
+
+
+def test_kl_full_takes_the_policy_first():
+    policy_first = 0.75 * math.log(1.5) - 0.25 * math.log(2)  # 0.1308
+    reference_first = 0.5 * math.log(2 / 3) + 0.5 * math.log(2)  # 0.1438
+    assert kl_full(PI.log(), REF.log()).item() == pytest.approx(policy_first, abs=1e-7)
+    assert kl_full(REF.log(), PI.log()).item() == pytest.approx(reference_first, abs=1e-7)
+    unnormalised = kl_full(PI.log() + 7, REF.log() - 3)
+    assert unnormalised.item() == pytest.approx(policy_first, abs=1e-6)
+    stacked = kl_full(torch.stack([PI, REF, PI]).log(), torch.stack([REF, PI, PI]).log())
+    assert_equal(stacked, torch.tensor([policy_first, reference_first, 0]), 1e-6)
+
+
+def exact():
+    """A policy and a reference over five outcomes, float64, and KL both ways with PyTorch's own gradient."""
+    generator = torch.Generator().manual_seed(0)
+    logits, ref_logits = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    log_p, log_q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    reverse = (log_p.exp() * (log_p - log_q)).sum()  # KL(pi || ref)
+    forward = (log_q.exp() * (log_q - log_p)).sum()  # KL(ref || pi)
+    kls = {"KL(pi || ref)": reverse, "KL(ref || pi)": forward}
+    slopes = {name: torch.autograd.grad(kl, logits, retain_graph=True)[0] for name, kl in kls.items()}
+    assert abs(reverse - forward) > 0.05
+    return logits, log_p, log_q, kls, slopes
+
+
+@pytest.mark.parametrize("estimator, is_unbiased", [(kl_k1, True), (kl_k2, False), (kl_k3, True)])
+def test_k1_and_k3_are_unbiased_for_kl_policy_ref_and_k2_is_not(estimator, is_unbiased):
+    _, log_p, log_q, kls, _ = exact()
+    bias = (log_p.exp() * estimator(log_p, log_q)).sum() - kls["KL(pi || ref)"]
+    assert (abs(bias) < 1e-12) if is_unbiased else (abs(bias) > 0.01)
+
+
+@pytest.mark.parametrize(
+    "estimator, expected", [(kl_k1, None), (kl_k2, "KL(pi || ref)"), (kl_k3, "KL(ref || pi)")]
+)
+def test_gradient_of_an_estimator_in_the_loss(estimator, expected):
+    """E_pi[grad k]: samples of the policy, through which no gradient flows."""
+    logits, log_p, log_q, _, slopes = exact()
+    (gradient,) = torch.autograd.grad((log_p.detach().exp() * estimator(log_p, log_q)).sum(), logits)
+    wanted = slopes[expected] if expected else torch.zeros_like(gradient)
+    assert_equal(gradient, wanted, 1e-12)
+    assert all((gradient - slope).abs().max() > 0.02 for name, slope in slopes.items() if name != expected)
+
+
+@pytest.mark.parametrize("estimator, is_right", [(kl_k1, True), (kl_k2, False), (kl_k3, False)])
+def test_only_k1_as_a_detached_reward_has_the_gradient_of_kl_policy_ref(estimator, is_right):
+    """E_pi[k grad log pi], with k a number."""
+    logits, log_p, log_q, _, slopes = exact()
+    weights = log_p.detach().exp() * estimator(log_p, log_q).detach()
+    (gradient,) = torch.autograd.grad((weights * log_p).sum(), logits)
+    error = (gradient - slopes["KL(pi || ref)"]).abs().max()
+    assert (error < 1e-12) if is_right else (error > 0.01)
+
+
+def test_kl_full_and_its_gradient_are_exact():
+    logits, _, log_q, kls, slopes = exact()
+    kl = kl_full(logits, log_q)
+    assert_equal(kl, kls["KL(pi || ref)"], 1e-6)
+    assert_equal(torch.autograd.grad(kl, logits)[0], slopes["KL(pi || ref)"], 1e-6)
+
+
+def test_kl_full_of_half_precision_logits_is_float32():
+    logits, ref_logits = torch.randn(2, 4, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    log_p, log_q = logits.double().log_softmax(-1), ref_logits.double().log_softmax(-1)
+    kl = kl_full(logits, ref_logits)
+    assert kl.dtype == torch.float32
+    assert_equal(kl, (log_p.exp() * (log_p - log_q)).sum(-1), 1e-5)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_k3_is_accurate_for_tiny_log_ratios(sign):
+    """At 1e-4 the estimator is 5e-9, which exp(-x) - 1 + x in float32 drowns in a rounding error of 6e-8."""
+    log_ratio = sign * 2.0**-13  # 1.2e-4, and -1.5 + 2^-13 is exact in float32
+    logprobs, ref_logprobs = torch.tensor([-1.5 + log_ratio], requires_grad=True), torch.tensor([-1.5])
+    k3 = kl_k3(logprobs, ref_logprobs)
+    assert k3.item() == pytest.approx(log_ratio**2 / 2 - log_ratio**3 / 6, rel=5e-3)  # its Taylor series
+    k3.backward()
+    assert logprobs.grad.item() == pytest.approx(log_ratio, rel=5e-3)
+
+
+# Several processes ------------------------------------------------------------------------------------------
+
+
+def sharded_worker(rank, folder):
+    """Two processes, each with its own sequences, against one that has them all; raises where they differ."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    first, second, filler = make_sequences(seed=1), make_sequences((4, 11), seed=2), [([0], [0])]
+    for family in ("llama", "gemma3"):  # with a head of its own, and tied
+        whole = build(family)
+        sharded = copy.deepcopy(whole)
+        for layer in sharded.model.layers:
+            fully_shard(layer)
+        fully_shard(sharded)
+        check_packed(sharded)
+        for shares in ((first, second), (first, filler)):  # a process without a row still takes part
+            parts = [collate(share) for share in shares]
+            settings = {"temperature": 0.7, "return_entropy": True}
+            expected = token_logprobs(whole, collate([s for share in shares for s in share]), **settings)
+            weights = torch.randn(2, len(expected[0]), generator=torch.Generator().manual_seed(0))  # (2, C)
+            whole.zero_grad()
+            (weights * torch.stack(expected)).sum().backward()
+
+            start = parts[0].num_completion_tokens if rank else 0
+            mine = slice(start, start + parts[rank].num_completion_tokens)
+            sharded.zero_grad()  # before the forward pass, which leaves the root's parameters unsharded
+            outputs = token_logprobs(sharded, parts[rank], **settings)
+            for x, y in zip(outputs, expected, strict=True):
+                assert_equal(x, y[mine], 1e-5)
+            loss = (weights[:, mine] * torch.stack(outputs)).sum()
+            (loss * 2).backward()  # FSDP2 averages over the processes; the parts belong to one sum
+            assert_equal_gradients(
+                {name: p.grad.full_tensor() for name, p in sharded.named_parameters()},
+                {name: p.grad for name, p in whole.named_parameters()},
+            )
+    dist.destroy_process_group()
+
+
+def test_two_sharded_processes_give_the_logprobs_and_gradients_of_one(tmp_path):
+    torch.multiprocessing.spawn(sharded_worker, (str(tmp_path),), nprocs=2)
+
+
+# On a GPU ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sharing", [False, True])
+@pytest.mark.parametrize("window", [None, 4])
+def test_varlen_kernel_equals_one_sdpa_call_per_sequence(window, sharing):
+    sequences, shared = make_sharing_sequences()
+    batch, found = collate(sequences, shared=shared if sharing else None), []
+    rows, generator = batch.input_ids.shape[1], torch.Generator().manual_seed(0)
+    qkv = [torch.randn(1, heads, rows, 64, generator=generator).bfloat16() for heads in (4, 2, 2)]
+    weights = torch.randn(1, rows, 4, 64, generator=generator)
+    key_lengths = torch.tensor(batch.key_lengths or batch.lengths)
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        query, key, value = (x.to(device, dtype).requires_grad_() for x in qkv)
+        settings = {
+            "packed_lengths": torch.tensor(batch.lengths),
+            "cu_seq_lens_q": batch.cu_seqlens.to(device),
+            "cu_seq_lens_k": F.pad(key_lengths.cumsum(0), (1, 0)).int().to(device),
+            "max_length_q": max(batch.lengths),
+            "max_length_k": int(key_lengths.max()),
+        }
+        if sharing:
+            settings |= {"packed_key_lengths": key_lengths, "packed_key_index": batch.key_index.to(device)}
+        settings |= {"scaling": 0.2, "sliding_window": window}
+        out, _ = packed_attention(torch.nn.Identity(), query, key, value, None, **settings)
+        slopes = torch.autograd.grad((out.float() * weights.to(device)).sum(), (query, key, value))
+        found.append([x.float().cpu() for x in (out, *slopes)])
+    for expected, actual in zip(*found, strict=True):
+        assert_equal(actual, expected, 0.02 * expected.abs().max().item())
