@@ -130,8 +130,8 @@ class Args:
     """Sequences per optimizer step, over all processes."""
     max_tokens_per_micro_batch: int = 8192
     """Tokens of a packed row: memory only, never the result. A longer sequence gets its own row."""
-    num_epochs: float = 1.0
-    """Passes over the training set."""
+    num_epochs: float = 3.0
+    """Passes over the training set (TRL: 3)."""
     max_steps: int = 0
     """Optimizer steps; 0 derives them from --num-epochs."""
 
@@ -968,7 +968,9 @@ def save_model(folder: Path, model, tokenizer):
         )
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        shell.save_pretrained(partial, state_dict={k: v.to(model.stored_dtype) for k, v in weights.items()})
+        tied = set(shell.all_tied_weights_keys)  # a tied head is stored once, as the embeddings
+        weights = {k: v.to(model.stored_dtype) for k, v in weights.items() if k not in tied}
+        shell.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
