@@ -878,7 +878,8 @@ def generate(model, tokenizer, prompts: list[list[int]], args, device) -> list[l
             attention_mask = torch.tensor(
                 [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk]
             )
-            output = model.generate(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
+            prompt = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+            output = model.generate(**prompt, synced_gpus=False)  # processes have different numbers of chunks
             for i, ids in zip(chunk, output[:, width:].tolist(), strict=True):
                 stop = next((n for n, token in enumerate(ids) if token in tokenizer.end_ids), len(ids))
                 completions[i] = ids[: stop + 1]

@@ -1,6 +1,8 @@
 """Settings, options and fixtures of the tests: offline, CPU, two threads, slow tests only when asked for."""
 
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -87,6 +89,27 @@ def descend(x, target, rate):
 if __name__ == "__main__":
     main(tyro.cli(Args))
 '''
+
+
+def start(*command, cwd, timeout=300, **environment) -> subprocess.CompletedProcess:
+    """Run a command to its end, on one thread and without a GPU; after `timeout` seconds kill all it started."""
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)} | environment
+    process = subprocess.Popen(
+        list(map(str, command)),
+        cwd=cwd,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # torchrun's workers, too
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def pytest_addoption(parser):

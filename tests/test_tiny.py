@@ -245,8 +245,8 @@ def test_no_eval_prompt_is_in_the_corpus(make):
     corpus = make.generate_corpus(make.Args().seed, data)
     eval_questions = {question(row) for name in NAMES[:-1] for row in read(f"{name}_eval")}
     eval_texts = {row["text"] for row in read("text_eval")}
-    first_lines = {row["text"].split("\n")[0] for row in corpus}
-    assert not eval_questions & first_lines
+    asked = {row["text"][: row["text"].rfind("?") + 1] for row in corpus}
+    assert not eval_questions & asked and len(asked) > 40_000
     assert not eval_texts & {row["text"] for row in corpus}
     with pytest.raises(AssertionError):
         make.check_disjoint(data, [{"text": question(read("prompts_eval")[0]) + "\n#### 1"}])
@@ -312,3 +312,15 @@ def test_checkpoints_are_small_qwen3_in_bfloat16(name, tokenizer):
 def test_all_of_tiny_is_under_15_mb():
     files = [path for path in TINY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in files) < 15e6
+
+
+def test_checkpoints_leave_the_wanted_headroom_and_the_readme_says_so():
+    measured = json.loads((TINY / "accuracy.json").read_text(encoding="utf-8"))
+    assert measured["sft/greedy_accuracy"] > 0.8
+    assert 0.35 < measured["sft/sampled_accuracy"] < 0.6
+    assert measured["base/sampled_accuracy"] < 0.1
+    readme = (TINY / "README.md").read_text(encoding="utf-8")
+    for name in ("base", "sft"):
+        shares = (measured[f"{name}/greedy_accuracy"], measured[f"{name}/sampled_accuracy"])
+        assert f"| `{name}` | {shares[0]:.2f} | {shares[1]:.2f} |" in readme
+    assert f"the {measured['num_prompts']} prompts" in readme
