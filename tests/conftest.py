@@ -92,7 +92,7 @@ if __name__ == "__main__":
 
 
 def start(*command, cwd, timeout=300, **environment) -> subprocess.CompletedProcess:
-    """Run a command to its end, on one thread and without a GPU; after `timeout` seconds kill all it started."""
+    """Run a command to its end, on one thread, without a GPU; after `timeout` seconds kill all it started."""
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)} | environment
     process = subprocess.Popen(
         list(map(str, command)),
