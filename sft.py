@@ -245,6 +245,7 @@ def lr_factor(step: int, *, total_steps: int, warmup_steps: int, lr_schedule: st
 def main(args: Args) -> dict:
     """Train as `args` says and return the last metrics."""
     rank, world_size, device = setup_distributed()
+    torch.manual_seed(args.seed)
     output_dir = choose_output_dir(args, "sft")
     tokenizer = load_tokenizer(args)
     sources, shares, epoch_size = load_mixture(tokenizer, args)
@@ -345,13 +346,18 @@ def evaluate(model, tokenizer, held_out, forgetting, args, device) -> tuple[dict
     metrics = {}
     if held_out:
         metrics["eval/loss"], metrics["eval/token_accuracy"] = held_out_loss(model, held_out, args, device)
-        metrics["eval/perplexity"] = math.exp(metrics["eval/loss"])
+        metrics["eval/perplexity"] = perplexity(metrics["eval/loss"])
     if forgetting:
-        metrics["eval/forgetting_perplexity"] = math.exp(held_out_loss(model, forgetting, args, device)[0])
+        metrics["eval/forgetting_perplexity"] = perplexity(held_out_loss(model, forgetting, args, device)[0])
     samples = sample_answers(model, tokenizer, held_out, args, device)
     if samples:
         metrics["eval/accuracy"] = sum(sample["right"] for sample in samples) / len(samples)
     return metrics, samples
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats, capped where a float ends."""
+    return math.exp(min(loss, 709.0))
 
 
 @torch.no_grad()
@@ -465,6 +471,8 @@ def choose_output_dir(args, script: str) -> Path:
     if not args.resume and (folder / "metrics.jsonl").exists():
         state = "finished" if (folder / "model").exists() else "unfinished"
         fail(f"{folder} holds a run ({state}): --resume continues it, another --output-dir starts a new one")
+    if args.resume and (folder / "model").exists() and not list(folder.glob("checkpoints/step_*")):
+        fail(f"{folder} holds a finished run without checkpoints: choose another --output-dir")
     return folder
 
 
@@ -495,6 +503,13 @@ def load_tokenizer(args):
         ends = np.atleast_1d(GenerationConfig.from_pretrained(path).eos_token_id or []).tolist()
     except OSError:
         ends = []
+    if (
+        tokenizer.chat_template
+    ):  # and what the template writes behind a reply (Qwen2.5's base models have another EOS)
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!")[2]
+        behind_ids = tokenizer(behind, add_special_tokens=False).input_ids
+        ends += [i for i in behind_ids if i in tokenizer.added_tokens_decoder][:1]
     tokenizer.end_ids = sorted({int(i) for i in [tokenizer.eos_token_id, *ends] if i is not None})
     return tokenizer
 
@@ -514,9 +529,12 @@ def load_rows(source: str, split: str, config: str | None) -> list[dict]:
     if not path.exists() and (path.suffix in (".jsonl", ".json", ".parquet", ".csv") or source[0] in "./"):
         fail(f"{source}: no such file")
     if path.suffix in (".jsonl", ".json"):
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            fail(f"{source}: not UTF-8 ({error})")
         whole = text.lstrip().startswith("[")  # one list, else one row a line
-        for n, line in enumerate([text] if whole else text.splitlines(), 1):
+        for n, line in enumerate([text] if whole else text.split("\n"), 1):
             try:
                 rows += (json.loads(line) if whole else [json.loads(line)]) if line.strip() else []
             except json.JSONDecodeError as error:
@@ -569,20 +587,27 @@ def load_examples(source: str, split: str, config: str | None, limit: int = 0) -
     """The rows of a dataset in any format that has a completion, as `as_example` gives them."""
     examples = []
     for n, row in enumerate(load_rows(source, split, config)[: limit or None], 1):
-        where, prompt, completion = f"{source}, row {n}", row.get("prompt"), row.get("completion")
-        if "messages" in row:
-            prompt, completion = [], row["messages"]
-        elif "conversations" in row:  # ShareGPT's names
-            roles = {"human": "user", "gpt": "assistant"}
-            turns = [(roles.get(m["from"], m["from"]), m["value"]) for m in row["conversations"]]
-            prompt, completion = [], [{"role": role, "content": content} for role, content in turns]
-        elif "question" in row and "answer" in row and prompt is None:
-            prompt, completion = [{"role": "user", "content": row["question"]}], row["answer"]
-        elif "text" in row and prompt is None:
-            prompt, completion = "", row["text"]
-        if prompt is None or completion is None:
-            fail(f"{where}: found the columns {', '.join(row)}; accepted are {FORMATS}")
-        examples.append(as_example(prompt, completion, row, where))
+        where = f"{source}, row {n}"
+        try:
+            prompt, completion = row.get("prompt"), row.get("completion")
+            if "messages" in row:
+                prompt, completion = [], row["messages"]
+            elif "conversations" in row:  # ShareGPT's names
+                roles, turns = {"human": "user", "gpt": "assistant"}, row["conversations"]
+                pairs = [(m.get("from", m.get("role")), m.get("value", m.get("content"))) for m in turns]
+                prompt, completion = (
+                    [],
+                    [{"role": roles.get(r, r), "content": content} for r, content in pairs],
+                )
+            elif "question" in row and "answer" in row and prompt is None:
+                prompt, completion = [{"role": "user", "content": row["question"]}], row["answer"]
+            elif "text" in row and prompt is None:
+                prompt, completion = "", row["text"]
+            if prompt is None or completion is None:
+                fail(f"{where}: found the columns {', '.join(row)}; accepted are {FORMATS}")
+            examples.append(as_example(prompt, completion, row, where))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            fail(f"{where}: neither text nor messages of a role and a content ({error})")
     return examples
 
 
@@ -630,14 +655,16 @@ def tokenize(tokenizer, example: dict) -> list[Sequence]:
                 text, add_special_tokens=False, return_offsets_mapping=True
             )  # BOS is in the text
             input_ids = np.array(tokens.input_ids, np.int32)
-            begins = np.array([begin for begin, _ in tokens.offset_mapping])
-            trained = np.any([(begins >= begin) & (begins < end) for begin, end in spans], axis=0)
+            begins, ends = np.array(tokens.offset_mapping).T
+            trained = np.any([(ends > begin) & (begins < end) for begin, end in spans], axis=0)
             # The end token of a trained turn, where a template leaves it outside its marks.
             trained[1:] |= trained[:-1] & np.isin(input_ids[1:], tokenizer.end_ids)
             sequences.append(Sequence(input_ids, trained))
         return sequences
+    if tokenizer.eos_token_id is None:
+        fail("the tokenizer has no end token (EOS), so a completion could not end")
     prompt_ids = tokenizer(example["prompt"]).input_ids
-    if prompt_ids and prompt_ids[-1] in tokenizer.end_ids:  # some tokenizers append EOS by themselves
+    if tokenizer("").input_ids[-1:] == [tokenizer.eos_token_id]:  # a tokenizer that appends EOS by itself
         prompt_ids.pop()
     completion_ids = tokenizer(example["prompt"] + example["completion"]).input_ids
     if completion_ids[: len(prompt_ids)] == prompt_ids:
@@ -901,7 +928,7 @@ def sample_answers(model, tokenizer, sequences: list[Sequence], args, device) ->
     """Sample an answer to what each sequence asks before its last trained turn; compare final answers."""
     starts = [int(np.flatnonzero(np.diff(s.trained, prepend=True) & s.trained)[-1]) for s in sequences]
     asked = [
-        (s.input_ids[:n].tolist(), s.input_ids[n:]) for s, n in zip(sequences, starts, strict=True) if n > 1
+        (s.input_ids[:n].tolist(), s.input_ids[n:][s.trained[n:]]) for s, n in zip(sequences, starts) if n > 1
     ]
     completions, samples = (
         generate(model, tokenizer, [prompt_ids for prompt_ids, _ in asked], args, device),
@@ -1018,9 +1045,13 @@ class Logger:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
         shutil.copy(sys.modules[type(args).__module__].__file__, output_dir)
-        for path in (output_dir / "metrics.jsonl", output_dir / "samples.jsonl"):
-            lines = path.read_text().splitlines() if path.exists() else []  # of a run that is continued
-            path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        for path in (
+            output_dir / "metrics.jsonl",
+            output_dir / "samples.jsonl",
+        ):  # of a run that is continued
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            whole = [line for line in lines if line.endswith("}\n")]  # a killed run may leave half a line
+            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
         say(f"run: {output_dir}, {total_steps:,} steps")
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
         if args.wandb:

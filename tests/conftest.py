@@ -1,7 +1,6 @@
 """Settings, options and fixtures of the tests: offline, CPU, two threads, slow tests only when asked for."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +91,7 @@ if __name__ == "__main__":
 
 
 def start(*command, cwd, timeout=300, **environment) -> subprocess.CompletedProcess:
-    """Run a command to its end, on one thread, without a GPU; after `timeout` seconds kill all it started."""
+    """Run a command to its end, on one thread, without a GPU; after `timeout` seconds end all it started."""
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)} | environment
     process = subprocess.Popen(
         list(map(str, command)),
@@ -101,13 +100,12 @@ def start(*command, cwd, timeout=300, **environment) -> subprocess.CompletedProc
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # torchrun's workers, too
-        process.communicate()
+        process.terminate()  # torchrun ends its workers, if need be by force after 30 seconds
+        process.communicate(timeout=60)
         raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
@@ -148,6 +146,18 @@ def gsm8k() -> Path:
     if not path.is_dir():
         pytest.skip("no local copy of GSM8K")
     return path
+
+
+@pytest.fixture
+def one_cpu(monkeypatch):
+    """One thread, which is fastest for small models and sums alike on any machine, and no GPU."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
