@@ -429,11 +429,10 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process
     cuda, libc = torch.cuda.is_available(), ctypes.CDLL(None)
-    if not cuda and hasattr(
-        libc, "mallopt"
-    ):  # glibc returns big buffers to the system, to page them in again
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: none from outside the heap
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap keeps what it has; about 8 % faster steps
+    if not cuda and hasattr(libc, "mallopt"):
+        # glibc gives big buffers back to the system and pages them in anew at every step: keep them instead.
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer from outside the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -503,13 +502,13 @@ def load_tokenizer(args):
         ends = np.atleast_1d(GenerationConfig.from_pretrained(path).eos_token_id or []).tolist()
     except OSError:
         ends = []
-    if (
-        tokenizer.chat_template
-    ):  # and what the template writes behind a reply (Qwen2.5's base models have another EOS)
+    try:  # and what the template writes behind a reply: Qwen2.5's base models have another EOS
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!")[2]
         behind_ids = tokenizer(behind, add_special_tokens=False).input_ids
         ends += [i for i in behind_ids if i in tokenizer.added_tokens_decoder][:1]
+    except Exception:  # no template, or one that wants another conversation: `render` says so, with the row
+        pass
     tokenizer.end_ids = sorted({int(i) for i in [tokenizer.eos_token_id, *ends] if i is not None})
     return tokenizer
 
@@ -637,9 +636,8 @@ def render(tokenizer, example: dict) -> list[tuple[str, list[tuple[int, int]]]]:
     if not all(body.startswith(head) for head, body in zip(heads, bodies, strict=True)):
         fail(f"{where}: the chat template has no generation marks and renders the prompt anew with a reply")
     spans, ends = [], [tokenizer.decode(i) for i in tokenizer.end_ids]
-    for head, body in zip(
-        heads, bodies, strict=True
-    ):  # up to the last end token, not the line break after it
+    for head, body in zip(heads, bodies, strict=True):
+        # Up to the last end token, without the line break that follows it.
         stops = [body.rfind(end) + len(end) for end in ends if body.rfind(end) >= len(head)]
         spans.append((len(head), max(stops, default=len(body))))
     whole = all(text.startswith(body) for body in bodies)
@@ -651,9 +649,8 @@ def tokenize(tokenizer, example: dict) -> list[Sequence]:
     if "messages" in example:
         sequences = []
         for text, spans in render(tokenizer, example):
-            tokens = tokenizer(
-                text, add_special_tokens=False, return_offsets_mapping=True
-            )  # BOS is in the text
+            # No special tokens: BOS is in the text already.
+            tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             input_ids = np.array(tokens.input_ids, np.int32)
             begins, ends = np.array(tokens.offset_mapping).T
             trained = np.any([(ends > begin) & (begins < end) for begin, end in spans], axis=0)
@@ -664,8 +661,8 @@ def tokenize(tokenizer, example: dict) -> list[Sequence]:
     if tokenizer.eos_token_id is None:
         fail("the tokenizer has no end token (EOS), so a completion could not end")
     prompt_ids = tokenizer(example["prompt"]).input_ids
-    if tokenizer("").input_ids[-1:] == [tokenizer.eos_token_id]:  # a tokenizer that appends EOS by itself
-        prompt_ids.pop()
+    if tokenizer("a").input_ids[-1] != tokenizer("a", add_special_tokens=False).input_ids[-1]:
+        prompt_ids.pop()  # the EOS that some tokenizers append
     completion_ids = tokenizer(example["prompt"] + example["completion"]).input_ids
     if completion_ids[: len(prompt_ids)] == prompt_ids:
         completion_ids = completion_ids[len(prompt_ids) :]
@@ -674,9 +671,7 @@ def tokenize(tokenizer, example: dict) -> list[Sequence]:
     if completion_ids[-1] not in tokenizer.end_ids:
         completion_ids.append(tokenizer.eos_token_id)
     input_ids = np.array(prompt_ids + completion_ids, np.int32)
-    trained = np.arange(len(input_ids)) >= max(
-        1, len(prompt_ids)
-    )  # nothing comes before the first to predict it
+    trained = np.arange(len(input_ids)) >= max(1, len(prompt_ids))  # nothing predicts the first
     return [Sequence(input_ids, trained)]
 
 
@@ -817,9 +812,7 @@ def load_model(args, tokenizer, device):
     """The model with float32 parameters, checked against packed rows, sharded where processes share it."""
     path = locate(args.model)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=args.attn)
-    model.stored_dtype = (
-        AutoConfig.from_pretrained(path).dtype or torch.float32
-    )  # what it is saved in at the end
+    model.stored_dtype = AutoConfig.from_pretrained(path).dtype or torch.float32  # what it is saved in
     for module in model.modules():
         for name in ("p", "dropout", "attention_dropout", "resid_dropout"):
             if isinstance(getattr(module, name, None), float):
@@ -839,15 +832,13 @@ def load_model(args, tokenizer, device):
     model.to(device)
     if dist.is_initialized():
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy()
+        if device.type == "cuda":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for module in [*layers, model]:
-            fully_shard(
-                module, mesh=mesh, mp_policy=half if device.type == "cuda" else MixedPrecisionPolicy()
-            )
+            fully_shard(module, mesh=mesh, mp_policy=policy)
     try:
-        with unsharded(
-            model
-        ):  # resharded behind it: an optimizer made on whole parameters would update copies
+        with unsharded(model):  # sharded again behind it: an optimizer over whole parameters updates copies
             check_packed(model)
     except ValueError as error:
         fail(f"--model {args.model}: {error}")
@@ -1045,13 +1036,12 @@ class Logger:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
         shutil.copy(sys.modules[type(args).__module__].__file__, output_dir)
-        for path in (
-            output_dir / "metrics.jsonl",
-            output_dir / "samples.jsonl",
-        ):  # of a run that is continued
+        for path in (output_dir / "metrics.jsonl", output_dir / "samples.jsonl"):  # that a run continues
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             whole = [line for line in lines if line.endswith("}\n")]  # a killed run may leave half a line
-            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+            partial = path.with_name(f"{path.name}.partial")
+            partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+            partial.rename(path)
         say(f"run: {output_dir}, {total_steps:,} steps")
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
         if args.wandb:

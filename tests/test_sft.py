@@ -419,6 +419,15 @@ def test_prompt_and_completion_as_text(encode, variant, template, adds, pad):
     assert sequence.trained.tolist() == [False] + [True] * (len(sequence.input_ids) - 1)
 
 
+@pytest.mark.xfail(strict=True, reason="tokenize takes that token for an appended EOS")
+def test_tokenizer_that_begins_texts_with_its_eos_keeps_whole_prompts(encode, variant):
+    folder = variant(None, bos="<|im_end|>", adds="<|im_end|> $A")  # as OPT's
+    _, [(_, text, spans)] = encode({"prompt": "The sky is", "completion": " blue."}, model=folder)
+    assert text == "<|im_end|>The sky is blue.<|im_end|>" and spans == [" blue.<|im_end|>"]
+    _, [(_, text, _)] = encode({"text": "The sky is blue."}, model=folder)
+    assert text == "<|im_end|>The sky is blue.<|im_end|>"
+
+
 def test_completion_that_ends_with_eos_gets_no_second_one(encode):
     _, [(_, text, spans)] = encode({"prompt": "The sky is", "completion": " blue.<|im_end|>"})
     assert spans == [" blue.<|im_end|>"] and text.count("<|im_end|>") == 1
@@ -731,6 +740,23 @@ def test_two_bos_tokens_are_an_error(refused, variant):
     refused(r"row 1: .*two BOS", [{"prompt": "<s>The sky is", "completion": " blue."}], model=str(folder))
     doubled = variant("{{ bos_token }}" + TEMPLATES["llama"], bos="<s>")
     refused(r"row 1: .*two BOS", model=str(doubled))
+
+
+@pytest.mark.xfail(strict=True, reason="load_tokenizer renders two turns of its own, unguarded")
+@pytest.mark.parametrize(
+    "template", ["{% for %}", "{{ raise_exception('no') }}", "{{ messages[2].content }}"]
+)
+def test_template_that_breaks_is_an_error(refused, tmp_path, template):
+    path = tmp_path / "template.jinja"
+    path.write_text(template)
+    refused(r"(row 1|template\.jinja)\b", [conversation(*CHAT[:2])], chat_template=str(path))
+
+
+@pytest.mark.xfail(strict=True, reason="load_tokenizer renders two turns of its own, unguarded")
+def test_template_that_needs_a_system_message_works(encode, variant):
+    template = "{{ raise_exception('no') if messages[0].role != 'system' }}" + TEMPLATES["chatml"]
+    _, [(_, _, spans)] = encode({"messages": [SYSTEM, *CHAT]}, model=variant(template))
+    assert spans == ["It is blue.<|im_end|>", "It is green.<|im_end|>"]
 
 
 def test_template_that_renders_the_prompt_anew_is_an_error(refused, variant):
@@ -1091,6 +1117,26 @@ def test_torn_last_line_does_not_stop_a_run_from_continuing(train, tmp_path):
         with open(folder / name, "a") as file:
             file.write('{"step": 3, "prom')
     assert train(sums(8), output_dir=str(folder), resume=True, **flags)[1] == lines
+
+
+@pytest.mark.xfail(strict=True, reason="Logger rewrites the log in place")
+def test_kill_while_a_run_continues_loses_no_metrics(train, monkeypatch):
+    flags = {"max_steps": 2, "save_every": 1}
+    folder, lines = train(sums(8), **flags)
+
+    write = Path.write_text
+
+    def write_half(path, text, *rest, **options):
+        if not path.name.startswith("metrics"):
+            return write(path, text, *rest, **options)
+        write(path, text[: len(text) // 2])
+        raise KeyboardInterrupt  # as if killed here
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write_half)
+        with pytest.raises(KeyboardInterrupt):
+            train(sums(8), output_dir=str(folder), resume=True, **flags)
+    assert read_lines(folder / "metrics.jsonl") == lines
 
 
 def test_continuing_a_finished_run_loses_nothing(train):
