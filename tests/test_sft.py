@@ -419,7 +419,6 @@ def test_prompt_and_completion_as_text(encode, variant, template, adds, pad):
     assert sequence.trained.tolist() == [False] + [True] * (len(sequence.input_ids) - 1)
 
 
-@pytest.mark.xfail(strict=True, reason="tokenize takes that token for an appended EOS")
 def test_tokenizer_that_begins_texts_with_its_eos_keeps_whole_prompts(encode, variant):
     folder = variant(None, bos="<|im_end|>", adds="<|im_end|> $A")  # as OPT's
     _, [(_, text, spans)] = encode({"prompt": "The sky is", "completion": " blue."}, model=folder)
@@ -742,7 +741,6 @@ def test_two_bos_tokens_are_an_error(refused, variant):
     refused(r"row 1: .*two BOS", model=str(doubled))
 
 
-@pytest.mark.xfail(strict=True, reason="load_tokenizer renders two turns of its own, unguarded")
 @pytest.mark.parametrize(
     "template", ["{% for %}", "{{ raise_exception('no') }}", "{{ messages[2].content }}"]
 )
@@ -752,7 +750,6 @@ def test_template_that_breaks_is_an_error(refused, tmp_path, template):
     refused(r"(row 1|template\.jinja)\b", [conversation(*CHAT[:2])], chat_template=str(path))
 
 
-@pytest.mark.xfail(strict=True, reason="load_tokenizer renders two turns of its own, unguarded")
 def test_template_that_needs_a_system_message_works(encode, variant):
     template = "{{ raise_exception('no') if messages[0].role != 'system' }}" + TEMPLATES["chatml"]
     _, [(_, _, spans)] = encode({"messages": [SYSTEM, *CHAT]}, model=variant(template))
@@ -1119,7 +1116,6 @@ def test_torn_last_line_does_not_stop_a_run_from_continuing(train, tmp_path):
     assert train(sums(8), output_dir=str(folder), resume=True, **flags)[1] == lines
 
 
-@pytest.mark.xfail(strict=True, reason="Logger rewrites the log in place")
 def test_kill_while_a_run_continues_loses_no_metrics(train, monkeypatch):
     flags = {"max_steps": 2, "save_every": 1}
     folder, lines = train(sums(8), **flags)
