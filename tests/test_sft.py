@@ -925,15 +925,21 @@ def test_soft_capped_model_trains_with_eager_attention(train, random_model, tmp_
     assert lines[-1]["loss"] < lines[1]["loss"] and lines[-1]["eval/loss"] < lines[0]["eval/loss"]
 
 
-def test_held_out_loss_does_not_depend_on_the_rows(encode, random_model, one_cpu):
+def test_held_out_loss_is_that_of_the_trained_tokens_for_any_rows(encode, random_model, one_cpu):
     tokenizer, found = encode(*sums(9), {"prompt": "The sky is", "completion": " blue" * 60})
     sequences, device = [sequence for sequence, _, _ in found], torch.device("cpu")
     model = sft.load_model(sft.Args(model=str(random_model)), tokenizer, device)
-    losses = [
-        sft.held_out_loss(model, sequences, sft.Args(max_tokens_per_micro_batch=budget), device)
-        for budget in (32, 100, 8192)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] == pytest.approx(losses[2], rel=1e-6)
+    losses, right = [], []
+    for input_ids, trained in sequences:
+        with torch.no_grad():
+            logprobs = model(input_ids=torch.tensor(input_ids[None]).long()).logits[0].log_softmax(-1)
+        for position in np.flatnonzero(trained):
+            losses.append(-logprobs[position - 1, int(input_ids[position])].item())
+            right.append(logprobs[position - 1].argmax().item() == input_ids[position])
+    for budget in (32, 100, 8192):
+        args = sft.Args(max_tokens_per_micro_batch=budget)
+        loss, accuracy = sft.held_out_loss(model, sequences, args, device)
+        assert loss == pytest.approx(np.mean(losses), rel=1e-5) and accuracy == pytest.approx(np.mean(right))
 
 
 @pytest.mark.parametrize("kind", ["marks", "pad is EOS"])
