@@ -116,7 +116,7 @@ class Args:
 
     # Optimization
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW; 1e-3 suits tiny/, TRL uses 2e-5 for models of billions of parameters."""
+    """Peak learning rate of AdamW; the default suits tiny/, models of billions 2e-5 (SFT) to 1e-6 (DPO)."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Shape of the learning rate after warm-up; linear and cosine end at 0."""
     warmup_steps: int = 10
@@ -128,7 +128,7 @@ class Args:
     max_grad_norm: float = 1.0
     """Largest gradient norm over all parameters; larger gradients are scaled down to it (TRL: 1.0)."""
     batch_size: int = 32
-    """Sequences per optimizer step, over all processes."""
+    """Sequences, or pairs of them, per optimizer step over all processes."""
     max_tokens_per_micro_batch: int = 8192
     """Tokens of a packed row: memory only, never the result. A longer sequence gets its own row."""
     num_epochs: float = 3.0
@@ -150,7 +150,7 @@ class Args:
     seed: int = 1
     """Seed of the data order, the noise and the sampling."""
     output_dir: str | None = None
-    """Folder of the run; by default runs/sft_<seed>_<time>."""
+    """Folder of the run; by default runs/<script>_<seed>_<time>."""
     resume: bool = False
     """Continue the run in --output-dir from its last checkpoint."""
     save_every: int = 500
@@ -242,12 +242,22 @@ def lr_factor(step: int, *, total_steps: int, warmup_steps: int, lr_schedule: st
 # ------------------------------------------------------------------------------------------------------------
 # Training
 # ------------------------------------------------------------------------------------------------------------
+COLUMNS = {  # of the terminal's lines
+    "loss": ".4f",
+    "mean_token_accuracy": ".3f",
+    "grad_norm": ".2f",
+    "learning_rate": ".1e",
+    "tokens_per_second": ",.0f",
+}
+
+
 def main(args: Args) -> dict:
     """Train as `args` says and return the last metrics."""
     rank, world_size, device = setup_distributed()
     torch.manual_seed(args.seed)
     output_dir = choose_output_dir(args, "sft")
     tokenizer = load_tokenizer(args)
+    tokenizer.add_tokens(list(args.add_special_tokens), special_tokens=True)
     sources, shares, epoch_size = load_mixture(tokenizer, args)
     sequences = [sequence for source in sources for sequence in source]
     lengths = np.array([len(sequence.input_ids) for sequence in sequences])
@@ -258,7 +268,7 @@ def main(args: Args) -> dict:
     stream = data_order(lengths, sources, shares, epoch_size, num_epochs, args.order, args.seed)
     show_sequence(tokenizer, sequences[stream[0]])
 
-    model = load_model(args, tokenizer, device)
+    model = load_model(args.model, args, tokenizer, device)
     optimizer = make_optimizer(model, args)
     hidden_size = model.config.get_text_config().hidden_size
     row_size = args.max_tokens_per_micro_batch
@@ -387,13 +397,6 @@ class Sequence(NamedTuple):
 
 
 FILLER = Sequence(np.zeros(1, np.int32), np.zeros(1, bool))  # for a process that has no row: trains nothing
-COLUMNS = {  # of the terminal's lines
-    "loss": ".4f",
-    "mean_token_accuracy": ".3f",
-    "grad_norm": ".2f",
-    "learning_rate": ".1e",
-    "tokens_per_second": ",.0f",
-}
 FORMATS = "messages; prompt + completion; question + answer; text"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -476,7 +479,7 @@ def choose_output_dir(args, script: str) -> Path:
 
 
 def load_tokenizer(args):
-    """The tokenizer of --model, its chat template, new special tokens, and `end_ids`: what may end a turn.
+    """The tokenizer of --model, its chat template, and `end_ids`: what may end a turn.
 
     The architecture is checked here as well, before anything slow is loaded.
     """
@@ -497,7 +500,6 @@ def load_tokenizer(args):
             fail(f"--chat-template {args.chat_template}: no such file")
         tokenizer.chat_template = Path(args.chat_template).read_text(encoding="utf-8")
     tokenizer.known_size = len(tokenizer)  # tokens from here on have no embedding yet
-    tokenizer.add_tokens(list(args.add_special_tokens), special_tokens=True)
     try:  # Gemma and Llama 3 end a turn with a token that only their generation config names
         ends = np.atleast_1d(GenerationConfig.from_pretrained(path).eos_token_id or []).tolist()
     except OSError:
@@ -808,15 +810,15 @@ def data_order(
     return np.concatenate(stream)
 
 
-def load_model(args, tokenizer, device):
-    """The model with float32 parameters, checked against packed rows, sharded where processes share it."""
-    path = locate(args.model)
+def load_model(name: str, args, tokenizer, device):
+    """A model with float32 parameters, checked against packed rows, sharded where processes share it."""
+    path = locate(name)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=args.attn)
     model.stored_dtype = AutoConfig.from_pretrained(path).dtype or torch.float32  # what it is saved in
     for module in model.modules():
-        for name in ("p", "dropout", "attention_dropout", "resid_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
     if len(tokenizer) > len(model.get_input_embeddings().weight):  # Qwen's tables have spare rows
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     new = slice(tokenizer.known_size, len(tokenizer))
@@ -841,9 +843,9 @@ def load_model(args, tokenizer, device):
         with unsharded(model):  # sharded again behind it: an optimizer over whole parameters updates copies
             check_packed(model)
     except ValueError as error:
-        fail(f"--model {args.model}: {error}")
+        fail(f"{name}: {error}")
     size = sum(p.numel() for p in model.parameters())
-    say(f"{args.model}: {model.config.model_type}, {size:,} parameters, {device.type}, attention {args.attn}")
+    say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, attention {args.attn}")
     return model
 
 
@@ -945,11 +947,15 @@ def final_answer(text: str) -> str:
     return text.rsplit("####", 1)[-1].strip().replace(",", "")
 
 
-def save_checkpoint(output_dir: Path, model, optimizer, step: int, num_tokens: int, keep: int):
-    """Write all that a continued run needs beside the older ones, rename it into place, drop the oldest."""
+def save_checkpoint(output_dir: Path, model, optimizer, step: int, num_tokens: int, keep: int, others=None):
+    """Write all that a continued run needs beside the older ones, rename it into place, drop the oldest.
+
+    `others` are further models that move, by name.
+    """
     folder, (rank, _) = output_dir / "checkpoints", process()
     weights, moments = dcp_state.get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments, "step": step, "num_tokens": num_tokens}
+    state |= {name: dcp_state.get_model_state_dict(other) for name, other in (others or {}).items()}
     state[f"rng_{rank}"] = torch.get_rng_state()
     partial, name = folder / "partial", f"step_{step:08d}"
     dcp.save(state, checkpoint_id=partial, no_dist=not dist.is_initialized())
@@ -962,7 +968,7 @@ def save_checkpoint(output_dir: Path, model, optimizer, step: int, num_tokens: i
         dist.barrier()
 
 
-def load_checkpoint(output_dir: Path, model, optimizer) -> tuple[int, int]:
+def load_checkpoint(output_dir: Path, model, optimizer, others=None) -> tuple[int, int]:
     """Restore the last complete checkpoint -> its step and token count; (0, 0) where there is none yet."""
     found = sorted((output_dir / "checkpoints").glob("step_*"))
     if not found:
@@ -970,12 +976,15 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> tuple[int, int]:
         return 0, 0
     weights, moments = dcp_state.get_state_dict(model, optimizer)
     state, rng = {"model": weights, "optimizer": moments, "step": 0, "num_tokens": 0}, f"rng_{process()[0]}"
+    state |= {name: dcp_state.get_model_state_dict(other) for name, other in (others or {}).items()}
     state[rng] = torch.get_rng_state()  # stays so where more processes continue than had begun
     planner = dcp.default_planner.DefaultLoadPlanner(allow_partial_load=True)
     dcp.load(state, checkpoint_id=found[-1], planner=planner, no_dist=not dist.is_initialized())
     dcp_state.set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
+    for name, other in (others or {}).items():
+        dcp_state.set_model_state_dict(other, state[name])
     torch.set_rng_state(state[rng])
     say(f"continuing from {found[-1]}")
     return state["step"], state["num_tokens"]
@@ -1088,6 +1097,14 @@ class Logger:
             signal.signal(number, handler)
         if process()[0] == 0:
             self.bar.close()
+            lines = map(json.loads, (self.output_dir / "metrics.jsonl").read_text().splitlines())
+            curves = {}
+            for line in lines:
+                for key in line:
+                    if key.startswith("eval/"):
+                        curves.setdefault(key, []).append(line[key])
+            for key, values in curves.items():
+                say(f"  {key:<30} {values[0]:.4g} -> {values[-1]:.4g}")
             say(message)
         if self.wandb:
             self.wandb.finish()

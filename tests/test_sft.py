@@ -540,7 +540,7 @@ def test_tokenizer_without_template_falls_back_to_chatml(encode, random_model, t
     assert text.startswith("<|im_start|>user\nWhat color is the sky?<|im_end|>\n<|im_start|>assistant\nIt")
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.eos_token_id in tokenizer.end_ids
     assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [size, size + 1]
-    model = sft.load_model(sft.Args(model=str(folder)), tokenizer, torch.device("cpu"))
+    model = sft.load_model(str(folder), sft.Args(model=str(folder)), tokenizer, torch.device("cpu"))
     assert_new_rows_are_the_mean(model, random_model, size, 2)
     assert len(model.get_input_embeddings().weight) == size + 2
 
@@ -568,7 +568,7 @@ def test_new_special_tokens_start_as_the_mean_of_the_old_ones(encode, random_mod
     tokenizer, [(sequence, _, spans)] = encode(example, model=folder, **flags)
     assert spans == ["<think>six</think>blue<|im_end|>"]
     assert {size, size + 1} <= set(sequence.input_ids.tolist())
-    model = sft.load_model(sft.Args(model=str(folder), **flags), tokenizer, torch.device("cpu"))
+    model = sft.load_model(str(folder), sft.Args(model=str(folder), **flags), tokenizer, torch.device("cpu"))
     assert len(model.get_input_embeddings().weight) == size + (spare or 2)
     assert_new_rows_are_the_mean(model, random_model, size, 2)
 
@@ -928,7 +928,7 @@ def test_soft_capped_model_trains_with_eager_attention(train, random_model, tmp_
 def test_held_out_loss_is_that_of_the_trained_tokens_for_any_rows(encode, random_model, one_cpu):
     tokenizer, found = encode(*sums(9), {"prompt": "The sky is", "completion": " blue" * 60})
     sequences, device = [sequence for sequence, _, _ in found], torch.device("cpu")
-    model = sft.load_model(sft.Args(model=str(random_model)), tokenizer, device)
+    model = sft.load_model(str(random_model), sft.Args(model=str(random_model)), tokenizer, device)
     losses, right = [], []
     for input_ids, trained in sequences:
         with torch.no_grad():
@@ -949,7 +949,7 @@ def test_sampled_answers_do_not_depend_on_the_padding(variant, random_model, one
     prompts = [[(7 * i + n) % 300 + 3 for i in range(n)] for n in lengths]
     args = sft.Args(model=str(folder), temperature=0, max_completion_length=12)
     tokenizer = sft.load_tokenizer(args)
-    model = sft.load_model(args, tokenizer, device)
+    model = sft.load_model(args.model, args, tokenizer, device)
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for layer in [*model.model.layers, *stock.model.layers]:
         for weight in layer.parameters():
@@ -969,7 +969,7 @@ def test_sampled_answers_do_not_depend_on_the_padding(variant, random_model, one
 def test_sampling_leaves_the_random_state_and_the_settings_of_the_model_alone(random_model, one_cpu):
     args = sft.Args(model=str(random_model), max_completion_length=8)
     tokenizer = sft.load_tokenizer(args)
-    model = sft.load_model(args, tokenizer, torch.device("cpu"))
+    model = sft.load_model(args.model, args, tokenizer, torch.device("cpu"))
     before, own = torch.get_rng_state(), model.generation_config
     first = sft.generate(model, tokenizer, [[5, 6, 7]] * 20, args, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), before) and model.generation_config is own
@@ -1069,7 +1069,7 @@ def test_dropout_is_off(encode, random_model, tmp_path, one_cpu):
     config = GPT2Config(vocab_size=500, n_positions=64, n_embd=64, n_layer=2, n_head=4, **rates)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer, [(sequence, _, _)] = encode({"messages": CHAT[:2]}, model=folder)
-    model = sft.load_model(sft.Args(model=str(folder)), tokenizer, torch.device("cpu")).train()
+    model = sft.load_model(str(folder), sft.Args(model=str(folder)), tokenizer, torch.device("cpu")).train()
     batch = collate([sequence])
     assert torch.equal(token_logprobs(model, batch), token_logprobs(model, batch))
 
@@ -1106,7 +1106,7 @@ def test_nonfinite_step_ends_the_run_before_its_update(train, monkeypatch, capsy
     assert not (folder / "model").exists()
     flags = json.loads((folder / "args.json").read_text()) | {"resume": True}
     args = sft.Args(**flags)
-    model = sft.load_model(args, sft.load_tokenizer(args), torch.device("cpu"))
+    model = sft.load_model(args.model, args, sft.load_tokenizer(args), torch.device("cpu"))
     assert sft.load_checkpoint(folder, model, sft.make_optimizer(model, args))[0] == 1
     now = train.models[0].state_dict()
     assert all(torch.equal(now[name], weight) for name, weight in model.state_dict().items())

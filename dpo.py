@@ -1,0 +1,1614 @@
+"""Direct preference optimization (DPO): learn which of two answers is preferred, without a reward model.
+
+    L(theta) = -E log sigma( beta log pi(y_w|x) / ref(y_w|x) - beta log pi(y_l|x) / ref(y_l|x) )
+
+Eq. 7 of arXiv:2305.18290: logistic regression on the difference of implicit rewards, beta log pi/ref, of the
+chosen answer y_w and the rejected answer y_l to the prompt x. `--loss` has its relatives. The loop:
+
+    0. Reference  log-probs of all pairs under the reference, once, cached on disk; then it leaves the memory
+    1. Batch      take the next `--batch-size` pairs and pack them, both answers of a pair in one row
+    2. Log-probs  sum them over each answer under the policy
+    3. Loss       one number a pair, from the four log-probs; their mean over the whole optimizer batch
+    4. Update     clip the gradient, learning-rate schedule, AdamW
+    5. Evaluate   accuracy on held-out pairs, sampled answers; log; save
+
+What DPO is known to do besides: the log-prob of the chosen answer may fall, too, so long as the rejected
+one's falls faster (likelihood displacement, arXiv:2410.08847). `logps/chosen_drift` always shows it.
+
+Deviations from the paper, each with its reason:
+    1. AdamW with the schedule of sft.py in place of RMSprop: TRL's and everybody's choice since.
+    2. The mean is over the pairs of the optimizer batch, whatever `--max-tokens-per-micro-batch` is.
+    3. `--loss bco` has no running mean of rewards (delta of arXiv:2404.04656, Eq. 10), as in TRL 1.16.
+
+    python dpo.py                                              # CPU, offline, 3 minutes on 2 cores
+    python dpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset trl-lib/ultrafeedback_binarized \
+        --learning-rate 1e-6 --batch-size 64 --max-length 2048 --max-tokens-per-micro-batch 16384
+
+Shapes: N tokens in a row, B pairs, C trained (completion) tokens, H hidden size, V vocabulary.
+"""
+
+import ctypes
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import warnings
+from bisect import bisect_left, insort
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as dcp_state
+import torch.nn.functional as F
+import transformers
+import tyro
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from common import (
+    check_attention,
+    check_packed,
+    collate,
+    completion_states,
+    fsdp_forward,
+    head_logits,
+    head_settings,
+    kl_full,
+    segment_sum,
+    token_logprobs,
+)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Arguments
+# ------------------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    # Model
+    model: str = "tiny/sft"
+    """Model to fine-tune: a hub id or a folder."""
+    ref_model: str | None = None
+    """Reference model: a hub id or a folder; by default --model as it is before training."""
+    ref: Literal["cached", "live"] = "cached"
+    """Reference log-probs from one pass before training, cached on disk, or from a second model in memory."""
+    cache_dir: str = "runs/cache"
+    """Folder of cached log-probs, found again by model, tokens and attention."""
+    sync_ref_every: int = 0
+    """Optimizer steps between moves of a live reference towards the policy (TR-DPO: 512); 0 is never."""
+    sync_ref_alpha: float = 0.6
+    """Share of the policy in the moved reference (TR-DPO, arXiv:2404.09656: 0.6; 1 replaces it)."""
+    chat_template: str | None = None
+    """File with a Jinja chat template to use instead of the tokenizer's own."""
+    attn: str = "packed"
+    """Attention: packed, or flash_attention_2 where it is installed, or eager (exact, slow)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about 30 % slower, far less memory, the same result."""
+    compile: bool = False
+    """Compile each layer with torch.compile."""
+
+    # Data
+    dataset: tuple[str, ...] = ("tiny/data/preference_train.jsonl",)
+    """Hub ids or local .jsonl/.json/.parquet/.csv files or saved datasets."""
+    dataset_config: str | None = None
+    """Configuration name of the hub dataset ("main" for openai/gsm8k)."""
+    dataset_split: str = "train"
+    """Split of the hub dataset to train on."""
+    eval_dataset: str | None = None
+    """Held-out dataset; by default the one of tiny/ if tiny/ is trained on, else none."""
+    eval_split: str = "test"
+    """Split of the hub dataset to evaluate on."""
+    eval_fraction: float = 0.0
+    """Share of the training prompts, with all their pairs, that is held out in place of an --eval-dataset."""
+    order: Literal["shuffled", "given", "length"] = "shuffled"
+    """Order of the sequences within an epoch; `length` goes from short to long (a curriculum)."""
+    dedupe: bool = True
+    """Drop sequences that repeat an earlier one exactly."""
+    max_length: int = 1024
+    """Longest sequence in tokens (TRL: 1024)."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What happens to longer sequences; both are counted in the log."""
+    ches_filter_fraction: float = 0.0
+    """Share of the pairs to drop, those most alike to the reference by CHES score (arXiv:2410.08847)."""
+    share_prompt: bool = False
+    """Put a pair's prompt into the row once, seen by both answers (arXiv:2410.20305): the same result."""
+
+    # Loss
+    loss: Literal[
+        "sigmoid",
+        "robust",
+        "hinge",
+        "exo",
+        "nca",
+        "bco",
+        "sppo",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "sigmoid_norm",
+        "dpop",
+        "tdpo1",
+        "tdpo2",
+        "step_dpo",
+    ] = "sigmoid"
+    """Loss of a pair: DPO's, or one of its relatives, each a function with its paper below."""
+    beta: float = 0.1
+    """Strength of the tie to the reference: the implicit reward is beta log pi/ref (DPO: 0.1 to 0.5)."""
+    label_smoothing: float | None = None
+    """Share of labels believed flipped (cDPO, robust), or smoothing (exo); by default 1e-3 for exo or 0."""
+    dpop_lambda: float = 50.0
+    """Weight of DPOP's penalty on chosen answers below the reference (arXiv:2402.13228: 5 to 500)."""
+    discopop_tau: float = 0.05
+    """Temperature of DiscoPOP's switch between its two losses (arXiv:2406.08414: 0.05)."""
+    tdpo_alpha: float = 0.5
+    """Weight of TDPO2's difference of sequential KLs (arXiv:2404.11999: 0.5)."""
+    sft_coef: float = 0.0
+    """Weight of the chosen answers' mean negative log-likelihood per token (RPO, arXiv:2404.19733: 1)."""
+
+    # Optimization
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW; the default suits tiny/, models of billions 2e-5 (SFT) to 1e-6 (DPO)."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up; linear and cosine end at 0."""
+    warmup_steps: int = 10
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments (TRL: 0.9, 0.999)."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, on matrices only (TRL: 0)."""
+    max_grad_norm: float = 1.0
+    """Largest gradient norm over all parameters; larger gradients are scaled down to it (TRL: 1.0)."""
+    batch_size: int = 32
+    """Sequences, or pairs of them, per optimizer step over all processes."""
+    max_tokens_per_micro_batch: int = 8192
+    """Tokens of a packed row: memory only, never the result. A longer sequence gets its own row."""
+    num_epochs: float = 1.0
+    """Passes over the training set (TRL: 3)."""
+    max_steps: int = 0
+    """Optimizer steps; 0 derives them from --num-epochs."""
+
+    # Evaluation and output
+    eval_every: int = 50
+    """Optimizer steps between evaluations; 0 evaluates only before and after."""
+    num_eval: int = 256
+    """Rows of the evaluation sets that are used; 0 uses all."""
+    max_completion_length: int = 128
+    """Longest sampled answer in tokens, in evaluation."""
+    generation_batch_size: int = 64
+    """Prompts that are sampled at once, in evaluation."""
+    temperature: float = 1.0
+    """Sampling temperature in evaluation; 0 is greedy."""
+    seed: int = 1
+    """Seed of the data order, the noise and the sampling."""
+    output_dir: str | None = None
+    """Folder of the run; by default runs/<script>_<seed>_<time>."""
+    resume: bool = False
+    """Continue the run in --output-dir from its last checkpoint."""
+    save_every: int = 500
+    """Optimizer steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C."""
+    keep_checkpoints: int = 2
+    """How many of the last checkpoints stay on disk."""
+    log_every: int = 10
+    """Optimizer steps between lines on the terminal; metrics.jsonl has one line a step."""
+    wandb: bool = False
+    """Log to Weights & Biases as well (WANDB_MODE=offline works)."""
+
+    def __post_init__(self):
+        on_tiny = self.dataset == ("tiny/data/preference_train.jsonl",) and not self.eval_fraction
+        self.eval_dataset = self.eval_dataset or ("tiny/data/preference_eval.jsonl" if on_tiny else None)
+        if self.label_smoothing is None:
+            self.label_smoothing = 1e-3 if self.loss == "exo" else 0.0
+        for name in (
+            "max_length",
+            "max_tokens_per_micro_batch",
+            "batch_size",
+            "keep_checkpoints",
+            "log_every",
+        ):
+            if getattr(self, name) < 1:
+                fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        for name in ("eval_fraction", "ches_filter_fraction", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                fail(f"--{name.replace('_', '-')} must lie in [0, 1), not {getattr(self, name)}")
+        if self.beta <= 0:
+            fail(f"--beta must be above 0, not {self.beta}")
+        if self.loss == "robust" and self.label_smoothing >= 0.5:
+            fail("--loss robust divides by 1 - 2 x --label-smoothing, which must therefore be below 0.5")
+        if self.loss == "exo" and self.label_smoothing == 0:
+            fail("--loss exo takes the logarithm of --label-smoothing, which must therefore be above 0")
+        if self.label_smoothing and self.loss not in ("sigmoid", "step_dpo", "sigmoid_norm", "robust", "exo"):
+            fail(f"--label-smoothing means nothing to --loss {self.loss}")
+        if self.loss in ("tdpo1", "tdpo2") and self.ref == "cached":
+            fail(f"--loss {self.loss} needs the reference's whole distributions: add --ref live")
+        if self.sync_ref_every and self.ref == "cached":
+            fail("--sync-ref-every moves the reference, so its log-probs cannot be cached: add --ref live")
+        if self.eval_fraction and self.eval_dataset:
+            fail("--eval-fraction and --eval-dataset both name the held-out pairs: give one of them")
+        if self.resume and not self.output_dir:
+            fail("--resume needs --output-dir: which run should continue?")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Algorithm
+# ------------------------------------------------------------------------------------------------------------
+def log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps):
+    """log pi/ref of the chosen and the rejected answers, (B,) each, from four summed log-probs (B,).
+
+    Times beta these are DPO's implicit rewards (Eq. 5, arXiv:2305.18290), up to a term of the prompt's.
+    """
+    return chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
+
+
+def dpo_loss(
+    chosen_logps: torch.Tensor,
+    rejected_logps: torch.Tensor,
+    ref_chosen_logps: torch.Tensor,
+    ref_rejected_logps: torch.Tensor,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """DPO of each pair, (B,) from four summed log-probs (B,) in nats (Eq. 7, arXiv:2305.18290).
+
+    With label_smoothing e it is cDPO: the labels are wrong with probability e, and the loss is the cross
+    entropy against that (Mitchell 2023, Eq. 3): -(1 - e) log sigma(m) - e log sigma(-m).
+    """
+    chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)  # (B,)
+    margins = beta * (chosen - rejected)  # (B,)
+    return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+
+
+# Its relatives take the same four log-probs (B,) as *logps and give the loss of each pair, (B,). In them
+# chosen and rejected are the log-ratios log pi/ref of a pair, and m = beta (chosen - rejected) is its margin.
+
+
+def robust_loss(*logps, beta: float, label_smoothing: float) -> torch.Tensor:
+    """rDPO: unbiased where labels are flipped with probability label_smoothing < 1/2 (arXiv:2403.00409)."""
+    right, flipped = dpo_loss(*logps, beta=beta), dpo_loss(*logps, beta=beta, label_smoothing=1)
+    return ((1 - label_smoothing) * right - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def hinge_loss(*logps, beta: float) -> torch.Tensor:
+    """SLiC's hinge on DPO's margin, max(0, 1 - m) (arXiv:2305.10425, so normalized in arXiv:2309.06657)."""
+    chosen, rejected = log_ratios(*logps)
+    return F.relu(1 - beta * (chosen - rejected))
+
+
+def exo_loss(*logps, beta: float, label_smoothing: float) -> torch.Tensor:
+    """EXO: KL(policy's preference || smoothed labels), the reverse of DPO's (Eq. 16, arXiv:2402.00856)."""
+    chosen, rejected = log_ratios(*logps)
+    log_p, log_q = (F.logsigmoid(sign * beta * (chosen - rejected)) for sign in (1, -1))  # preferred, or not
+    return log_p.exp() * (log_p - math.log1p(-label_smoothing)) + log_q.exp() * (
+        log_q - math.log(label_smoothing)
+    )
+
+
+def nca_loss(*logps, beta: float) -> torch.Tensor:
+    """NCA for two answers: raises the chosen reward itself, not only the difference (arXiv:2402.05369)."""
+    chosen, rejected = (beta * log_ratio for log_ratio in log_ratios(*logps))
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def bco_loss(*logps, beta: float) -> torch.Tensor:
+    """BCO: a binary classifier of good and bad answers (arXiv:2404.04656; deviation 3: no shift)."""
+    chosen, rejected = log_ratios(*logps)
+    return -F.logsigmoid(beta * chosen) - F.logsigmoid(-beta * rejected)
+
+
+def sppo_loss(*logps, beta: float) -> torch.Tensor:
+    """SPPO-hard: log-ratios to 1/(2 beta) and -1/(2 beta), each by itself (Eq. 4.7, arXiv:2405.00675)."""
+    chosen, rejected = log_ratios(*logps)
+    return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
+
+
+def apo_zero_loss(*logps, beta: float) -> torch.Tensor:
+    """APO-zero: chosen up, rejected down; where chosen answers beat the model's (Eq. 7, arXiv:2408.06266)."""
+    chosen, rejected = log_ratios(*logps)
+    return 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
+
+
+def apo_down_loss(*logps, beta: float) -> torch.Tensor:
+    """APO-down: both down, rejected more; where the model beats chosen answers (Eq. 8, arXiv:2408.06266)."""
+    chosen, rejected = log_ratios(*logps)
+    return torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(beta * (chosen - rejected))
+
+
+def discopop_loss(*logps, beta: float, discopop_tau: float) -> torch.Tensor:
+    """DiscoPOP: logistic loss and e^-m, mixed by sigma(m / tau) (Eq. 5, arXiv:2406.08414)."""
+    chosen, rejected = log_ratios(*logps)
+    margins = beta * (chosen - rejected)  # (B,)
+    mixing = torch.sigmoid(margins / discopop_tau)  # (B,)
+    return (1 - mixing) * -F.logsigmoid(margins) + mixing * torch.exp(-margins)
+
+
+def sigmoid_norm_loss(*avg_logps, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Length-normalized DPO: DPO of log-probs averaged over an answer's tokens (Tulu 3, arXiv:2411.15124)."""
+    return dpo_loss(*avg_logps, beta=beta, label_smoothing=label_smoothing)
+
+
+def dpop_loss(*logps, beta: float, dpop_lambda: float) -> torch.Tensor:
+    """DPO-Positive: takes lambda x what the chosen answer lost to the reference off m (arXiv:2402.13228)."""
+    chosen, rejected = log_ratios(*logps)
+    return -F.logsigmoid(beta * (chosen - rejected - dpop_lambda * F.relu(-chosen)))
+
+
+def tdpo1_loss(*logps, chosen_kls: torch.Tensor, rejected_kls: torch.Tensor, beta: float) -> torch.Tensor:
+    """TDPO1: DPO minus the difference of sequential KLs (arXiv:2404.11999, section 4.3).
+
+    The KLs (B,) are sum_t KL(ref || pi) over the vocabulary at each token of an answer (`logprobs_and_kls`).
+    """
+    chosen, rejected = log_ratios(*logps)
+    return -F.logsigmoid(beta * (chosen - rejected) - beta * (rejected_kls - chosen_kls))
+
+
+def tdpo2_loss(
+    *logps, chosen_kls: torch.Tensor, rejected_kls: torch.Tensor, beta: float, tdpo_alpha: float
+) -> torch.Tensor:
+    """TDPO2: as TDPO1, weighted by alpha, and without gradient into the chosen answer's KL."""
+    chosen, rejected = log_ratios(*logps)
+    return -F.logsigmoid(
+        beta * (chosen - rejected) - tdpo_alpha * beta * (rejected_kls - chosen_kls.detach())
+    )
+
+
+LOSSES = {
+    "sigmoid": dpo_loss,
+    "robust": robust_loss,
+    "hinge": hinge_loss,
+    "exo": exo_loss,
+    "nca": nca_loss,
+    "bco": bco_loss,
+    "sppo": sppo_loss,
+    "apo_zero": apo_zero_loss,
+    "apo_down": apo_down_loss,
+    "discopop": discopop_loss,
+    "sigmoid_norm": sigmoid_norm_loss,
+    "dpop": dpop_loss,
+    "tdpo1": tdpo1_loss,
+    "tdpo2": tdpo2_loss,
+    "step_dpo": dpo_loss,  # of the first step in which the answers differ (arXiv:2406.18629)
+}
+
+
+def preferred(margins: torch.Tensor) -> torch.Tensor:
+    """1 where the chosen answer has the higher reward, 1/2 in a tie, 0 else: margins (B,) -> (B,)."""
+    return (1 + margins.sign() * (margins.abs() > TIE)) / 2
+
+
+def ches_scores(chosen_states, rejected_states, chosen_counts, rejected_counts) -> torch.Tensor:
+    """How alike the answers of a pair are to a model, (B,): high ones displace likelihood when trained on.
+
+    CHES (arXiv:2410.08847, Def. 2), normalized by length as for its filter: <h_w, h_l> - |h_w|^2, where h_w
+    and h_l, (B, H), sum the last hidden states that predict an answer's tokens, divided by their counts (B,).
+    """
+    chosen, rejected = (
+        chosen_states / chosen_counts[:, None],
+        rejected_states / rejected_counts[:, None],
+    )  # (B, H)
+    return (chosen * rejected).sum(-1) - chosen.square().sum(-1)
+
+
+@fsdp_forward
+def logprobs_and_kls(policy, batch, ref_states, ref_head, chunk_size: int = 512):
+    """Of each trained token of a row: log-prob under policy and reference, and KL(ref || policy), (C,) each.
+
+    The reference comes as the states (C, H) that predict the tokens, and its head. Logits exist for
+    `chunk_size` tokens at a time and are computed again in the backward pass.
+    """
+    states, head = completion_states(policy, batch), head_settings(policy)  # (C, H)
+    targets = batch.input_ids[0, batch.completion_index]  # (C,)
+
+    def of_chunk(states, ref_states, targets):
+        logits, ref_logits = head_logits(states, *head), head_logits(ref_states, *ref_head)  # (c, V) each
+        picked = [x.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1) for x in (logits, ref_logits)]
+        return *picked, kl_full(ref_logits, logits)
+
+    chunks = zip(
+        states.split(chunk_size), ref_states.split(chunk_size), targets.split(chunk_size), strict=True
+    )
+    outputs = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+
+def lr_factor(step: int, *, total_steps: int, warmup_steps: int, lr_schedule: str) -> float:
+    """The learning rate of the 1-based `step` as a share of its peak: linear warm-up, then down towards 0."""
+    if step <= warmup_steps:
+        return step / warmup_steps
+    done = (step - warmup_steps - 1) / max(1, total_steps - warmup_steps)  # in [0, 1)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[lr_schedule]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------------------
+TIE = 1e-4  # rewards closer than this are equal: float32 sums of some hundred log-probs differ by 1e-5
+DISPLACED_STEPS = 20  # so many steps in a row with chosen answers below the reference bring the warning
+MEANS = (  # over the pairs of a batch
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/ties",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "logps/chosen_drift",
+)
+COLUMNS = {  # of the terminal's lines
+    "loss": ".4f",
+    "rewards/accuracies": ".3f",
+    "rewards/margins": ".3f",
+    "logps/chosen_drift": "+.2f",
+    "grad_norm": ".2f",
+    "learning_rate": ".1e",
+    "tokens_per_second": ",.0f",
+}
+
+
+def main(args: Args) -> dict:
+    """Train as `args` says and return the last metrics."""
+    rank, world_size, device = setup_distributed()
+    torch.manual_seed(args.seed)
+    output_dir = choose_output_dir(args, "dpo")
+    tokenizer = load_tokenizer(args)
+    check_reference(args, tokenizer)
+    pairs, held_out = load_preferences(tokenizer, args, args.loss == "step_dpo")
+    ref_name, live = args.ref_model or args.model, args.ref == "live"
+    if args.ches_filter_fraction:
+        pairs = ches_filter(pairs, ref_name, args, tokenizer, device)
+    epoch_size, lengths = (
+        len(pairs),
+        np.array([row_length(pair, args.share_prompt) for pair in pairs]),
+    )  # (P,)
+    total_steps = args.max_steps or max(1, math.ceil(args.num_epochs * epoch_size / args.batch_size))
+    num_epochs = math.ceil(total_steps * args.batch_size / epoch_size)
+    stream = data_order(lengths, [pairs], [1], epoch_size, num_epochs, args.order, args.seed)
+    used, stream = np.unique(stream[: total_steps * args.batch_size], return_inverse=True)
+    pairs, lengths = [pairs[i] for i in used], lengths[used]  # from here on only those that a step meets
+    counts = count_tokens(pairs)  # (P, 2)
+    for sequence in pairs[stream[0]]:
+        show_sequence(tokenizer, sequence)
+
+    # 0. Reference: log-probs (P, 2) of chosen and rejected under it and under the starting policy, for drift
+    start_is_ref = ref_name == args.model and not args.sync_ref_every
+    start_logps = None if live and start_is_ref else cached_logps(args.model, pairs, args, tokenizer, device)
+    ref_logps, held_out_ref_logps = start_logps if start_is_ref else None, None
+    if not live:
+        held_out_ref_logps = cached_logps(ref_name, held_out, args, tokenizer, device)
+        if not start_is_ref:
+            ref_logps = cached_logps(ref_name, pairs, args, tokenizer, device)
+    ref_policy = load_model(ref_name, args, tokenizer, device).eval() if live else None
+
+    policy = load_model(args.model, args, tokenizer, device)
+    optimizer = make_optimizer(policy, args)
+    moving = {"ref_policy": ref_policy} if args.sync_ref_every else {}
+    pair_loss, settings = choose_loss(args)
+    at_reference = (
+        pair_loss(*torch.zeros(4, 1), **settings).item() if "tdpo" not in args.loss else math.log(2)
+    )
+    step, num_tokens = load_checkpoint(output_dir, policy, optimizer, moving) if args.resume else (0, 0)
+    logger = Logger(args, output_dir, total_steps, step, COLUMNS)
+    metrics, displaced = {}, 0
+    evaluation = (policy, ref_policy, tokenizer, held_out, held_out_ref_logps, args, device)
+    if step == 0:
+        results, samples = evaluate_pairs(*evaluation)
+        logger.log({"step": 0} | results, samples)
+    while step < total_steps:
+        # 1. Batch: the pairs of this optimizer step, packed into rows that are dealt to the processes
+        step, started = step + 1, time.perf_counter()
+        picks = stream[(step - 1) * args.batch_size : step * args.batch_size]
+        rows = pack(lengths[picks], args.max_tokens_per_micro_batch, multiple_of=world_size)
+        chosen_tokens = counts[picks, 0].sum()
+        policy.train()
+        sums = torch.zeros(4 + len(MEANS), device=device)  # told to stop, loss, pair losses, |margins|, MEANS
+        for row in rows[rank::world_size]:
+            # 2. Log-probs: columns (B, 2) are the chosen and the rejected answer of every pair
+            ids = picks[row]
+            batch = collate_pairs([pairs[i] for i in ids], device, args.share_prompt)
+            logps, live_logps, kls = answer_logps(policy, ref_policy, batch, args.loss)
+            ref = live_logps if live else ref_logps[ids]  # (B, 2)
+            start = ref if start_logps is None else start_logps[ids]  # (B, 2)
+
+            # 3. Loss: each row adds its part of the mean over the pairs of the whole optimizer batch
+            divisor = torch.tensor(counts[ids] if args.loss == "sigmoid_norm" else 1, device=device)
+            four = (*(logps[: len(ids)] / divisor).T, *(ref[: len(ids)] / divisor).T)  # (B,) each
+            losses = pair_loss(*four, **kls, **settings)  # (B,)
+            nll = -logps[:, 0].sum() / chosen_tokens
+            loss = losses.sum() / len(picks) + args.sft_coef * nll
+            (loss * world_size).backward()  # FSDP2 averages over processes what is to be summed
+            with torch.no_grad():
+                chosen, rejected = (args.beta * log_ratio for log_ratio in log_ratios(*four))  # rewards (B,)
+                margins, drift = chosen - rejected, (logps - start)[: len(ids), 0]  # (B,)
+                outcomes = [chosen, rejected, preferred(margins), margins.abs() <= TIE, margins]
+                means = torch.stack([losses, margins.abs(), *outcomes, *logps[: len(ids)].T, drift])
+                sums[1:] += torch.cat([loss[None], means.sum(1)])
+
+        # 4. Update
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * lr_factor(
+                step, total_steps=total_steps, warmup_steps=args.warmup_steps, lr_schedule=args.lr_schedule
+            )
+        sums[0] = logger.stopping
+        results = torch.cat([all_reduce(sums), full(grad_norm)[None]])
+        stopping, loss, *means, grad_norm = results.tolist()  # the one synchronisation of a step
+        if not math.isfinite(loss + grad_norm):
+            sequences = [sequence for i in picks for sequence in pairs[i]]
+            stop_on_nonfinite(output_dir, step, sequences, loss, grad_norm)
+        losses, absolute_margins, *means = (mean / len(picks) for mean in means)
+        if step == 1 and ref_name == args.model:
+            check_start(losses, at_reference, absolute_margins, device)
+        optimizer.step()
+        optimizer.zero_grad()
+        if args.sync_ref_every and step % args.sync_ref_every == 0:
+            move_reference(ref_policy, policy, args.sync_ref_alpha)
+        seconds = time.perf_counter() - started
+
+        # 5. Evaluate, log, save
+        batch_tokens = int(lengths[picks].sum())
+        num_tokens += batch_tokens
+        room = len(rows) * max(args.max_tokens_per_micro_batch, *lengths[picks])
+        metrics = {
+            "step": step,
+            "epoch": step * args.batch_size / epoch_size,
+            "loss": loss,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "grad_norm": grad_norm,
+            **dict(zip(MEANS, means, strict=True)),
+            "num_tokens": num_tokens,
+            "tokens_per_second": batch_tokens / seconds,
+            "step_time": seconds,
+            "packing/fill": batch_tokens / room,
+        }
+        if device.type == "cuda":
+            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        displaced = displaced + 1 if metrics["rewards/chosen"] < 0 else 0
+        if displaced == DISPLACED_STEPS:
+            say(
+                f"warning: for {displaced} steps chosen answers have been less likely than under the "
+                "reference (likelihood displacement): try --loss dpop, --sft-coef or --ches-filter-fraction"
+            )
+        samples = []
+        if step == total_steps or (args.eval_every and step % args.eval_every == 0):
+            results, samples = evaluate_pairs(*evaluation)
+            metrics |= results
+        logger.log(metrics, samples)
+        if stopping or (args.save_every and (step == total_steps or step % args.save_every == 0)):
+            save_checkpoint(output_dir, policy, optimizer, step, num_tokens, args.keep_checkpoints, moving)
+        if stopping and step < total_steps:
+            logger.close(f"stopped; continue with --resume --output-dir {output_dir}")
+            return metrics
+    save_model(output_dir / "model", policy, tokenizer)
+    logger.close(f"model saved to {output_dir / 'model'}")
+    return metrics
+
+
+def choose_loss(args):
+    """The function of --loss and those flags that it takes."""
+    flags = {
+        "beta": args.beta,
+        "label_smoothing": args.label_smoothing,
+        "discopop_tau": args.discopop_tau,
+        "dpop_lambda": args.dpop_lambda,
+        "tdpo_alpha": args.tdpo_alpha,
+    }
+    taken = inspect.signature(LOSSES[args.loss]).parameters
+    return LOSSES[args.loss], {name: value for name, value in flags.items() if name in taken}
+
+
+def answer_logps(policy, ref_policy, batch, loss: str):
+    """Log-probs (B, 2) of a row's chosen and rejected answers under the policy and under a reference in memory
+    (else None), and the sequential KLs (B,) of both answers where the loss asks for them.
+    """
+    if ref_policy is None:
+        return pair_sums(token_logprobs(policy, batch), batch), None, {}
+    with torch.no_grad():
+        if loss not in ("tdpo1", "tdpo2"):
+            ref_logps = pair_sums(token_logprobs(ref_policy, batch), batch)  # (B, 2)
+            return pair_sums(token_logprobs(policy, batch), batch), ref_logps, {}
+        ref_states = fsdp_forward(completion_states)(ref_policy, batch)  # (C, H)
+    per_token = logprobs_and_kls(policy, batch, ref_states, head_settings(ref_policy))  # (C,) each
+    logps, ref_logps, kls = (pair_sums(x, batch) for x in per_token)  # (B, 2) each
+    return logps, ref_logps, {"chosen_kls": kls[:, 0], "rejected_kls": kls[:, 1]}
+
+
+def evaluate_pairs(policy, ref_policy, tokenizer, held_out, ref_logps, args, device) -> tuple[dict, list]:
+    """Accuracy on held-out pairs, all and those of equal length; right sampled answers and their length."""
+    if not held_out:
+        return {}, []
+    counts = count_tokens(held_out)  # (P, 2)
+    logps = pair_logps(policy, held_out, args, device)  # (P, 2)
+    if ref_policy is not None:
+        ref_logps = pair_logps(ref_policy, held_out, args, device)
+    log_ratio = (logps - ref_logps).cpu()  # (P, 2)
+    per_token = torch.from_numpy(counts) if args.loss == "sigmoid_norm" else torch.ones(1)
+    margins = args.beta * (log_ratio / per_token).diff().neg().squeeze(1)  # (P,)
+    right, alike = preferred(margins), torch.from_numpy(equal_lengths(counts))  # (P,)
+    samples = sample_answers(policy, tokenizer, [pair.chosen for pair in held_out], args, device)
+    metrics = {
+        "eval/accuracy": right.mean().item(),
+        "eval/accuracy_length_matched": right[alike].mean().item() if alike.any() else 0.5,
+        "eval/margin": margins.mean().item(),
+        "eval/chosen_log_ratio": log_ratio[:, 0].mean().item(),
+        "eval/reward": sum(sample["right"] for sample in samples) / max(1, len(samples)),
+        "eval/mean_length": sum(sample["length"] for sample in samples) / max(1, len(samples)),
+    }
+    return metrics, samples
+
+
+def check_start(loss: float, loss_at_reference: float, margin: float, device):
+    """End the run unless a policy that is its reference has every margin 0, and so DPO's loss ln 2."""
+    tolerance = 1e-3 if device.type == "cpu" else 0.05  # bfloat16 rounds differently in rows of other lengths
+    if margin > tolerance or abs(loss - loss_at_reference) > tolerance * max(1, loss_at_reference):
+        fail(
+            f"policy and reference are the same model, yet at step 1 margins are {margin:.2g} on average and "
+            f"the loss is {loss:.4f}, not {loss_at_reference:.4f}: --cache-dir has another model's log-probs"
+        )
+
+
+def move_reference(ref_policy, policy, alpha: float):
+    """TR-DPO's soft update of the reference: ref <- alpha pi + (1 - alpha) ref (Eq. 5, arXiv:2404.09656)."""
+    with torch.no_grad():
+        for ref, new in zip(ref_policy.parameters(), policy.parameters(), strict=True):
+            ref.lerp_(new, alpha)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Plumbing
+# ------------------------------------------------------------------------------------------------------------
+class Sequence(NamedTuple):
+    """Token ids and which of them are trained, both (length,)."""
+
+    input_ids: np.ndarray
+    trained: np.ndarray
+
+
+class Pair(NamedTuple):
+    """Two answers to the same prompt, each a sequence with the prompt before it."""
+
+    chosen: Sequence
+    rejected: Sequence
+
+
+FILLER = Sequence(np.zeros(1, np.int32), np.zeros(1, bool))  # for a process that has no row: trains nothing
+PAIR_FORMATS = "prompt + chosen + rejected; chosen + rejected"
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}"
+    "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def say(message: str, file=None):
+    """Print a line above the progress bar, from the first process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(message, file=file or sys.stdout)
+
+
+def fail(message: str):
+    """End the run over a user's mistake: one line and exit code 2."""
+    say(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def process() -> tuple[int, int]:
+    """Rank and number of the processes that torchrun started, (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def setup_distributed() -> tuple[int, int, torch.device]:
+    """Join the processes that torchrun started -> rank, world size, device.
+
+    CUDA gets a process group for one process, too: FSDP2 then keeps float32 masters and computes in bfloat16.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process
+    cuda, libc = torch.cuda.is_available(), ctypes.CDLL(None)
+    if not cuda and hasattr(libc, "mallopt"):
+        # glibc gives big buffers back to the system and pages them in anew at every step: keep them instead.
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer from outside the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    elif cuda and not dist.is_initialized():
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    return *process(), device
+
+
+def all_reduce(x: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def full(x: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that FSDP2 may have sharded."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def locate(name: str) -> str:
+    """A path as given, or beside this file (tiny/ is found from any folder); a hub id is left as it is."""
+    beside = Path(__file__).resolve().parent / name
+    return str(beside) if beside.exists() and not Path(name).exists() else name
+
+
+def choose_output_dir(args, script: str) -> Path:
+    """The folder of the run; one that holds a run already is continued or left alone, never overwritten."""
+    names = [args.output_dir or f"runs/{script}_{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"]
+    if dist.is_initialized():
+        dist.broadcast_object_list(names)  # the clock may tick between two processes
+    folder = Path(names[0])
+    if not args.resume and (folder / "metrics.jsonl").exists():
+        state = "finished" if (folder / "model").exists() else "unfinished"
+        fail(f"{folder} holds a run ({state}): --resume continues it, another --output-dir starts a new one")
+    if args.resume and (folder / "model").exists() and not list(folder.glob("checkpoints/step_*")):
+        fail(f"{folder} holds a finished run without checkpoints: choose another --output-dir")
+    return folder
+
+
+def load_tokenizer(args):
+    """The tokenizer of --model, its chat template, and `end_ids`: what may end a turn.
+
+    The architecture is checked here as well, before anything slow is loaded.
+    """
+    path = locate(args.model)
+    if path.startswith((".", "/")) and not Path(path).is_dir():
+        fail(f"--model {args.model}: no such folder")
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        check_attention(config, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], args.attn)
+    except KeyError:
+        fail(f"--model {args.model}: {config.model_type} is not a causal language model")
+    except (OSError, ValueError) as error:
+        fail(f"--model {args.model}: {str(error).splitlines()[0]}")
+    if not tokenizer.is_fast:
+        fail(f"--model {args.model}: its tokenizer reports no character offsets; only fast tokenizers do")
+    if args.chat_template:
+        if not Path(args.chat_template).is_file():
+            fail(f"--chat-template {args.chat_template}: no such file")
+        tokenizer.chat_template = Path(args.chat_template).read_text(encoding="utf-8")
+    tokenizer.known_size = len(tokenizer)  # tokens from here on have no embedding yet
+    try:  # Gemma and Llama 3 end a turn with a token that only their generation config names
+        ends = np.atleast_1d(GenerationConfig.from_pretrained(path).eos_token_id or []).tolist()
+    except OSError:
+        ends = []
+    try:  # and what the template writes behind a reply: Qwen2.5's base models have another EOS
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!")[2]
+        behind_ids = tokenizer(behind, add_special_tokens=False).input_ids
+        ends += [i for i in behind_ids if i in tokenizer.added_tokens_decoder][:1]
+    except Exception:  # no template, or one that wants another conversation: `render` says so, with the row
+        pass
+    tokenizer.end_ids = sorted({int(i) for i in [tokenizer.eos_token_id, *ends] if i is not None})
+    return tokenizer
+
+
+def use_chatml(tokenizer):
+    """Give a tokenizer without a chat template ChatML, its special tokens, and its end of turn as EOS."""
+    say("the tokenizer has no chat template: using ChatML")
+    tokenizer.chat_template = CHATML
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.end_ids = sorted({*tokenizer.end_ids, tokenizer.eos_token_id})
+
+
+def load_rows(source: str, split: str, config: str | None) -> list[dict]:
+    """The rows of a .jsonl/.json/.parquet/.csv file, a saved dataset or a hub dataset; at least one."""
+    path, rows = Path(locate(source)), []
+    if not path.exists() and (path.suffix in (".jsonl", ".json", ".parquet", ".csv") or source[0] in "./"):
+        fail(f"{source}: no such file")
+    if path.suffix in (".jsonl", ".json"):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            fail(f"{source}: not UTF-8 ({error})")
+        whole = text.lstrip().startswith("[")  # one list, else one row a line
+        for n, line in enumerate([text] if whole else text.split("\n"), 1):
+            try:
+                rows += (json.loads(line) if whole else [json.loads(line)]) if line.strip() else []
+            except json.JSONDecodeError as error:
+                fail(f"{source}, line {n}: not JSON ({error})")
+    else:
+        import datasets  # here, because the import takes a second that .jsonl does not need
+
+        datasets.disable_progress_bars()
+        try:
+            if path.is_dir():
+                rows = datasets.load_from_disk(str(path))
+                rows = rows[split] if isinstance(rows, dict) else rows
+            elif path.exists():
+                rows = datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
+            else:
+                rows = datasets.load_dataset(source, config, split=split)
+        except Exception as error:  # `datasets` raises a dozen kinds; for the user they are one
+            fail(f"{source}: {type(error).__name__}: {error}".splitlines()[0])
+    if not len(rows):
+        fail(f"{source}: the dataset is empty")
+    return list(rows)
+
+
+def as_example(prompt, completion, row: dict, where: str) -> dict:
+    """A prompt and its completion, each text or messages: {"prompt", "completion"} if both are text, else
+    a conversation {"messages", "context", "options"}.
+
+    Of its messages the first `context` are prompt; `options` go to the chat template (from the row's columns
+    `tools` and `chat_template_kwargs`).
+    """
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not completion.strip():
+            fail(f"{where}: the completion is empty")
+        return {"where": where, "prompt": prompt, "completion": completion}
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    messages = [{k: v for k, v in m.items() if v is not None} for m in [*prompt, *completion]]
+    for m in messages:
+        if isinstance(m.get("content"), list):  # parts, of which text is read
+            m["content"] = "".join(part.get("text", "") for part in m["content"])
+        if m.get("role") == "assistant" and not m.get("content", "").strip() and not m.get("tool_calls"):
+            fail(f"{where}: an assistant turn is empty")
+    if not any(m.get("role") == "assistant" for m in messages[max(1, len(prompt)) :]):
+        fail(f"{where}: no assistant turn follows the prompt")
+    options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+    return {"where": where, "messages": messages, "context": len(prompt), "options": options}
+
+
+def read_preferences(source: str, split: str, config: str | None, limit: int) -> list[tuple[str, dict]]:
+    """Where each row of a preference dataset stands, and the row with `prompt`, `chosen` and `rejected`.
+
+    Without a prompt it is what both answers begin with: whole messages, or whole words of texts.
+    """
+    found = []
+    for n, row in enumerate(load_rows(source, split, config)[: limit or None], 1):
+        where, (chosen, rejected) = f"{source}, row {n}", (row.get(key) for key in ("chosen", "rejected"))
+        if chosen is None or rejected is None:
+            fail(f"{where}: found the columns {', '.join(row)}; accepted are {PAIR_FORMATS}")
+        prompt = row.get("prompt", row.get("question"))
+        talks = isinstance(chosen, list) and chosen and isinstance(chosen[0], dict)
+        if prompt is None or (talks and chosen[0].get("role") != "assistant"):  # the answers contain it
+            shared = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(chosen, rejected)))
+            if isinstance(chosen, str):
+                shared = max(chosen.rfind(" ", 0, shared + 1), chosen.rfind("\n", 0, shared + 1), 0)
+            prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        found.append((where, row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}))
+    return found
+
+
+def read_steps(source: str, split: str, config: str | None, limit: int) -> list[tuple[str, dict]]:
+    """As `read_preferences`, the answers cut behind the first step in which they differ (arXiv:2406.18629).
+
+    The steps of an answer are the entries of a list, or the lines of a text. In a dataset of labelled steps
+    (`prompt`, `completions`, `labels`) an answer's first wrong step is rejected in favour of a right one
+    that follows the same right steps in another answer to the same prompt.
+    """
+    rows = load_rows(source, split, config)[: limit or None]
+    if "completions" not in rows[0]:
+        found = read_preferences(source, split, config, limit)
+    else:
+        found, answers = [], defaultdict(list)
+        for n, row in enumerate(rows, 1):
+            answers[json.dumps(row["prompt"])].append(
+                (f"{source}, row {n}", row["completions"], row["labels"])
+            )
+        for prompt, steps_of_prompt in answers.items():
+            for where, steps, labels in steps_of_prompt:
+                wrong = next((k for k, label in enumerate(labels) if not label), None)
+                for _, other, other_labels in steps_of_prompt if wrong is not None else ():
+                    if (
+                        other[:wrong] == steps[:wrong]
+                        and all(other_labels[: wrong + 1])
+                        and len(other) > wrong
+                    ):
+                        found.append(
+                            (where, {"prompt": json.loads(prompt), "chosen": other, "rejected": steps})
+                        )
+                        break
+        if not found:
+            fail(f"{source}: no two answers to one prompt share their right steps and then differ")
+    cut = []
+    for where, row in found:
+        chosen, rejected = (as_steps(row[key]) for key in ("chosen", "rejected"))
+        shared = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(chosen, rejected)))
+        if shared < min(len(chosen), len(rejected)):  # else one continues the other: no step to compare
+            texts = {"chosen": "\n".join(chosen[: shared + 1]), "rejected": "\n".join(rejected[: shared + 1])}
+            cut.append((where, row | texts))
+    return cut
+
+
+def as_steps(answer) -> list[str]:
+    """The steps of an answer that is a list of texts, a text, or messages."""
+    if isinstance(answer, list) and answer and isinstance(answer[0], dict):
+        answer = answer[-1]["content"]
+    return answer.split("\n") if isinstance(answer, str) else list(answer)
+
+
+def step_only(pair: Pair, tokenizer) -> Pair:
+    """Train only what follows the steps that both answers share, and no end token: an answer goes on."""
+    shared = shared_tokens(pair.chosen.input_ids, pair.rejected.input_ids)
+    steps = []
+    for input_ids, trained in pair:
+        trained = trained & (np.arange(len(trained)) >= shared) & ~np.isin(input_ids, tokenizer.end_ids)
+        end = int(np.flatnonzero(trained).max(initial=0)) + 1
+        steps.append(Sequence(input_ids[:end], trained[:end]))
+    return Pair(*steps)
+
+
+def render(tokenizer, example: dict) -> list[tuple[str, list[tuple[int, int]]]]:
+    """A conversation as text with the character spans of the assistant's turns after the prompt.
+
+    The spans come from the template's {% generation %} marks, or else from rendering the conversation up to
+    each assistant turn, without it and with it. A template that renders a turn differently once others follow
+    (Qwen3 drops old reasoning) gives one text per turn, each as the model sees it when it writes that turn.
+    """
+    messages, options, where = example["messages"], example["options"], example["where"]
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    wanted = [i for i in turns if i >= max(1, example["context"])]
+
+    def text_of(count, **more):
+        return tokenizer.apply_chat_template(messages[:count], tokenize=False, **options, **more)
+
+    text, template = text_of(len(messages)), tokenizer.get_chat_template(tools=options.get("tools"))
+    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        variables = {"chat_template": template} | tokenizer.special_tokens_map | options
+        marks = render_jinja_template([messages], return_assistant_tokens_mask=True, **variables)[1][0]
+        if len(marks) != len(turns):
+            fail(f"{where}: the chat template marks {len(marks)} of {len(turns)} assistant turns")
+        return [(text, [mark for i, mark in zip(turns, marks, strict=True) if i in wanted])]
+    heads = [text_of(i, add_generation_prompt=True) for i in wanted]
+    bodies = [text_of(i + 1) for i in wanted]
+    if not all(body.startswith(head) for head, body in zip(heads, bodies, strict=True)):
+        fail(f"{where}: the chat template has no generation marks and renders the prompt anew with a reply")
+    spans, ends = [], [tokenizer.decode(i) for i in tokenizer.end_ids]
+    for head, body in zip(heads, bodies, strict=True):
+        # Up to the last end token, without the line break that follows it.
+        stops = [body.rfind(end) + len(end) for end in ends if body.rfind(end) >= len(head)]
+        spans.append((len(head), max(stops, default=len(body))))
+    whole = all(text.startswith(body) for body in bodies)
+    return [(text, spans)] if whole else [(body, [span]) for body, span in zip(bodies, spans, strict=True)]
+
+
+def tokenize(tokenizer, example: dict) -> list[Sequence]:
+    """An example as token ids and which of them are trained: one sequence, or one per turn (see `render`)."""
+    if "messages" in example:
+        sequences = []
+        for text, spans in render(tokenizer, example):
+            # No special tokens: BOS is in the text already.
+            tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            input_ids = np.array(tokens.input_ids, np.int32)
+            begins, ends = np.array(tokens.offset_mapping).T
+            trained = np.any([(ends > begin) & (begins < end) for begin, end in spans], axis=0)
+            # The end token of a trained turn, where a template leaves it outside its marks.
+            trained[1:] |= trained[:-1] & np.isin(input_ids[1:], tokenizer.end_ids)
+            sequences.append(Sequence(input_ids, trained))
+        return sequences
+    if tokenizer.eos_token_id is None:
+        fail("the tokenizer has no end token (EOS), so a completion could not end")
+    prompt_ids = tokenizer(example["prompt"]).input_ids
+    if tokenizer("a").input_ids[-1] != tokenizer("a", add_special_tokens=False).input_ids[-1]:
+        prompt_ids.pop()  # the EOS that some tokenizers append
+    completion_ids = tokenizer(example["prompt"] + example["completion"]).input_ids
+    if completion_ids[: len(prompt_ids)] == prompt_ids:
+        completion_ids = completion_ids[len(prompt_ids) :]
+    else:  # a merge across the boundary: the prompt keeps the tokens that it has when the model is used
+        completion_ids = tokenizer(example["completion"], add_special_tokens=False).input_ids
+    if completion_ids[-1] not in tokenizer.end_ids:
+        completion_ids.append(tokenizer.eos_token_id)
+    input_ids = np.array(prompt_ids + completion_ids, np.int32)
+    trained = np.arange(len(input_ids)) >= max(1, len(prompt_ids))  # nothing predicts the first
+    return [Sequence(input_ids, trained)]
+
+
+def load_pairs(
+    tokenizer, source: str | None, split: str, args, limit: int = 0, steps: bool = False
+) -> list[Pair]:
+    """A preference dataset as pairs of sequences; says what was dropped and how answers differ in length."""
+    if source is None:
+        return []
+    read = read_steps if steps else read_preferences
+    rows, pairs, seen, notes, lengths = (
+        read(source, split, args.dataset_config, limit),
+        [],
+        set(),
+        Counter(),
+        [],
+    )
+    for where, row in tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None):
+        if row.get("score_chosen") is not None and row["score_chosen"] == row.get("score_rejected"):
+            notes["dropped as ties"] += 1
+            continue
+        answers = []
+        for key in ("chosen", "rejected"):
+            answer = row[key]
+            if isinstance(answer, list) and answer and isinstance(answer[0], str):
+                answer = "\n".join(answer)  # steps
+            try:
+                example = as_example(row["prompt"], answer, row, f"{where}, {key}")
+                if tokenizer.chat_template is None and "messages" in example:
+                    use_chatml(tokenizer)
+                found = tokenize(tokenizer, example)
+            except Exception as error:  # templates raise what they like
+                fail(f"{where}, {key}: neither text nor messages that the chat template takes ({error})")
+            if len(found) > 1 or not found[0].trained.any():
+                fail(f"{where}, {key}: the chat template does not render it as one prompt and one answer")
+            answers.append(found[0])
+        pair = step_only(Pair(*answers), tokenizer) if steps else Pair(*answers)
+        lengths.append(max(len(sequence.input_ids) for sequence in pair))
+        if lengths[-1] > args.max_length and args.overlong == "truncate":
+            notes[f"cut to {args.max_length:,} tokens"] += 1
+            pair = Pair(*(Sequence(*(x[: args.max_length] for x in sequence)) for sequence in pair))
+        key = b"|".join(sequence.input_ids.tobytes() for sequence in pair)
+        if np.array_equal(pair.chosen.input_ids, pair.rejected.input_ids):
+            notes["dropped as identical answers"] += 1
+        elif args.dedupe and key in seen:
+            notes["dropped as duplicates"] += 1
+        elif any(len(ids) > args.max_length or not trained.any() for ids, trained in pair):
+            notes[f"dropped as longer than {args.max_length:,} tokens"] += 1
+        else:
+            seen.add(key)
+            pairs.append(pair)
+    if not pairs:
+        shortest = f"; the shortest pair has {min(lengths)} tokens an answer" if lengths else ""
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in notes.items())
+        fail(f"{source}: no pair is left ({reasons}){shortest}")
+    chosen, rejected = count_tokens(pairs).T
+    told = "".join(f", {count:,} {reason}" for reason, count in notes.items())
+    longer = (
+        f"chosen longer in {np.mean(chosen > rejected):.0%}, rejected in {np.mean(chosen < rejected):.0%}"
+    )
+    means = f"answers of {chosen.mean():.1f} and {rejected.mean():.1f} tokens"
+    say(f"{source}: {len(pairs):,} pairs{told}; {means}, {longer}")
+    return pairs
+
+
+def load_preferences(tokenizer, args, steps: bool = False) -> tuple[list[Pair], list[Pair]]:
+    """Training and held-out pairs. Those of one prompt stay together where --eval-fraction splits them."""
+    pairs = [
+        pair
+        for source in args.dataset
+        for pair in load_pairs(tokenizer, source, args.dataset_split, args, steps=steps)
+    ]
+    held_out = load_pairs(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval, steps)
+    prompts = sorted({prompt_of(pair) for pair in pairs})
+    if args.eval_fraction:
+        number = math.ceil(args.eval_fraction * len(prompts))
+        apart = {prompts[i] for i in np.random.default_rng(args.seed).permutation(len(prompts))[:number]}
+        held_out = [pair for pair in pairs if prompt_of(pair) in apart][: args.num_eval or None]
+        pairs = [pair for pair in pairs if prompt_of(pair) not in apart]
+        say(f"held out: {number:,} of {len(prompts):,} prompts; {len(pairs):,} pairs to train on")
+        if not pairs:
+            fail(f"--eval-fraction {args.eval_fraction} leaves no pair to train on")
+    asked = {prompt_of(pair) for pair in held_out}
+    overlap = sum(prompt_of(pair) in asked for pair in pairs)
+    if overlap:
+        say(f"warning: {overlap:,} training pairs have a prompt that is held out, too")
+    return pairs, held_out
+
+
+def prompt_of(pair: Pair) -> bytes:
+    """What the answers of a pair are answers to, as a key."""
+    return pair.chosen.input_ids[: int(pair.chosen.trained.argmax())].tobytes()
+
+
+def shared_tokens(one: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens two sequences have in common from their beginning on."""
+    size = min(len(one), len(other))
+    differ = np.flatnonzero(one[:size] != other[:size])
+    return int(differ[0]) if len(differ) else size
+
+
+def shared_prompt(pair: Pair) -> int:
+    """How many tokens of its prompt a pair can have in a row once: those that neither answer trains."""
+    untrained = min(int(s.trained.argmax()) if s.trained.any() else 0 for s in pair)
+    return min(untrained, shared_tokens(pair.chosen.input_ids, pair.rejected.input_ids))
+
+
+def row_length(pair: Pair, share_prompt: bool) -> int:
+    """Tokens that a pair takes in a row."""
+    return sum(len(s.input_ids) for s in pair) - (shared_prompt(pair) if share_prompt else 0)
+
+
+def count_tokens(pairs: list[Pair]) -> np.ndarray:
+    """Trained tokens (P, 2) of the chosen and rejected answers."""
+    return np.array([[sequence.trained.sum() for sequence in pair] for pair in pairs])
+
+
+def equal_lengths(counts: np.ndarray) -> np.ndarray:
+    """Which pairs (P,) have answers whose token counts (P, 2) differ by 10 % of the longer one at most."""
+    return np.abs(counts[:, 0] - counts[:, 1]) <= 0.1 * counts.max(1)
+
+
+def show_sequence(tokenizer, sequence: Sequence):
+    """Print a sequence as the model sees it: trained tokens in green, or in [brackets] without colours."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    on, off = ("\033[32m", "\033[0m") if colour else ("[", "]")
+    cuts, parts = np.flatnonzero(np.diff(sequence.trained)) + 1, []
+    for ids, trained in zip(*(np.split(x, cuts) for x in sequence), strict=True):  # runs of one kind
+        text = tokenizer.decode(ids)
+        parts.append(f"{on}{text}{off}" if trained[0] else text)
+    say("".join(parts))
+
+
+def pack(lengths, max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
+    """Best fit decreasing: indices of `lengths` in rows of at most max_tokens; a longer one has its own row.
+
+    >>> pack([3, 5, 2, 4], max_tokens=8)
+    [[1, 0], [3, 2]]  # 5 + 3 and 4 + 2 tokens
+
+    The number of rows is a multiple of `multiple_of` (processes): rows are split for it, at last empty ones
+    added.
+    """
+    rows, spaces = [], []  # spaces: sorted (free tokens, row)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fit = bisect_left(spaces, (lengths[i], -1))  # the row with the least room that is enough
+        free, row = spaces.pop(fit) if fit < len(spaces) else (max_tokens, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        insort(spaces, (free - lengths[i], row))
+    while len(rows) % multiple_of:
+        most = max(rows, key=len)
+        rows.append([most.pop() for _ in range(len(most) // 2)])
+    return rows
+
+
+def data_order(
+    lengths, sources, shares, epoch_size: int, num_epochs: int, order: str, seed: int
+) -> np.ndarray:
+    """Indices of the sequences of all epochs, in the order of training.
+
+    It depends on its arguments alone: the data position of a continued run is its step. Each source gives its
+    share of an epoch, in rounds through it where that takes more than one.
+    """
+    rng, stream, sizes = np.random.default_rng(seed), [], [len(source) for source in sources]
+    counts = np.diff(np.rint(np.cumsum([0, *shares]) / sum(shares) * epoch_size)).astype(int)  # per source
+    for _ in range(num_epochs):
+        picks = []  # per source
+        for first, size, count in zip(np.cumsum([0, *sizes]), sizes, counts, strict=False):
+            rounds = [
+                rng.permutation(size) if order != "given" else np.arange(size) for _ in range(0, count, size)
+            ]
+            picks.append(first + np.concatenate([np.zeros(0, int), *rounds])[:count])
+        epoch = np.concatenate(picks)
+        key = {
+            "shuffled": rng.random(len(epoch)),
+            "length": lengths[epoch],
+            "given": np.concatenate(
+                [(np.arange(len(p)) + 0.5) / len(p) for p in picks]
+            ),  # evenly interleaved
+        }[order]
+        stream.append(epoch[np.argsort(key, kind="stable")])
+    return np.concatenate(stream)
+
+
+def load_model(name: str, args, tokenizer, device):
+    """A model with float32 parameters, checked against packed rows, sharded where processes share it."""
+    path = locate(name)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=args.attn)
+    model.stored_dtype = AutoConfig.from_pretrained(path).dtype or torch.float32  # what it is saved in
+    for module in model.modules():
+        for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
+    if len(tokenizer) > len(model.get_input_embeddings().weight):  # Qwen's tables have spare rows
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    new = slice(tokenizer.known_size, len(tokenizer))
+    for table in (
+        {model.get_input_embeddings(), model.get_output_embeddings()} if new.stop > new.start else ()
+    ):
+        table.weight.data[new] = table.weight.data[: new.start].mean(0)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+    for layer in layers if args.compile else ():
+        layer.compile()
+    model.to(device)
+    if dist.is_initialized():
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        policy = MixedPrecisionPolicy()
+        if device.type == "cuda":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for module in [*layers, model]:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    try:
+        with unsharded(model):  # sharded again behind it: an optimizer over whole parameters updates copies
+            check_packed(model)
+    except ValueError as error:
+        fail(f"{name}: {error}")
+    size = sum(p.numel() for p in model.parameters())
+    say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, attention {args.attn}")
+    return model
+
+
+def make_optimizer(model, args):
+    """Fused AdamW; weight decay on matrices only, not on norms and biases."""
+    matrices, vectors = (
+        [p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False)
+    )
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=args.adam_betas, fused=True)
+
+
+def collate_pairs(pairs: list[Pair], device, share_prompt: bool = False):
+    """Pairs as one packed row: its sequences 2k and 2k + 1 are the chosen and the rejected one of pair k."""
+    pairs = pairs or [Pair(FILLER, FILLER)]
+    shared = [n for pair in pairs for n in (0, shared_prompt(pair))] if share_prompt else None
+    return collate([sequence for pair in pairs for sequence in pair], device, shared)
+
+
+def pair_sums(x: torch.Tensor, batch) -> torch.Tensor:
+    """Sums over each answer of what is known per token, x (C,) -> (B, 2): chosen and rejected."""
+    return segment_sum(x, batch.sequence_index, batch.num_sequences).view(-1, 2)
+
+
+@torch.no_grad()
+def pair_logps(model, pairs: list[Pair], args, device) -> torch.Tensor:
+    """Summed log-probs (P, 2) of the chosen and rejected answers under a model, on every process."""
+    model.eval()
+    rank, world_size = process()
+    logps = torch.zeros(len(pairs), 2, device=device)
+    lengths = [row_length(pair, args.share_prompt) for pair in pairs]
+    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+    for row in tqdm(
+        rows[rank::world_size], desc="log-probs", leave=False, disable=None if rank == 0 else True
+    ):
+        batch = collate_pairs([pairs[i] for i in row], device, args.share_prompt)
+        logps[row] = pair_sums(token_logprobs(model, batch), batch)[: len(row)]
+    return all_reduce(logps)
+
+
+def cached_logps(name: str, pairs: list[Pair], args, tokenizer, device) -> torch.Tensor:
+    """`pair_logps` of a model that is loaded for it only, and only where --cache-dir does not have them yet.
+
+    The file's name is a digest of all that they depend on: the model's files, the tokens (and with them data,
+    template and lengths), what is trained, the attention, and the device.
+    """
+    if not pairs:
+        return torch.zeros(0, 2)
+    key = hashlib.sha256(f"{model_digest(name)} {args.attn} {device.type} {len(tokenizer)}".encode())
+    for sequence in (sequence for pair in pairs for sequence in pair):
+        key.update(
+            len(sequence.input_ids).to_bytes(8) + sequence.input_ids.tobytes() + sequence.trained.tobytes()
+        )
+    path = Path(args.cache_dir) / f"logps_{key.hexdigest()[:32]}.npy"
+    found = [np.load(path) if path.exists() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)  # as the first process sees it
+    if found[0] is not None:
+        say(f"{name}: log-probs of {len(pairs):,} pairs from {path}")
+        return torch.tensor(found[0], device=device)
+    logps = pair_logps(load_model(name, args, tokenizer, device), pairs, args, device)
+    if process()[0] == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.npy")
+        np.save(partial, logps.cpu().numpy())
+        partial.rename(path)
+    return logps
+
+
+def model_digest(name: str) -> str:
+    """What tells a model's weights from others: a hash of its files, or the hub's commit."""
+    folder = Path(locate(name))
+    if not folder.is_dir():
+        return f"{name} {AutoConfig.from_pretrained(name)._commit_hash}"
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin")):
+        with open(path, "rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def check_reference(args, tokenizer):
+    """End the run where --ref-model does not exist or has other tokens than --model."""
+    if args.ref_model is None:
+        return
+    path = locate(args.ref_model)
+    if path.startswith((".", "/")) and not Path(path).is_dir():
+        fail(f"--ref-model {args.ref_model}: no such folder")
+    try:
+        vocabulary = AutoTokenizer.from_pretrained(path).get_vocab()
+    except (OSError, ValueError) as error:
+        fail(f"--ref-model {args.ref_model}: {str(error).splitlines()[0]}")
+    if vocabulary != tokenizer.get_vocab():
+        fail(f"--ref-model {args.ref_model}: its tokenizer is not that of --model {args.model}")
+
+
+@torch.no_grad()
+def ches_filter(pairs: list[Pair], name: str, args, tokenizer, device) -> list[Pair]:
+    """Drop the --ches-filter-fraction of pairs with the highest CHES scores under a model."""
+    model = load_model(name, args, tokenizer, device).eval()
+    rank, world_size = process()
+    scores = torch.zeros(len(pairs), device=device)
+    rows = pack(
+        [row_length(p, False) for p in pairs], args.max_tokens_per_micro_batch, multiple_of=world_size
+    )
+    for row in tqdm(rows[rank::world_size], desc="CHES", leave=False, disable=None if rank == 0 else True):
+        batch = collate_pairs([pairs[i] for i in row], device)
+        states = fsdp_forward(completion_states)(model, batch).float()  # (C, H)
+        sums = segment_sum(states, batch.sequence_index, batch.num_sequences)  # (2B, H)
+        token_counts = pair_sums(torch.ones_like(states[:, 0]), batch)  # (B, 2)
+        scores[row] = ches_scores(sums[::2], sums[1::2], *token_counts.T)[: len(row)]
+    scores = all_reduce(scores).cpu().numpy()
+    kept = np.sort(
+        np.argsort(scores, kind="stable")[: len(pairs) - int(args.ches_filter_fraction * len(pairs))]
+    )
+    say(
+        f"CHES: {len(pairs) - len(kept):,} of {len(pairs):,} pairs dropped, those above "
+        f"{scores[kept].max():.3g}; mean {scores.mean():.3g} before, {scores[kept].mean():.3g} after"
+    )
+    return [pairs[i] for i in kept]
+
+
+@contextmanager
+def unsharded(model):
+    """All parameters whole on every process: generation then needs no communication per token."""
+    modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield
+    for module in modules:
+        module.set_reshard_after_forward(module is not model, recurse=False)
+        module.reshard()
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts: list[list[int]], args, device) -> list[list[int]]:
+    """Sample a completion for each prompt: its token ids up to and with the first end token.
+
+    Every setting is given here: the model's own generation config stays out of it. Sampling has a seed of its
+    own and leaves the training's random state alone.
+    """
+    model.eval()
+    rank, world_size = process()
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    own_config, model.generation_config = (
+        model.generation_config,
+        GenerationConfig(
+            max_new_tokens=args.max_completion_length,
+            eos_token_id=tokenizer.end_ids,
+            pad_token_id=pad,
+            **(sampling if args.temperature > 0 else {"do_sample": False}),
+        ),
+    )
+    mine, completions = sorted(range(rank, len(prompts), world_size), key=lambda i: len(prompts[i])), {}
+    with unsharded(model), torch.random.fork_rng():
+        torch.manual_seed(args.seed + rank)
+        for start in range(0, len(mine), args.generation_batch_size):
+            chunk = mine[start : start + args.generation_batch_size]
+            width = max(len(prompts[i]) for i in chunk)
+            input_ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in chunk])
+            attention_mask = torch.tensor(
+                [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk]
+            )
+            prompt = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+            output = model.generate(**prompt, synced_gpus=False)  # processes have different numbers of chunks
+            for i, ids in zip(chunk, output[:, width:].tolist(), strict=True):
+                stop = next((n for n, token in enumerate(ids) if token in tokenizer.end_ids), len(ids))
+                completions[i] = ids[: stop + 1]
+    model.generation_config = own_config
+    if dist.is_initialized():
+        shares = [None] * world_size
+        dist.all_gather_object(shares, completions)
+        completions = {i: ids for share in shares for i, ids in share.items()}
+    return [completions[i] for i in range(len(prompts))]
+
+
+def sample_answers(model, tokenizer, sequences: list[Sequence], args, device) -> list[dict]:
+    """Sample an answer to what each sequence asks before its last trained turn; compare final answers."""
+    starts = [int(np.flatnonzero(np.diff(s.trained, prepend=True) & s.trained)[-1]) for s in sequences]
+    asked = [
+        (s.input_ids[:n].tolist(), s.input_ids[n:][s.trained[n:]]) for s, n in zip(sequences, starts) if n > 1
+    ]
+    completions, samples = (
+        generate(model, tokenizer, [prompt_ids for prompt_ids, _ in asked], args, device),
+        [],
+    )
+    for (prompt_ids, answer_ids), completion_ids in zip(asked, completions, strict=True):
+        prompt, length = tokenizer.decode(prompt_ids), len(completion_ids)
+        completion, answer = tokenizer.batch_decode([completion_ids, answer_ids], skip_special_tokens=True)
+        right = final_answer(completion) == final_answer(answer)
+        sample = {
+            "prompt": prompt,
+            "completion": completion,
+            "answer": answer,
+            "right": right,
+            "length": length,
+        }
+        samples.append(sample)
+    return samples
+
+
+def final_answer(text: str) -> str:
+    """What follows the last `####` (GSM8K's mark) without thousands separators, or else the whole text."""
+    return text.rsplit("####", 1)[-1].strip().replace(",", "")
+
+
+def save_checkpoint(output_dir: Path, model, optimizer, step: int, num_tokens: int, keep: int, others=None):
+    """Write all that a continued run needs beside the older ones, rename it into place, drop the oldest.
+
+    `others` are further models that move, by name.
+    """
+    folder, (rank, _) = output_dir / "checkpoints", process()
+    weights, moments = dcp_state.get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": moments, "step": step, "num_tokens": num_tokens}
+    state |= {name: dcp_state.get_model_state_dict(other) for name, other in (others or {}).items()}
+    state[f"rng_{rank}"] = torch.get_rng_state()
+    partial, name = folder / "partial", f"step_{step:08d}"
+    dcp.save(state, checkpoint_id=partial, no_dist=not dist.is_initialized())
+    if rank == 0:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        partial.rename(folder / name)  # from here on it counts
+        for old in sorted(folder.glob("step_*"))[:-keep]:
+            shutil.rmtree(old)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def load_checkpoint(output_dir: Path, model, optimizer, others=None) -> tuple[int, int]:
+    """Restore the last complete checkpoint -> its step and token count; (0, 0) where there is none yet."""
+    found = sorted((output_dir / "checkpoints").glob("step_*"))
+    if not found:
+        say(f"{output_dir} has no checkpoint yet: starting at step 0")
+        return 0, 0
+    weights, moments = dcp_state.get_state_dict(model, optimizer)
+    state, rng = {"model": weights, "optimizer": moments, "step": 0, "num_tokens": 0}, f"rng_{process()[0]}"
+    state |= {name: dcp_state.get_model_state_dict(other) for name, other in (others or {}).items()}
+    state[rng] = torch.get_rng_state()  # stays so where more processes continue than had begun
+    planner = dcp.default_planner.DefaultLoadPlanner(allow_partial_load=True)
+    dcp.load(state, checkpoint_id=found[-1], planner=planner, no_dist=not dist.is_initialized())
+    dcp_state.set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    for name, other in (others or {}).items():
+        dcp_state.set_model_state_dict(other, state[name])
+    torch.set_rng_state(state[rng])
+    say(f"continuing from {found[-1]}")
+    return state["step"], state["num_tokens"]
+
+
+def save_model(folder: Path, model, tokenizer):
+    """Write the model, its tokenizer and generation config as transformers, vLLM and TRL load them."""
+    whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp_state.get_model_state_dict(model, options=whole)
+    if process()[0] == 0:
+        with torch.device("meta"):  # a shell without FSDP2's class name; its weights are given beside it
+            shell = AutoModelForCausalLM.from_config(model.config, dtype=model.stored_dtype)
+        shell.generation_config = GenerationConfig(
+            eos_token_id=tokenizer.end_ids, pad_token_id=tokenizer.pad_token_id
+        )
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        tied = set(shell.all_tied_weights_keys)  # a tied head is stored once, as the embeddings
+        weights = {k: v.to(model.stored_dtype) for k, v in weights.items() if k not in tied}
+        shell.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def stop_on_nonfinite(output_dir: Path, step: int, sequences: list[Sequence], loss: float, grad_norm: float):
+    """End the run before the broken update, with the batch that broke it on disk."""
+    path, checkpoints = (
+        output_dir / f"nonfinite_step_{step}.json",
+        (output_dir / "checkpoints").glob("step_*"),
+    )
+    if process()[0] == 0:
+        batch = [
+            {"input_ids": s.input_ids.tolist(), "trained": s.trained.astype(int).tolist()} for s in sequences
+        ]
+        path.write_text(json.dumps(batch))
+    last = max(checkpoints, default="none was saved")
+    say(
+        f"step {step}: loss {loss}, gradient norm {grad_norm}; batch in {path}; last checkpoint: {last}",
+        sys.stderr,
+    )
+    raise SystemExit(1)
+
+
+class Logger:
+    """metrics.jsonl, samples.jsonl, the progress bar, a line per interval, wandb; and the signals to stop."""
+
+    def __init__(self, args, output_dir: Path, total_steps: int, step: int, columns: dict[str, str]):
+        self.args, self.output_dir, self.total_steps, self.columns = args, output_dir, total_steps, columns
+        self.first_step, self.started, self.stopping, self.wandb = step, time.perf_counter(), False, None
+        self.handlers = {
+            number: signal.signal(number, self.stop) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        if process()[0] > 0:
+            return
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        shutil.copy(sys.modules[type(args).__module__].__file__, output_dir)
+        for path in (output_dir / "metrics.jsonl", output_dir / "samples.jsonl"):  # that a run continues
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            whole = [line for line in lines if line.endswith("}\n")]  # a killed run may leave half a line
+            partial = path.with_name(f"{path.name}.partial")
+            partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+            partial.rename(path)
+        say(f"run: {output_dir}, {total_steps:,} steps")
+        self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
+        if args.wandb:
+            import wandb
+
+            self.wandb = wandb.init(
+                project="cleanpost", name=output_dir.name, dir=output_dir, config=asdict(args)
+            )
+
+    def stop(self, *_):
+        """Take a signal: the first asks the loop to save and end, a second does not wait for it."""
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        say("stopping after this step, with a checkpoint")
+
+    def log(self, metrics: dict, samples: list[dict] = ()):
+        if process()[0] > 0:
+            return
+        step, total = metrics["step"], self.total_steps
+        for name, rows in {
+            "metrics": [metrics],
+            "samples": [{"step": step} | sample for sample in samples],
+        }.items():
+            with open(self.output_dir / f"{name}.jsonl", "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+        self.bar.update(step - self.bar.n)
+        if step and (step % self.args.log_every == 0 or step == total):
+            left = round((time.perf_counter() - self.started) / (step - self.first_step) * (total - step))
+            shown = "  ".join(f"{name} {metrics[name]:{form}}" for name, form in self.columns.items())
+            say(f"step {step:>{len(str(total))}}/{total}  {shown}  left {left // 60}:{left % 60:02}")
+        evaluated = [
+            f"{k.removeprefix('eval/')} {v:.4g}" for k, v in metrics.items() if k.startswith("eval/")
+        ]
+        if evaluated:
+            say(f"  evaluation at step {step}:  {'  '.join(evaluated)}")
+        for sample in samples[:2]:
+            say(f"    ...{sample['prompt'][-100:]!r} -> {sample['completion'][:200]!r}")
+
+    def close(self, message: str):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if process()[0] == 0:
+            self.bar.close()
+            lines = map(json.loads, (self.output_dir / "metrics.jsonl").read_text().splitlines())
+            curves = {}
+            for line in lines:
+                for key in line:
+                    if key.startswith("eval/"):
+                        curves.setdefault(key, []).append(line[key])
+            for key, values in curves.items():
+                say(f"  {key:<30} {values[0]:.4g} -> {values[-1]:.4g}")
+            say(message)
+        if self.wandb:
+            self.wandb.finish()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
