@@ -148,8 +148,8 @@ class Args:
         "step_dpo",
     ] = "sigmoid"
     """Loss of a pair: DPO's, or one of its relatives, each a function with its paper below."""
-    beta: float = 0.1
-    """Strength of the tie to the reference: the implicit reward is beta log pi/ref (DPO: 0.1 to 0.5)."""
+    beta: float = 0.5
+    """Strength of the tie to the reference: the implicit reward is beta log pi/ref (DPO, TRL: 0.1; 0.5)."""
     label_smoothing: float | None = None
     """Share of labels believed flipped (cDPO, robust), or smoothing (exo); by default 1e-3 for exo or 0."""
     dpop_lambda: float = 50.0
@@ -415,7 +415,9 @@ def logprobs_and_kls(policy, batch, ref_states, ref_head, chunk_size: int = 512)
     targets = batch.input_ids[0, batch.completion_index]  # (C,)
 
     def of_chunk(states, ref_states, targets):
-        logits, ref_logits = head_logits(states, *head), head_logits(ref_states, *ref_head)  # (c, V) each
+        logits = head_logits(states, *head)  # (c, V)
+        with torch.no_grad():
+            ref_logits = head_logits(ref_states, *ref_head)  # (c, V)
         picked = [x.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1) for x in (logits, ref_logits)]
         return *picked, kl_full(ref_logits, logits)
 
@@ -467,7 +469,7 @@ def main(args: Args) -> dict:
     output_dir = choose_output_dir(args, "dpo")
     tokenizer = load_tokenizer(args)
     check_reference(args, tokenizer)
-    pairs, held_out = load_preferences(tokenizer, args, args.loss == "step_dpo")
+    pairs, held_out = load_preferences(tokenizer, args)
     ref_name, live = args.ref_model or args.model, args.ref == "live"
     if args.ches_filter_fraction:
         pairs = ches_filter(pairs, ref_name, args, tokenizer, device)
@@ -612,15 +614,16 @@ def choose_loss(args):
 
 
 def answer_logps(policy, ref_policy, batch, loss: str):
-    """Log-probs (B, 2) of a row's chosen and rejected answers under the policy and under a reference in memory
-    (else None), and the sequential KLs (B,) of both answers where the loss asks for them.
+    """Log-probs (B, 2) of a row's chosen and rejected answers under the policy and, if it is in memory, the
+    reference (else None), and the sequential KLs (B,) of both answers where the loss asks for them.
     """
     if ref_policy is None:
         return pair_sums(token_logprobs(policy, batch), batch), None, {}
-    with torch.no_grad():
-        if loss not in ("tdpo1", "tdpo2"):
+    if loss not in ("tdpo1", "tdpo2"):
+        with torch.no_grad():
             ref_logps = pair_sums(token_logprobs(ref_policy, batch), batch)  # (B, 2)
-            return pair_sums(token_logprobs(policy, batch), batch), ref_logps, {}
+        return pair_sums(token_logprobs(policy, batch), batch), ref_logps, {}
+    with torch.no_grad():
         ref_states = fsdp_forward(completion_states)(ref_policy, batch)  # (C, H)
     per_token = logprobs_and_kls(policy, batch, ref_states, head_settings(ref_policy))  # (C,) each
     logps, ref_logps, kls = (pair_sums(x, batch) for x in per_token)  # (B, 2) each
@@ -880,15 +883,22 @@ def read_preferences(source: str, split: str, config: str | None, limit: int) ->
     """
     found = []
     for n, row in enumerate(load_rows(source, split, config)[: limit or None], 1):
-        where, (chosen, rejected) = f"{source}, row {n}", (row.get(key) for key in ("chosen", "rejected"))
+        where = f"{source}, row {n}"
+        if not isinstance(row, dict):
+            fail(f"{where}: not an object with columns, but {type(row).__name__}")
+        chosen, rejected = row.get("chosen"), row.get("rejected")
         if chosen is None or rejected is None:
             fail(f"{where}: found the columns {', '.join(row)}; accepted are {PAIR_FORMATS}")
+        if not all(isinstance(answer, str | list) for answer in (chosen, rejected)):
+            fail(f"{where}: chosen and rejected are neither text nor messages")
         prompt = row.get("prompt", row.get("question"))
         talks = isinstance(chosen, list) and chosen and isinstance(chosen[0], dict)
         if prompt is None or (talks and chosen[0].get("role") != "assistant"):  # the answers contain it
             shared = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(chosen, rejected)))
             if isinstance(chosen, str):
-                shared = max(chosen.rfind(" ", 0, shared + 1), chosen.rfind("\n", 0, shared + 1), 0)
+                shared = max(chosen.rfind(" ", 0, shared), chosen.rfind("\n", 0, shared), 0)
+            else:
+                shared = min(shared, len(chosen) - 1, len(rejected) - 1)  # equal ones keep an answer each
             prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         found.append((where, row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}))
     return found
@@ -942,9 +952,14 @@ def as_steps(answer) -> list[str]:
     return answer.split("\n") if isinstance(answer, str) else list(answer)
 
 
-def step_only(pair: Pair, tokenizer) -> Pair:
-    """Train only what follows the steps that both answers share, and no end token: an answer goes on."""
+def step_only(tokenizer, pair: Pair) -> Pair:
+    """Train only what follows the steps that both answers share, and no end token: an answer goes on.
+
+    Where one step is the beginning of the other, its last token stays trained, too, so that both have one.
+    """
     shared = shared_tokens(pair.chosen.input_ids, pair.rejected.input_ids)
+    last = min(int(np.flatnonzero(t & ~np.isin(ids, tokenizer.end_ids)).max()) for ids, t in pair)
+    shared = min(shared, last)
     steps = []
     for input_ids, trained in pair:
         trained = trained & (np.arange(len(trained)) >= shared) & ~np.isin(input_ids, tokenizer.end_ids)
@@ -1018,53 +1033,63 @@ def tokenize(tokenizer, example: dict) -> list[Sequence]:
     return [Sequence(input_ids, trained)]
 
 
+def tokenize_answer(tokenizer, prompt, answer, row: dict, where: str) -> Sequence:
+    """A prompt and one answer to it, each text or messages (or steps, a list of texts), as one sequence."""
+    if isinstance(answer, list) and answer and isinstance(answer[0], str):
+        answer = "\n".join(answer)
+    try:
+        example = as_example(prompt, answer, row, where)
+        if tokenizer.chat_template is None and "messages" in example:
+            use_chatml(tokenizer)
+        found = tokenize(tokenizer, example)
+    except Exception as error:  # templates raise what they like
+        fail(f"{where}: neither text nor messages that the chat template takes ({error})")
+    if len(found) > 1 or not found[0].trained.any():
+        fail(f"{where}: the chat template does not render it as one prompt and one answer")
+    return found[0]
+
+
+def fit(answers, args, seen: set, notes: Counter):
+    """Answers to one prompt within --max-length, or None; `notes` counts what was cut or dropped."""
+    longest = max(len(sequence.input_ids) for sequence in answers)
+    if longest > args.max_length and args.overlong == "truncate":
+        notes[f"cut to {args.max_length:,} tokens"] += 1
+        answers = type(answers)(
+            *(Sequence(*(x[: args.max_length] for x in sequence)) for sequence in answers)
+        )
+    key = b"|".join(sequence.input_ids.tobytes() for sequence in answers)
+    if len(answers) > 1 and np.array_equal(answers[0].input_ids, answers[1].input_ids):
+        notes["dropped as identical answers"] += 1
+    elif args.dedupe and key in seen:
+        notes["dropped as duplicates"] += 1
+    elif any(len(ids) > args.max_length or not trained.any() for ids, trained in answers):
+        notes[f"dropped as longer than {args.max_length:,} tokens"] += 1
+    else:
+        seen.add(key)
+        return answers
+    return None
+
+
 def load_pairs(
-    tokenizer, source: str | None, split: str, args, limit: int = 0, steps: bool = False
+    tokenizer, source: str | None, split: str, args, limit: int = 0, read=read_preferences
 ) -> list[Pair]:
     """A preference dataset as pairs of sequences; says what was dropped and how answers differ in length."""
     if source is None:
         return []
-    read = read_steps if steps else read_preferences
-    rows, pairs, seen, notes, lengths = (
-        read(source, split, args.dataset_config, limit),
-        [],
-        set(),
-        Counter(),
-        [],
-    )
+    rows = read(source, split, args.dataset_config, limit)
+    pairs, seen, notes, lengths = [], set(), Counter(), []
     for where, row in tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None):
         if row.get("score_chosen") is not None and row["score_chosen"] == row.get("score_rejected"):
             notes["dropped as ties"] += 1
             continue
-        answers = []
-        for key in ("chosen", "rejected"):
-            answer = row[key]
-            if isinstance(answer, list) and answer and isinstance(answer[0], str):
-                answer = "\n".join(answer)  # steps
-            try:
-                example = as_example(row["prompt"], answer, row, f"{where}, {key}")
-                if tokenizer.chat_template is None and "messages" in example:
-                    use_chatml(tokenizer)
-                found = tokenize(tokenizer, example)
-            except Exception as error:  # templates raise what they like
-                fail(f"{where}, {key}: neither text nor messages that the chat template takes ({error})")
-            if len(found) > 1 or not found[0].trained.any():
-                fail(f"{where}, {key}: the chat template does not render it as one prompt and one answer")
-            answers.append(found[0])
-        pair = step_only(Pair(*answers), tokenizer) if steps else Pair(*answers)
+        chosen, rejected = (
+            tokenize_answer(tokenizer, row["prompt"], row[key], row, f"{where}, {key}")
+            for key in ("chosen", "rejected")
+        )
+        pair = Pair(chosen, rejected)
         lengths.append(max(len(sequence.input_ids) for sequence in pair))
-        if lengths[-1] > args.max_length and args.overlong == "truncate":
-            notes[f"cut to {args.max_length:,} tokens"] += 1
-            pair = Pair(*(Sequence(*(x[: args.max_length] for x in sequence)) for sequence in pair))
-        key = b"|".join(sequence.input_ids.tobytes() for sequence in pair)
-        if np.array_equal(pair.chosen.input_ids, pair.rejected.input_ids):
-            notes["dropped as identical answers"] += 1
-        elif args.dedupe and key in seen:
-            notes["dropped as duplicates"] += 1
-        elif any(len(ids) > args.max_length or not trained.any() for ids, trained in pair):
-            notes[f"dropped as longer than {args.max_length:,} tokens"] += 1
-        else:
-            seen.add(key)
+        pair = fit(pair, args, seen, notes)
+        if pair is not None:
             pairs.append(pair)
     if not pairs:
         shortest = f"; the shortest pair has {min(lengths)} tokens an answer" if lengths else ""
@@ -1080,33 +1105,46 @@ def load_pairs(
     return pairs
 
 
-def load_preferences(tokenizer, args, steps: bool = False) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out pairs. Those of one prompt stay together where --eval-fraction splits them."""
-    pairs = [
-        pair
-        for source in args.dataset
-        for pair in load_pairs(tokenizer, source, args.dataset_split, args, steps=steps)
-    ]
-    held_out = load_pairs(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval, steps)
-    prompts = sorted({prompt_of(pair) for pair in pairs})
+def load_preferences(tokenizer, args) -> tuple[list[Pair], list[Pair]]:
+    """Training and held-out pairs; those of one prompt stay together where --eval-fraction splits them."""
+    read = read_steps if args.loss == "step_dpo" else read_preferences
+    parts = [load_pairs(tokenizer, name, args.dataset_split, args, 0, read) for name in args.dataset]
+    pairs = [pair for part in parts for pair in part]
+    held_out = load_pairs(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval, read)
     if args.eval_fraction:
-        number = math.ceil(args.eval_fraction * len(prompts))
-        apart = {prompts[i] for i in np.random.default_rng(args.seed).permutation(len(prompts))[:number]}
-        held_out = [pair for pair in pairs if prompt_of(pair) in apart][: args.num_eval or None]
-        pairs = [pair for pair in pairs if prompt_of(pair) not in apart]
-        say(f"held out: {number:,} of {len(prompts):,} prompts; {len(pairs):,} pairs to train on")
-        if not pairs:
-            fail(f"--eval-fraction {args.eval_fraction} leaves no pair to train on")
-    asked = {prompt_of(pair) for pair in held_out}
-    overlap = sum(prompt_of(pair) in asked for pair in pairs)
-    if overlap:
-        say(f"warning: {overlap:,} training pairs have a prompt that is held out, too")
+        trained_on, apart = hold_out(pairs, args)
+        pairs, held_out = [pairs[i] for i in trained_on], [pairs[i] for i in apart]
+    count_overlap(pairs, held_out)
+    if args.loss == "step_dpo":
+        pairs, held_out = ([step_only(tokenizer, pair) for pair in some] for some in (pairs, held_out))
     return pairs, held_out
 
 
-def prompt_of(pair: Pair) -> bytes:
-    """What the answers of a pair are answers to, as a key."""
-    return pair.chosen.input_ids[: int(pair.chosen.trained.argmax())].tobytes()
+def hold_out(pairs: list, args) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the pairs to train on, and of those whose prompts are in the held-out --eval-fraction."""
+    prompts = sorted({prompt_of(pair) for pair in pairs})
+    number = math.ceil(args.eval_fraction * len(prompts))
+    order = np.random.default_rng(args.seed).permutation(len(prompts))
+    held = {prompts[i] for i in order[:number]}
+    apart = np.array([prompt_of(pair) in held for pair in pairs])
+    if apart.all():
+        fail(f"--eval-fraction {args.eval_fraction} leaves no pair to train on")
+    say(f"held out: {number:,} of {len(prompts):,} prompts, {apart.sum():,} of {len(pairs):,} examples")
+    return np.flatnonzero(~apart), np.flatnonzero(apart)[: args.num_eval or None]
+
+
+def count_overlap(pairs: list, held_out: list):
+    """Warn where what is held out is trained on, too."""
+    asked = {prompt_of(pair) for pair in held_out}
+    overlap = sum(prompt_of(pair) in asked for pair in pairs)
+    if overlap:
+        say(f"warning: {overlap:,} training examples have a prompt that is held out, too")
+
+
+def prompt_of(answers: tuple) -> bytes:
+    """What the answers of a pair, or a single one, are answers to, as a key."""
+    input_ids, trained = answers[0]
+    return input_ids[: int(trained.argmax())].tobytes()
 
 
 def shared_tokens(one: np.ndarray, other: np.ndarray) -> int:
@@ -1252,35 +1290,38 @@ def make_optimizer(model, args):
 
 
 def collate_pairs(pairs: list[Pair], device, share_prompt: bool = False):
-    """Pairs as one packed row: its sequences 2k and 2k + 1 are the chosen and the rejected one of pair k."""
+    """Pairs as one packed row: its sequences 2k and 2k + 1 are the chosen and the rejected one of pair k.
+
+    Of single answers, tuples of one sequence each, sequence k is answer k.
+    """
     pairs = pairs or [Pair(FILLER, FILLER)]
-    shared = [n for pair in pairs for n in (0, shared_prompt(pair))] if share_prompt else None
+    shared = [n for pair in pairs for n in (0, shared_prompt(pair))[: len(pair)]] if share_prompt else None
     return collate([sequence for pair in pairs for sequence in pair], device, shared)
 
 
-def pair_sums(x: torch.Tensor, batch) -> torch.Tensor:
-    """Sums over each answer of what is known per token, x (C,) -> (B, 2): chosen and rejected."""
-    return segment_sum(x, batch.sequence_index, batch.num_sequences).view(-1, 2)
+def pair_sums(x: torch.Tensor, batch, answers: int = 2) -> torch.Tensor:
+    """Sums over each answer of what is known per token, x (C,) -> (B, answers): chosen and rejected."""
+    return segment_sum(x, batch.sequence_index, batch.num_sequences).view(-1, answers)
 
 
 @torch.no_grad()
 def pair_logps(model, pairs: list[Pair], args, device) -> torch.Tensor:
-    """Summed log-probs (P, 2) of the chosen and rejected answers under a model, on every process."""
+    """Summed log-probs (P, 2) of the chosen and rejected answers, (P, 1) of single ones, on every process."""
     model.eval()
     rank, world_size = process()
-    logps = torch.zeros(len(pairs), 2, device=device)
+    logps = torch.zeros(len(pairs), len(pairs[0]), device=device)
     lengths = [row_length(pair, args.share_prompt) for pair in pairs]
     rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
     for row in tqdm(
         rows[rank::world_size], desc="log-probs", leave=False, disable=None if rank == 0 else True
     ):
         batch = collate_pairs([pairs[i] for i in row], device, args.share_prompt)
-        logps[row] = pair_sums(token_logprobs(model, batch), batch)[: len(row)]
+        logps[row] = pair_sums(token_logprobs(model, batch), batch, logps.shape[1])[: len(row)]
     return all_reduce(logps)
 
 
-def cached_logps(name: str, pairs: list[Pair], args, tokenizer, device) -> torch.Tensor:
-    """`pair_logps` of a model that is loaded for it only, and only where --cache-dir does not have them yet.
+def cached_logps(name: str, pairs: list[Pair], args, tokenizer, device, model=None) -> torch.Tensor:
+    """`pair_logps` of a model, from --cache-dir or computed now; it is loaded for that only, if not given.
 
     The file's name is a digest of all that they depend on: the model's files, the tokens (and with them data,
     template and lengths), what is trained, the attention, and the device.
@@ -1299,7 +1340,7 @@ def cached_logps(name: str, pairs: list[Pair], args, tokenizer, device) -> torch
     if found[0] is not None:
         say(f"{name}: log-probs of {len(pairs):,} pairs from {path}")
         return torch.tensor(found[0], device=device)
-    logps = pair_logps(load_model(name, args, tokenizer, device), pairs, args, device)
+    logps = pair_logps(model or load_model(name, args, tokenizer, device), pairs, args, device)
     if process()[0] == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.npy")

@@ -1,0 +1,471 @@
+"""One optimizer step of our scripts and of TRL 1.16, on the same models and tokens: the same numbers.
+
+TRL is in benchmarks/requirements.txt only; without it, or with another version, this file is skipped.
+"""
+
+import importlib
+import json
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import dpo
+from common import collate, segment_sum, token_logprobs
+
+trl = pytest.importorskip("trl")
+if not trl.__version__.startswith("1.16."):
+    pytest.skip(f"compares with TRL 1.16, not {trl.__version__}", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
+
+# Nothing follows the last turn: TRL trains all that comes after the prompt, also a line break behind the end
+# token, and our scripts train no more than the end token.
+TEMPLATE = (
+    "{% for message in messages %}{{ '' if loop.first else '\n' }}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}"
+    "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"
+)
+PAIRS = [  # prompt, chosen, rejected: either answer may be the longer one, by a little or by a lot
+    ("What color is the sky?", "It is blue.", "It is green and green."),
+    ("What color is the grass?", "The grass is green today.", "Blue."),
+    ("How many apples does Nora have left?", "12 - 5 = 7", "5"),
+    ("Two and two?", "Four.", "Think, then answer: two and two are six, and three and three are four."),
+    ("Be brief. Three and three?", "Six.", "Four!"),
+    ("Was the sky blue yesterday?", "The sky was blue yesterday and the sky is blue today.", "No."),
+    ("Thank you, that is right.", "You are a helpful assistant.", "Nora gives away the sky."),
+    ("Nora has 12 apples. Is it right?", "Yes, that is right.", "What color is the grass?"),
+]
+LEARNING_RATE = 1e-4
+LOSS = {"abs": 1e-4, "rel": 1e-6}  # float32 has no more digits for a loss above a hundred (sppo)
+METRIC = {"abs": 1e-3, "rel": 1e-5}
+WEIGHTS = 1e-5  # a tenth of what one step moves them
+
+
+class Step(NamedTuple):
+    """What one optimizer step read, logged and left."""
+
+    sequences: list  # sorted (token ids, which of them are trained), as tuples
+    metrics: dict
+    weights: dict
+
+
+@pytest.fixture(scope="module")
+def models(random_model, tmp_path_factory):
+    """Two folders, policy and reference: Qwen3 of other seeds, in float32, whose log-probs differ by nats."""
+    tokenizer = AutoTokenizer.from_pretrained(random_model)
+    tokenizer.chat_template = TEMPLATE
+    config = AutoConfig.from_pretrained(random_model)
+    config.initializer_range, config.dtype = 0.2, torch.float32
+    folders = []
+    for seed in (1, 2):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config)
+        folders.append(tmp_path_factory.mktemp("model"))
+        model.save_pretrained(folders[-1])
+        tokenizer.save_pretrained(folders[-1])
+    return folders
+
+
+def turn(role: str, text: str) -> list[dict]:
+    return [{"role": role, "content": text}]
+
+
+def talks() -> list[dict]:
+    """The pairs as messages."""
+    return [
+        {"prompt": turn("user", p), "chosen": turn("assistant", c), "rejected": turn("assistant", r)}
+        for p, c, r in PAIRS
+    ]
+
+
+def texts() -> list[dict]:
+    """The pairs as texts, whose tokens do not merge across the end of the prompt."""
+    return [{"prompt": p, "chosen": f" {c}", "rejected": f" {r}"} for p, c, r in PAIRS]
+
+
+@pytest.fixture
+def our_step(models, tmp_path, monkeypatch, one_cpu):
+    """our_step(script, rows, **flags) -> Step: main() of a script for one step on all rows."""
+
+    def run(script: str, rows: list[dict], **flags) -> Step:
+        module, file, seen = importlib.import_module(script), tmp_path / "rows.jsonl", []
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        collate = module.collate
+
+        def watched(sequences, *args, **kwargs):
+            sequences = list(sequences)
+            seen.append([(list(map(int, ids)), list(map(int, trained))) for ids, trained in sequences])
+            return collate(sequences, *args, **kwargs)
+
+        monkeypatch.setattr(module, "collate", watched)
+        common = {
+            "model": str(models[0]),
+            "dataset": (str(file),),
+            "order": "given",
+            "learning_rate": LEARNING_RATE,
+            "lr_schedule": "constant",
+            "warmup_steps": 0,
+            "batch_size": len(rows),
+            "max_steps": 1,
+            "eval_every": 0,
+            "save_every": 0,
+            "output_dir": str(tmp_path / "ours"),
+        }
+        module.main(module.Args(**common | flags))
+        lines = map(json.loads, (tmp_path / "ours" / "metrics.jsonl").read_text().splitlines())
+        weights = load_file(tmp_path / "ours" / "model" / "model.safetensors")
+        # Nothing is evaluated: the last row is the one that was trained.
+        return Step(as_set(seen[-1]), list(lines)[-1], weights)
+
+    return run
+
+
+@pytest.fixture
+def trl_step(models, tmp_path, one_cpu):
+    """trl_step(trainer_class, config_class, rows, **settings) -> Step: a TRL trainer's step on all rows."""
+
+    def run(trainer_class, config_class, rows, policy=models[0], reference=None, **settings) -> Step:
+        common = {
+            "output_dir": str(tmp_path / "trl"),
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "per_device_train_batch_size": len(rows),
+            "max_steps": 1,
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "train_sampling_strategy": "sequential",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        ref_model = {}
+        if reference is not None:
+            ref_model["ref_model"] = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
+        trainer = trainer_class(
+            model=str(policy),
+            args=config_class(**common | settings),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(policy),
+            **ref_model,
+        )
+        batches = list(trainer.get_train_dataloader())
+        assert len(batches) == 1
+        trainer.train()
+        metrics = [line for line in trainer.state.log_history if "loss" in line][-1]
+        return Step(as_set(unpadded(batches[0])), metrics, trainer.model.state_dict())
+
+    return run
+
+
+def unpadded(batch: dict) -> list:
+    """The sequences of a collated batch of TRL: (token ids, which of them are trained)."""
+    found = []
+    for prefix in ("", "chosen_", "rejected_"):
+        if f"{prefix}input_ids" in batch:
+            ids, attended = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"].bool()
+            trained = (
+                batch["completion_mask"] if "completion_mask" in batch else batch[f"{prefix}labels"] != -100
+            )
+            for row, keep, marks in zip(ids, attended, trained, strict=True):
+                found.append((row[keep].tolist(), marks[keep].int().tolist()))
+    return found
+
+
+def as_set(sequences) -> list:
+    """Sequences in an order that does not depend on who packed or padded them."""
+    return sorted((tuple(ids), tuple(trained)) for ids, trained in sequences)
+
+
+def weight_differences(one: dict, other: dict) -> torch.Tensor:
+    """Of each weight, how far two models are apart."""
+    return torch.cat([(weight - other[name]).abs().flatten() for name, weight in one.items()])
+
+
+def assert_same_step(ours: Step, theirs: Step, *metrics: str):
+    """The same tokens, the same loss and gradient, and `metrics` alike; the numbers show with `pytest -s`."""
+    assert ours.sequences == theirs.sequences
+    gaps = {name: ours.metrics[name] - theirs.metrics[name] for name in ("loss", "grad_norm", *metrics)}
+    apart = weight_differences(ours.weights, theirs.weights)
+    gaps |= {"weights, most": apart.max().item(), "weights, mean": apart.mean().item()}
+    told = "  ".join(f"{name} {gap:.1e}" for name, gap in gaps.items())
+    print(f"loss {ours.metrics['loss']:.6g}, ours - TRL's: {told}")
+    assert ours.metrics["loss"] == pytest.approx(theirs.metrics["loss"], **LOSS)
+    for name in ("grad_norm", *metrics):
+        assert ours.metrics[name] == pytest.approx(theirs.metrics[name], **METRIC), name
+    # Adam's first step moves each weight by the learning rate, whatever its gradient is, but for gradients so
+    # small that rounding turns them: few, so the mean tells equal gradients from others on any machine.
+    assert apart.mean().item() < 1e-3 * LEARNING_RATE
+
+
+def assert_same_function(ours, theirs, *inputs: torch.Tensor):
+    """Equal values, (B,), and equal gradients by the first input, in float32."""
+    results = []
+    for function in (ours, theirs):
+        variable = inputs[0].clone().requires_grad_()
+        values = function(variable, *inputs[1:])
+        assert values.shape == variable.shape
+        results.append((values, torch.autograd.grad(values.sum(), variable)[0]))
+    for our, their in zip(*results, strict=True):
+        assert torch.allclose(our, their, rtol=1e-4, atol=1e-5)
+
+
+def cpo_loss(**settings):
+    """The loss of TRL's CPOTrainer, a method, as a function."""
+    from trl.experimental.cpo import CPOTrainer
+
+    defaults = {"alpha": 0.0, "label_smoothing": 0.0, "accelerator": SimpleNamespace(device="cpu")}
+    trainer = SimpleNamespace(**defaults | settings)
+    return lambda chosen, rejected: CPOTrainer.cpo_loss(trainer, chosen, rejected)[0]
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+# DPO --------------------------------------------------------------------------------------------------------
+
+# Our name: TRL's name, and what is not a default of both. TRL's label_smoothing is 0 by default, with which
+# exo has no value and TRL raises; ours is EXO's 1e-3. Averaged log-ratios are small and want a larger beta
+# than 0.1, which all others take here (TRL's default, not ours).
+LOSSES = {
+    "sigmoid": ("sigmoid", {}),
+    "robust": ("robust", {"label_smoothing": 0.1}),
+    "hinge": ("hinge", {}),
+    "exo": ("exo_pair", {"label_smoothing": 1e-3}),
+    "nca": ("nca_pair", {}),
+    "bco": ("bco_pair", {}),
+    "sppo": ("sppo_hard", {}),
+    "apo_zero": ("apo_zero", {}),
+    "apo_down": ("apo_down", {}),
+    "discopop": ("discopop", {"discopop_tau": 0.2}),
+    "sigmoid_norm": ("sigmoid_norm", {"beta": 2.0}),
+}
+LOGPS = ("logps/chosen", "logps/rejected", "num_tokens")
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+
+
+@pytest.fixture
+def dpo_steps(our_step, trl_step, models, tmp_path):
+    """dpo_steps(rows, loss, loss_type, both, ours, theirs): the step of dpo.py and that of DPOTrainer."""
+
+    def run(rows, loss, loss_type, both, ours=(), theirs=()) -> tuple[Step, Step]:
+        both = {"beta": 0.1} | both
+        reference = {"ref_model": str(models[1]), "cache_dir": str(tmp_path / "cache")}
+        our = our_step("dpo", rows, loss=loss, **reference, **both, **dict(ours))
+        settings = {"loss_type": loss_type, **both, **dict(theirs)}
+        return our, trl_step(trl.DPOTrainer, trl.DPOConfig, rows, reference=models[1], **settings)
+
+    return run
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_dpo_step_is_that_of_trl(loss, dpo_steps):
+    loss_type, both = LOSSES[loss]
+    ours, theirs = dpo_steps(talks(), loss, [loss_type], both)
+    # TRL logs the rewards of sums where the loss is of averages; ours are those of the loss.
+    assert_same_step(ours, theirs, *LOGPS, *(REWARDS if loss != "sigmoid_norm" else ()))
+
+
+def test_a_dpo_step_leaves_the_weights_of_trl(dpo_steps, models):
+    # So strong a decay moves a weight as much as its gradient does. Both decay matrices, not norms.
+    ours, theirs = dpo_steps(talks(), "sigmoid", ["sigmoid"], {"weight_decay": 5.0})
+    before = load_file(models[0] / "model.safetensors")
+    assert weight_differences(ours.weights, before).median() > 0.9 * LEARNING_RATE
+    assert weight_differences(ours.weights, theirs.weights).max() < WEIGHTS
+
+
+def test_a_dpo_step_on_texts_is_that_of_trl(dpo_steps):
+    ours, theirs = dpo_steps(texts(), "sigmoid", ["sigmoid"], {})
+    assert_same_step(ours, theirs, *LOGPS, *REWARDS)
+
+
+def test_two_dpo_steps_with_a_moving_reference_are_those_of_trl(dpo_steps):
+    both = {"max_steps": 2, "max_grad_norm": 0.5}
+    flags = {"ref": "live", "sync_ref_every": 1, "sync_ref_alpha": 0.6}
+    settings = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6}
+    ours, theirs = dpo_steps(talks(), "sigmoid", ["sigmoid"], both, flags, settings)
+    assert_same_step(ours, theirs, *LOGPS, *REWARDS)
+
+
+def test_dpo_with_a_live_reference_and_shared_prompts_is_that_of_trl(dpo_steps):
+    flags = {"ref": "live", "share_prompt": True}
+    ours, theirs = dpo_steps(talks(), "sigmoid", ["sigmoid"], {"beta": 0.5}, flags)
+    # Here a prompt is in the row, and counted, once; TRL counts it with each of its answers.
+    assert ours.metrics["num_tokens"] < theirs.metrics["num_tokens"]
+    assert_same_step(ours, theirs, "logps/chosen", "logps/rejected", *REWARDS)
+
+
+def test_rpo_is_the_sum_of_two_losses_of_trl(dpo_steps):
+    settings = {"loss_weights": [1.0, 0.7]}
+    ours, theirs = dpo_steps(talks(), "sigmoid", ["sigmoid", "sft"], {}, {"sft_coef": 0.7}, settings)
+    assert_same_step(ours, theirs, *LOGPS, *REWARDS)
+
+
+def test_label_smoothing_of_dpo_is_that_of_trls_cpo_trainer():
+    # DPOTrainer ignores label_smoothing for sigmoid; CPOTrainer, which has the same formula, does not.
+    theirs = cpo_loss(loss_type="sigmoid", beta=0.3, label_smoothing=0.2)
+    assert_same_function(
+        lambda *logps: dpo.dpo_loss(*logps, beta=0.3, label_smoothing=0.2),
+        lambda chosen, rejected, ref_chosen, ref_rejected: theirs(
+            chosen - ref_chosen, rejected - ref_rejected
+        ),
+        *5 * normal(4, 16),
+    )
+
+
+# SFT --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_an_sft_step_is_that_of_trl(loss, our_step, trl_step):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in talks()]
+    ours = our_step("sft", rows, loss=loss)
+    theirs = trl_step(trl.SFTTrainer, trl.SFTConfig, rows, loss_type=loss)
+    assert_same_step(ours, theirs, "mean_token_accuracy", "num_tokens")
+    assert weight_differences(ours.weights, theirs.weights).max() < WEIGHTS
+
+
+# IPO, KTO, SimPO, ORPO --------------------------------------------------------------------------------------
+
+SECOND = "ipo_kto_simpo_orpo"
+
+
+@pytest.fixture
+def second():
+    """The module of the four algorithms."""
+    return pytest.importorskip(SECOND)
+
+
+def test_ipo_loss_is_that_of_trls_cpo_trainer_on_log_ratios(second):
+    # DPOTrainer has no IPO of summed log-probs; CPOTrainer has one, without a reference.
+    theirs = cpo_loss(loss_type="ipo", beta=0.2)
+    assert_same_function(
+        lambda *logps: second.ipo_loss(*logps, beta=0.2),
+        lambda chosen, rejected, ref_chosen, ref_rejected: theirs(
+            chosen - ref_chosen, rejected - ref_rejected
+        ),
+        *5 * normal(4, 16),
+    )
+
+
+def test_an_ipo_step_is_that_of_trl(second, our_step, trl_step, models, tmp_path):
+    # TRL averages the log-ratios over an answer's tokens, which the paper does not; ours does so when asked.
+    reference = {"ref_model": str(models[1]), "cache_dir": str(tmp_path / "cache")}
+    ours = our_step(SECOND, talks(), algorithm="ipo", ipo_length_average=True, beta=0.3, **reference)
+    settings = {"reference": models[1], "loss_type": ["ipo"], "beta": 0.3}
+    theirs = trl_step(trl.DPOTrainer, trl.DPOConfig, talks(), **settings)
+    assert_same_step(ours, theirs, *LOGPS)  # TRL logs the rewards of sums, ours are those of the loss
+
+
+def test_simpo_loss_is_that_of_trl(second):
+    # gamma itself in TRL, its quotient by beta in ours and in SimPO's reference code.
+    assert_same_function(
+        lambda *logps: second.simpo_loss(*logps, beta=2.5, gamma_beta_ratio=0.6),
+        cpo_loss(loss_type="simpo", beta=2.5, simpo_gamma=1.5),
+        *normal(2, 16) - 3,
+    )
+
+
+@pytest.mark.parametrize("sft_coef", [0.0, 0.7])
+def test_a_simpo_step_is_that_of_trl(second, sft_coef, our_step, trl_step, tmp_path):
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    flags = {"beta": 2.0, "gamma_beta_ratio": 0.4, "sft_coef": sft_coef, "cache_dir": str(tmp_path / "cache")}
+    settings = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.8, "cpo_alpha": sft_coef}
+    ours = our_step(SECOND, talks(), algorithm="simpo", **flags)
+    theirs = trl_step(CPOTrainer, CPOConfig, talks(), **settings)
+    assert_same_step(ours, theirs, *REWARDS)  # TRL logs averages as logps, ours are sums
+
+
+def test_orpo_loss_is_that_of_trl(second):
+    from trl.experimental.orpo import ORPOTrainer
+
+    trainer = SimpleNamespace(beta=0.4, accelerator=SimpleNamespace(device="cpu"))
+    assert_same_function(
+        lambda *logps: second.orpo_loss(*logps, beta=0.4),
+        lambda *logps: -ORPOTrainer.odds_ratio_loss(trainer, *logps)[0],
+        *-normal(2, 64).mul(2).exp(),  # mean log-probs from -0.005, an answer nearly certain, to -100
+    )
+
+
+def test_an_orpo_step_is_that_of_trl(second, our_step, trl_step, tmp_path):
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    # TRL's likelihood loss is over the prompt, too, as in the authors' code; so is ours by default.
+    flags = {"orpo_nll": "full", "beta": 0.5, "cache_dir": str(tmp_path / "cache")}
+    ours = our_step(SECOND, talks(), algorithm="orpo", **flags)
+    theirs = trl_step(ORPOTrainer, ORPOConfig, talks(), beta=0.5)
+    # Our row has the chosen prompts among what is trained, TRL's labels do not: the same ids, other marks.
+    assert [ids for ids, _ in ours.sequences] == [ids for ids, _ in theirs.sequences]
+    assert_same_step(ours._replace(sequences=theirs.sequences), theirs, *REWARDS)
+
+
+def judged() -> list[dict]:
+    """Answers, one to a prompt, some of which are good: five of eight."""
+    rows = zip(talks(), (True, False, True, True, False, True, False, True), strict=True)
+    return [
+        {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": good}
+        for row, good in rows
+    ]
+
+
+def summed_logps(folder, sequences) -> torch.Tensor:
+    """Summed log-probs (B,) of the trained tokens of sequences under the model in a folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="packed")
+    batch = collate(sequences)
+    with torch.no_grad():
+        return segment_sum(token_logprobs(model, batch), batch.sequence_index, batch.num_sequences)
+
+
+def tokens_of(tokenizer, rows) -> list:
+    """The sequences of prompt + completion rows, in their order."""
+    found = []
+    for row in rows:
+        template = {"tokenize": True, "return_dict": False}
+        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], **template)
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **template)
+        found.append((whole, [0] * len(prompt) + [1] * (len(whole) - len(prompt))))
+    return found
+
+
+KTO = {"beta": 0.2, "desirable_weight": 1.5, "undesirable_weight": 0.7}
+
+
+@pytest.mark.parametrize("roles", [(0, 1), (1, 0)], ids=["kl_cut_at_0", "kl_above_0"])
+def test_kto_loss_is_that_of_trl_for_its_kl(second, roles, trl_step, models):
+    rows, (policy, reference) = judged(), (models[i] for i in roles)
+    theirs = trl_step(trl.KTOTrainer, trl.KTOConfig, rows, policy, reference, **KTO)
+    sequences = tokens_of(AutoTokenizer.from_pretrained(models[0]), rows)
+    assert as_set(sequences) == theirs.sequences
+    logps, ref_logps = (summed_logps(folder, sequences) for folder in (policy, reference))
+    labels, kl = torch.tensor([row["label"] for row in rows]), torch.tensor(theirs.metrics["kl"])
+    assert (kl > 0) == (roles == (1, 0))  # the mean log-ratio of mismatched answers has the other sign then
+    losses = second.kto_loss(logps, ref_logps, labels, kl, **KTO)
+    assert losses.shape == (8,)
+    assert losses.mean().item() == pytest.approx(theirs.metrics["loss"], **LOSS)
+
+
+@pytest.mark.parametrize("roles", [(0, 1), (1, 0)], ids=["kl_cut_at_0", "kl_above_0"])
+def test_a_kto_step_is_that_of_trl(second, roles, our_step, trl_step, models, tmp_path):
+    # TRL completes each prompt by the answer before it in its micro-batch, the first by the last; ours by the
+    # nearest one before it, in the data set, that has another prompt. On one batch that is all the data, and
+    # where all prompts differ, the two are the same. (On pairs they are not: TRL sets chosen answers first.)
+    policy, reference = (models[i] for i in roles)
+    flags = {"model": str(policy), "ref_model": str(reference), "cache_dir": str(tmp_path / "cache")}
+    ours = our_step(SECOND, judged(), algorithm="kto", **flags, **KTO)
+    theirs = trl_step(trl.KTOTrainer, trl.KTOConfig, judged(), policy, reference, **KTO)
+    assert_same_step(ours, theirs, *LOGPS, "rewards/chosen", "rewards/rejected", "rewards/margins")
+    assert max(0.0, ours.metrics["kl"]) == pytest.approx(
+        theirs.metrics["kl"], **METRIC
+    )  # ours is logged uncut
+    assert (ours.metrics["kl"] > 0) == (roles == (1, 0))
