@@ -117,7 +117,7 @@ class Args:
 
     # Loss
     beta: float | None = None
-    """IPO's tau, KTO's beta, SimPO's beta, ORPO's lambda; by default 0.1, 0.3, 2.0 and 0.5."""
+    """IPO's tau, KTO's beta, SimPO's beta, ORPO's lambda; by default 0.1, 0.5, 2.0 and 0.5."""
     ipo_length_average: bool = False
     """IPO on log-ratios averaged over each answer's tokens, as TRL reads the paper, not on their sums."""
     desirable_weight: float = 1.0
@@ -186,7 +186,7 @@ class Args:
             if not self.eval_dataset and not self.eval_fraction:
                 self.eval_dataset = "tiny/data/preference_eval.jsonl"
         if self.beta is None:
-            self.beta = {"ipo": 0.1, "kto": 0.3, "simpo": 2.0, "orpo": 0.5}[self.algorithm]
+            self.beta = {"ipo": 0.1, "kto": 0.5, "simpo": 2.0, "orpo": 0.5}[self.algorithm]
         for name in (
             "max_length",
             "max_tokens_per_micro_batch",
@@ -251,8 +251,8 @@ def kto_loss(
     """KTO of each answer, (B,) from summed log-probs (B,) and labels (B,), true if desirable.
 
     Eq. 7 of arXiv:2402.01306: gains and losses are felt against a reference point, and both level off. The
-    point z0 is the KL of policy and reference, estimated by `kl`, a scalar: the mean of log pi/ref of mismatched
-    answers. A KL is not negative, so it is clamped at 0; it takes no gradient.
+    point z0 is the KL of policy and reference, estimated by `kl`, a scalar: the mean of log pi/ref over
+    mismatched answers. A KL is not negative, so it is clamped at 0; it takes no gradient.
     """
     log_ratio, reference_point = logps - ref_logps, kl.detach().clamp(min=0)  # (B,), scalar
     desirable = desirable_weight * (1 - torch.sigmoid(beta * (log_ratio - reference_point)))  # (B,)
@@ -359,6 +359,7 @@ def main(args: Args) -> dict:
 
     # 0. Reference: log-probs (P, K) under it and under the starting policy, for drift
     policy = load_model(args.model, args, tokenizer, device)
+    optimizer = make_optimizer(policy, args)
     model = None if args.resume else policy  # a continued one has moved, should the cache be lost
     start_logps = cached_logps(args.model, answers, args, tokenizer, device, model)
     ref_logps = held_out_ref_logps = mismatched_ref_logps = None
@@ -370,7 +371,6 @@ def main(args: Args) -> dict:
         )
     del model
 
-    optimizer = make_optimizer(policy, args)
     step, num_tokens = load_checkpoint(output_dir, policy, optimizer) if args.resume else (0, 0)
     logger = Logger(args, output_dir, total_steps, step, COLUMNS)
     metrics, kl = {}, torch.zeros((), device=device)
@@ -388,7 +388,7 @@ def main(args: Args) -> dict:
         # 2. KL of policy and reference over the whole optimizer batch and all processes, before any gradient
         if kto:
             log_ratio = pair_logps(policy, [mismatched[i] for i in picks], args, device)
-            kl = (log_ratio - mismatched_ref_logps[picks]).mean()
+            kl = (log_ratio - mismatched_ref_logps[picks]).mean().clamp(min=0)  # scalar
 
         policy.train()
         sums = torch.zeros(14, device=device)

@@ -19,6 +19,20 @@ from sync_copies import scripts
 from sync_docs import documented_metrics, flags, metric_differences
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+PAIRS = {
+    "eval_dataset": "DATA/preference_eval.jsonl",
+    "cache_dir": "DATA/cache",
+    "num_eval": 4,
+    "max_completion_length": 8,
+    "batch_size": 8,
+    "max_tokens_per_micro_batch": 512,
+    "learning_rate": 3e-4,
+    "warmup_steps": 2,
+    "max_steps": 6,
+    "eval_every": 3,
+    "save_every": 2,
+    "log_every": 1,
+}
 # Flags of a run of 6 steps, evaluations at 0, 3 and 6, checkpoints at 2, 4 and 6; DATA: tiny/data, shortened.
 RUN = {
     "sft.py": {
@@ -36,6 +50,8 @@ RUN = {
         "save_every": 2,
         "log_every": 1,
     },
+    "dpo.py": PAIRS | {"dataset": ("DATA/preference_train.jsonl",)},
+    "ipo_kto_simpo_orpo.py": PAIRS | {"algorithm": "kto", "dataset": ("DATA/unpaired_train.jsonl",)},
 }
 # Flags of the runs that must come out the same for every token budget.
 VARIANTS = {
@@ -45,8 +61,25 @@ VARIANTS = {
         {"neftune_alpha": 5.0},
         {"loss_agg": "seq_mean_token_mean"},
     ),
+    "dpo.py": (
+        {},
+        {"share_prompt": True},
+        {"loss": "sigmoid_norm", "sft_coef": 1.0},
+        {"loss": "tdpo2", "ref": "live", "sync_ref_every": 2},
+    ),
+    "ipo_kto_simpo_orpo.py": (
+        {},
+        *(
+            {"algorithm": name, "dataset": ("DATA/preference_train.jsonl",)}
+            for name in ("ipo", "simpo", "orpo")
+        ),
+    ),
 }
-NO_EVALUATION = {"sft.py": {"eval_dataset": None, "forgetting_dataset": None}}
+NO_EVALUATION = {
+    "sft.py": {"eval_dataset": None, "forgetting_dataset": None},
+    "dpo.py": {"eval_dataset": None},
+    "ipo_kto_simpo_orpo.py": {"eval_dataset": None},
+}
 CLOCK = {"tokens_per_second", "step_time", "peak_memory_gb"}  # what no two runs share
 SCRIPTS = scripts()
 
@@ -166,7 +199,8 @@ def test_run_from_another_folder_gives_the_same_metrics(script, run, flags_of, t
     done = start(sys.executable, script, *command_line(flags_of(script)), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     [folder] = (tmp_path / "runs").iterdir()  # the default output folder
-    assert folder.name.startswith(f"{script.stem}_1_")
+    method, seed, _ = folder.name.rsplit("_", 2)
+    assert method in script.stem and seed == "1"
     assert_same_run(folder, run(script), step=6)
     assert checkpoints(folder) == ["step_00000004", "step_00000006"]  # the last two
     assert "step 6/6" in done.stdout and "Traceback" not in done.stderr
