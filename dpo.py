@@ -891,7 +891,8 @@ def read_preferences(source: str, split: str, config: str | None, limit: int) ->
             fail(f"{where}: found the columns {', '.join(row)}; accepted are {PAIR_FORMATS}")
         if not all(isinstance(answer, str | list) for answer in (chosen, rejected)):
             fail(f"{where}: chosen and rejected are neither text nor messages")
-        prompt = row.get("prompt", row.get("question"))
+        asked = [{"role": "user", "content": row["question"]}] if "question" in row else None
+        prompt = row.get("prompt", asked)
         talks = isinstance(chosen, list) and chosen and isinstance(chosen[0], dict)
         if prompt is None or (talks and chosen[0].get("role") != "assistant"):  # the answers contain it
             shared = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(chosen, rejected)))

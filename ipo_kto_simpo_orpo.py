@@ -762,7 +762,8 @@ def read_preferences(source: str, split: str, config: str | None, limit: int) ->
             fail(f"{where}: found the columns {', '.join(row)}; accepted are {PAIR_FORMATS}")
         if not all(isinstance(answer, str | list) for answer in (chosen, rejected)):
             fail(f"{where}: chosen and rejected are neither text nor messages")
-        prompt = row.get("prompt", row.get("question"))
+        asked = [{"role": "user", "content": row["question"]}] if "question" in row else None
+        prompt = row.get("prompt", asked)
         talks = isinstance(chosen, list) and chosen and isinstance(chosen[0], dict)
         if prompt is None or (talks and chosen[0].get("role") != "assistant"):  # the answers contain it
             shared = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(chosen, rejected)))
@@ -972,7 +973,9 @@ def load_unpaired(tokenizer, source: str, split: str, args, limit: int) -> tuple
     answers, labels, seen, notes, lengths = [], [], set(), Counter(), []
     rows = load_rows(source, split, args.dataset_config)[: limit or None]
     for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
-        where, prompt = f"{source}, row {n}", row.get("prompt", row.get("question"))
+        where = f"{source}, row {n}"
+        asked = [{"role": "user", "content": row["question"]}] if "question" in row else None
+        prompt = row.get("prompt", asked)
         if prompt is None or row.get("completion") is None or row.get("label") not in (True, False):
             fail(f"{where}: found the columns {', '.join(row)}; accepted are {UNPAIRED_FORMATS}")
         sequence = tokenize_answer(tokenizer, prompt, row["completion"], row, where)

@@ -27,6 +27,7 @@ mask 8,192 x 8,192.)
 """
 
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -58,6 +59,7 @@ TARGETS = {  # tokens per second of cleanpost over theirs, at least; peak memory
     "memory": {"trl_shipped": 0.45},
     "first_step_loss": 1e-4,
 }
+COMPARED = {name: "cleanpost" for name in CONTENDERS if name != "cleanpost"}  # with which of ours
 MODEL = {
     "hidden_size": 256,
     "intermediate_size": 896,
@@ -112,18 +114,20 @@ class Args:
 # ------------------------------------------------------------------------------------------------------------
 # In a process of its own
 # ------------------------------------------------------------------------------------------------------------
-def prepare(args: Args, folder: Path) -> dict:
-    """Write the rows, the tokenizer and the model into `folder`; describe them."""
-    import torch
+def load_rows(data: str) -> list[dict]:
+    """All rows of GSM8K."""
+    if Path(data).exists():
+        return [json.loads(line) for line in Path(data).read_text(encoding="utf-8").splitlines()]
+    from datasets import load_dataset
+
+    return list(load_dataset(data, "main", split="train"))
+
+
+def make_tokenizer(rows: list[dict]):
+    """A byte-level BPE of `rows`, with the chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
-    if Path(args.data).exists():
-        rows = [json.loads(line) for line in Path(args.data).read_text(encoding="utf-8").splitlines()]
-    else:
-        from datasets import load_dataset
-
-        rows = list(load_dataset(args.data, "main", split="train"))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -135,18 +139,34 @@ def prepare(args: Args, folder: Path) -> dict:
         show_progress=False,
     )
     bpe.train_from_iterator((row[key] for row in rows for key in ("question", "answer")), trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token=special[0], eos_token=special[2], chat_template=TEMPLATE
     )
-    tokenizer.save_pretrained(folder / "model")
 
-    torch.manual_seed(args.seed)
+
+def write_model(tokenizer, seed: int, folder: Path) -> dict:
+    """Write the tokenizer and a random model into `folder`; describe them."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
     config = Qwen3Config(
         **MODEL, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None
     )
     model = Qwen3ForCausalLM(config)
-    model.save_pretrained(folder / "model")
+    model.save_pretrained(folder)
+    return {
+        "model": {"architecture": "Qwen3ForCausalLM", "parameters": model.num_parameters(), **MODEL},
+        "vocabulary": len(tokenizer),
+    }
 
+
+def prepare(args: Args, folder: Path) -> dict:
+    """Write the rows, the tokenizer and the model into `folder`; describe them."""
+    rows = load_rows(args.data)
+    tokenizer = make_tokenizer(rows)
+    described = write_model(tokenizer, args.seed, folder / "model")
     steps = args.warmup + args.steps
     rows = rows[: steps * args.batch_size]
     conversations = [
@@ -165,9 +185,7 @@ def prepare(args: Args, folder: Path) -> dict:
         assert whole[: len(prompt)] == prompt
         lengths.append(len(whole))
         prompt_lengths.append(len(prompt))
-    return {
-        "model": {"architecture": "Qwen3ForCausalLM", "parameters": model.num_parameters(), **MODEL},
-        "vocabulary": len(tokenizer),
+    return described | {
         "rows": len(rows),
         "rows_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "tokens": sum(lengths),
@@ -184,21 +202,22 @@ def resident_gb() -> float:
     return psutil.Process().memory_info().rss / 1e9
 
 
-def run_cleanpost(args: Args, folder: Path) -> dict:
-    """sft.py as a user runs it, without evaluation; its own metrics.jsonl has the figures."""
+def run_cleanpost(args: Args, folder: Path, name: str = "sft", **more) -> dict:
+    """sft.py (or another script of ours, with more settings) as a user runs it, without evaluation; its own
+    metrics.jsonl has the figures.
+    """
     sys.path.insert(0, str(ROOT))
-    import sft
-
-    loaded, load_model = [], sft.load_model
+    script = importlib.import_module(name)
+    loaded, load_model = [], script.load_model
 
     def load_and_look(*arguments):
         model = load_model(*arguments)
         loaded.append(resident_gb())
         return model
 
-    sft.load_model = load_and_look
-    sft.main(
-        sft.Args(
+    script.load_model = load_and_look
+    script.main(
+        script.Args(
             model=str(folder / "model"),
             dataset=(str(folder / "rows.jsonl"),),
             order="given",
@@ -211,6 +230,7 @@ def run_cleanpost(args: Args, folder: Path) -> dict:
             eval_every=0,
             save_every=0,
             output_dir=str(folder / "run"),
+            **more,
         )
     )
     lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
@@ -219,12 +239,12 @@ def run_cleanpost(args: Args, folder: Path) -> dict:
         "seconds": [line["step_time"] for line in steps],
         "total_tokens": [line["num_tokens"] for line in steps],
         "losses": [line["loss"] for line in steps],
-        "loaded_memory_gb": loaded[0],
+        "loaded_memory_gb": loaded[-1],  # with all models
     }
 
 
-def trl_settings(args: Args, overrides: dict, pack_length: int) -> dict:
-    """What SFTConfig is given: what all share so that they can be compared, and the contender's own."""
+def trl_settings(args: Args, overrides: dict, pack_length: int | None = None) -> dict:
+    """What TRL's config is given: what all share so that they can be compared, and the contender's own."""
     packed = {"max_length": pack_length, "per_device_train_batch_size": 1}
     return {
         "use_cpu": True,
@@ -242,10 +262,24 @@ def trl_settings(args: Args, overrides: dict, pack_length: int) -> dict:
 
 
 def run_trl(args: Args, folder: Path) -> dict:
-    """SFTTrainer on prompt + completion rows, of which it trains the completion; its log has the figures."""
+    """SFTTrainer on prompt + completion rows, of which it trains the completion."""
     from datasets import Dataset
-    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
+
+    prepared = json.loads((folder / "prepare.json").read_text())
+    settings = trl_settings(args, CONTENDERS[args.only][1], prepared["pack_length"])
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    trainer = SFTTrainer(
+        model=str(folder / "model"),
+        args=SFTConfig(output_dir=str(folder / "run"), **settings),
+        train_dataset=Dataset.from_list(rows),
+    )
+    return train_trl(trainer)
+
+
+def train_trl(trainer) -> dict:
+    """Train with one of TRL's trainers, whose log has the figures."""
+    from transformers import TrainerCallback
 
     begun, seconds, loaded = [], [], []
 
@@ -259,15 +293,7 @@ def run_trl(args: Args, folder: Path) -> dict:
         def on_step_end(self, *_, **__):
             seconds.append(time.perf_counter() - begun[-1])
 
-    prepared = json.loads((folder / "prepare.json").read_text())
-    settings = trl_settings(args, CONTENDERS[args.only][1], prepared["pack_length"])
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    trainer = SFTTrainer(
-        model=str(folder / "model"),
-        args=SFTConfig(output_dir=str(folder / "run"), **settings),
-        train_dataset=Dataset.from_list(rows),
-        callbacks=[Watch()],
-    )
+    trainer.add_callback(Watch())
     trainer.train()
     steps = [line for line in trainer.state.log_history if "loss" in line]
     return {
@@ -278,9 +304,9 @@ def run_trl(args: Args, folder: Path) -> dict:
     }
 
 
-def run_only(args: Args):
-    """Do what --only says and leave the figures beside the model."""
-    result = {"prepare": prepare, "cleanpost": run_cleanpost}.get(args.only, run_trl)(args, args.folder)
+def run_only(args: Args, job):
+    """Do what --only says, by the function `job`, and leave the figures beside the model."""
+    result = job(args, args.folder)
     usage, unit = resource.getrusage(resource.RUSAGE_SELF), 1 if sys.platform == "darwin" else 1024  # KiB
     result["peak_memory_gb"] = usage.ru_maxrss * unit / 1e9
     result["involuntary_switches"] = usage.ru_nivcsw  # many where other programs want the cores
@@ -290,9 +316,9 @@ def run_only(args: Args):
 # ------------------------------------------------------------------------------------------------------------
 # The rounds
 # ------------------------------------------------------------------------------------------------------------
-def in_own_process(args: Args, name: str, folder: Path) -> dict:
-    """Call this script with --only `name` and return the figures that it leaves."""
-    command = [sys.executable, __file__, "--only", name, "--folder", str(folder), "--data", args.data]
+def in_own_process(script: str, args: Args, name: str, folder: Path) -> dict:
+    """Call a benchmark's script with --only `name` and return the figures that it leaves."""
+    command = [sys.executable, script, "--only", name, "--folder", str(folder), "--data", args.data]
     for flag in ("steps", "warmup", "batch_size", "learning_rate", "threads", "seed"):
         command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "CUDA_VISIBLE_DEVICES": ""}
@@ -319,6 +345,28 @@ def figures(run: dict, warmup: int) -> dict:
         "first_step_loss": run["losses"][0],
         "last_step_loss": run["losses"][-1],
     }
+
+
+def run_rounds(script: str, args: Args, show) -> tuple[dict, dict[str, list[dict]]]:
+    """Prepare, and run all contenders in rounds -> the conditions, and the runs of every contender.
+
+    `show` makes of a contender's name and one run of it what is printed then.
+    """
+    conditions = machine(args.threads)
+    if conditions["load_average_at_start"] > 0.3:
+        print(f"load average {conditions['load_average_at_start']:.1f}: the machine is not idle")
+    runs = {name: [] for name in args.contenders}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepared = in_own_process(script, args, "prepare", folder)
+        for number in range(1, args.rounds + 1):
+            for contender in args.contenders:
+                run = in_own_process(script, args, contender, folder)
+                runs[contender].append(run)
+                print(f"round {number}  {show(contender, run)}", flush=True)
+    del prepared["peak_memory_gb"], prepared["involuntary_switches"]
+    flags = ("rounds", "steps", "warmup", "batch_size", "learning_rate", "seed")
+    return conditions | {"data": prepared, **{flag: getattr(args, flag) for flag in flags}}, runs
 
 
 def spread(values: list[float]) -> dict:
@@ -348,35 +396,59 @@ def machine(threads: int) -> dict:
     }
 
 
-def compare(args: Args, runs: dict[str, list[dict]]) -> dict:
-    """Medians, ratios of each round and the targets, from the runs of every contender."""
-    rounds = {name: [figures(run, args.warmup) for run in of_name] for name, of_name in runs.items()}
+def loss_gaps(runs: dict[str, list[dict]], ours: str, theirs: str) -> dict:
+    """Differences of the losses of two contenders that see the same batches, in the first round."""
+    pairs = zip(runs[ours][0]["losses"], runs[theirs][0]["losses"], strict=True)
+    gaps = [abs(our_loss - their_loss) for our_loss, their_loss in pairs]
+    return {"first_step": gaps[0], "largest_of_all_steps": max(gaps)}
+
+
+def compare(
+    rounds: dict[str, list[dict]],
+    runs: dict[str, list[dict]],
+    contenders: dict[str, tuple],
+    targets: dict[str, dict],
+    compared: dict[str, str],
+    same_batches: tuple[str, str],
+    speed: str,
+) -> dict:
+    """Medians, ratios of each round and the targets, from the figures and the runs of every contender.
+
+    `compared` has which of ours another contender is compared with; `speed` is the figure that counts.
+    """
     result = {"contenders": {}, "speed_ratio": {}, "memory_ratio": {}, "targets": {}}
     for name, of_name in rounds.items():
         spreads = {key: spread([figure[key] for figure in of_name]) for key in of_name[0]}
-        result["contenders"][name] = {"label": CONTENDERS[name][0]} | spreads
-    others = [name for name in rounds if name != "cleanpost"] if "cleanpost" in rounds else []
-    for name in others:
-        pairs = list(zip(rounds["cleanpost"], rounds[name], strict=True))
-        for ratio, key in (("speed_ratio", "tokens_per_second"), ("memory_ratio", "peak_memory_gb")):
+        result["contenders"][name] = {"label": contenders[name][0]} | spreads
+    for name in rounds:
+        if compared.get(name) not in rounds:
+            continue
+        pairs = list(zip(rounds[compared[name]], rounds[name], strict=True))
+        for ratio, key in (("speed_ratio", speed), ("memory_ratio", "peak_memory_gb")):
             result[ratio][name] = spread([ours[key] / theirs[key] for ours, theirs in pairs])
     for kind, met in (("speed", float.__ge__), ("memory", float.__le__)):
-        for name, target in TARGETS[kind].items():
+        for name, target in targets[kind].items():
             if name in result[f"{kind}_ratio"]:
                 value = result[f"{kind}_ratio"][name]["median"]
                 reached = {"target": target, "value": value, "met": met(value, target)}
                 result["targets"][f"{kind}_{name}"] = reached
-    if {"cleanpost", "trl_float32"} <= set(runs):
-        pairs = list(zip(runs["cleanpost"][0]["losses"], runs["trl_float32"][0]["losses"], strict=True))
-        gaps = [abs(ours - theirs) for ours, theirs in pairs]
-        # cleanpost against trl_float32, which sees the same batches, in the first round
-        result["loss_difference"] = {"first_step": gaps[0], "largest_of_all_steps": max(gaps)}
+    if set(same_batches) <= set(runs):
+        gaps = result["loss_difference"] = loss_gaps(runs, *same_batches)
         result["targets"]["first_step_loss"] = {
-            "target": TARGETS["first_step_loss"],
-            "value": gaps[0],
-            "met": gaps[0] <= TARGETS["first_step_loss"],
+            "target": targets["first_step_loss"],
+            "value": gaps["first_step"],
+            "met": gaps["first_step"] <= targets["first_step_loss"],
         }
     return result
+
+
+def target_lines(result: dict) -> list[str]:
+    """The targets as lines for the terminal."""
+    lines, width = [], max(20, *map(len, result["targets"]), 0)
+    for name, target in result["targets"].items():
+        met = "met" if target["met"] else "MISSED"
+        lines.append(f"target {name:{width}} {target['target']:<7g} reached {target['value']:<9.3g} {met}")
+    return lines
 
 
 def table(result: dict) -> str:
@@ -391,14 +463,11 @@ def table(result: dict) -> str:
             f"{figure['label']:22}{speed['median']:>10,.0f}{speed['min']:>8,.0f} - {speed['max']:>5,.0f}"
             f"{faster:>11}{memory['median']:>9.2f}{smaller:>11}{figure['first_step_loss']['median']:>9.4f}"
         )
-    for name, target in result["targets"].items():
-        met = "met" if target["met"] else "MISSED"
-        lines.append(f"target {name:20} {target['target']:<7g} reached {target['value']:<9.3g} {met}")
-    return "\n".join(lines)
+    return "\n".join(lines + target_lines(result))
 
 
-def draw(result: dict, path: Path):
-    """Bars of tokens per second and peak memory, with the range over the rounds."""
+def draw(result: dict, path: Path, panels: dict[str, tuple[str, str]]):
+    """Bars of some figures, each with its title and number format, with the range over the rounds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -406,11 +475,7 @@ def draw(result: dict, path: Path):
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 0.5 + 0.42 * len(result["contenders"])), sharey=True)
     labels = [contender["label"] for contender in result["contenders"].values()]
-    colours = ["tab:blue" if name == "cleanpost" else "silver" for name in result["contenders"]]
-    panels = {
-        "tokens_per_second": ("tokens per second", ",.0f"),
-        "peak_memory_gb": ("peak memory, GB", ".2f"),
-    }
+    colours = ["tab:blue" if name.startswith("cleanpost") else "silver" for name in result["contenders"]]
     for axis, (key, (title, form)) in zip(axes, panels.items(), strict=True):
         spreads = [contender[key] for contender in result["contenders"].values()]
         medians = [s["median"] for s in spreads]
@@ -426,42 +491,43 @@ def draw(result: dict, path: Path):
     figure.savefig(path, dpi=150)
 
 
+def finish(args: Args, result: dict, lines: str, panels: dict[str, tuple[str, str]]):
+    """Print the table, write the results and draw them."""
+    print(lines)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    if args.plot:
+        draw(result, args.plot, panels)
+
+
 def main(args: Args):
-    conditions = machine(args.threads)
-    if conditions["load_average_at_start"] > 0.3:
-        print(f"load average {conditions['load_average_at_start']:.1f}: the machine is not idle")
-    runs = {name: [] for name in args.contenders}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        prepared = in_own_process(args, "prepare", folder)
-        for number in range(1, args.rounds + 1):
-            for contender in args.contenders:
-                run = in_own_process(args, contender, folder)
-                runs[contender].append(run)
-                label, speed = CONTENDERS[contender][0], figures(run, args.warmup)["tokens_per_second"]
-                print(f"round {number}  {label:22}{speed:>8,.0f} tokens/s", flush=True)
-    del prepared["peak_memory_gb"], prepared["involuntary_switches"]
-    flags = ("rounds", "steps", "warmup", "batch_size", "learning_rate", "seed")
+    def show(name: str, run: dict) -> str:
+        return f"{CONTENDERS[name][0]:22}{figures(run, args.warmup)['tokens_per_second']:>8,.0f} tokens/s"
+
+    conditions, runs = run_rounds(__file__, args, show)
     settings = {
-        name: trl_settings(args, CONTENDERS[name][1], prepared["pack_length"])
+        name: trl_settings(args, CONTENDERS[name][1], conditions["data"]["pack_length"])
         for name in args.contenders
         if CONTENDERS[name][1] is not None
     }
     conditions |= {
-        "data": prepared,
-        **{flag: getattr(args, flag) for flag in flags},
         "trl_settings": settings,
         "units": "tokens without padding, with prompts; seconds of optimizer steps; resident GB of 1e9 bytes",
     }
-    result = {"benchmark": "sft_vs_trl", "conditions": conditions} | compare(args, runs)
+    rounds = {name: [figures(run, args.warmup) for run in of_name] for name, of_name in runs.items()}
+    compared = compare(
+        rounds, runs, CONTENDERS, TARGETS, COMPARED, ("cleanpost", "trl_float32"), "tokens_per_second"
+    )
+    result = {"benchmark": "sft_vs_trl", "conditions": conditions} | compared
     result["losses"] = {name: of_name[0]["losses"] for name, of_name in runs.items()}
-    print(table(result))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
-    if args.plot:
-        draw(result, args.plot)
+    panels = {
+        "tokens_per_second": ("tokens per second", ",.0f"),
+        "peak_memory_gb": ("peak memory, GB", ".2f"),
+    }
+    finish(args, result, table(result), panels)
 
 
 if __name__ == "__main__":
     parsed = tyro.cli(Args)
-    run_only(parsed) if parsed.only else main(parsed)
+    jobs = {"prepare": prepare, "cleanpost": run_cleanpost}
+    run_only(parsed, jobs.get(parsed.only, run_trl)) if parsed.only else main(parsed)

@@ -593,8 +593,9 @@ def test_prompt_and_answers_are_read_as_they_are(read):
     assert read.where == [", row 1", ", row 2"] and len(read(texts, talks, limit=1)) == 1
 
 
-def test_question_is_a_prompt(read):
-    assert read({"question": "1 and 2?", "chosen": "3", "rejected": "4"}) == [("1 and 2?", "3", "4")]
+def test_question_is_what_a_user_asks(read):
+    asked = [{"role": "user", "content": "1 and 2?"}]
+    assert read({"question": "1 and 2?", "chosen": "3", "rejected": "4"}) == [(asked, "3", "4")]
     both = {"question": "no", "prompt": "1 and 2?", "chosen": "3", "rejected": "4"}
     assert read(both) == [("1 and 2?", "3", "4")]
 
