@@ -655,7 +655,7 @@ def evaluate_pairs(policy, ref_policy, tokenizer, held_out, ref_logps, args, dev
 
 
 def check_start(loss: float, loss_at_reference: float, margin: float, device):
-    """End the run unless a policy that is its reference has every margin 0, and so DPO's loss ln 2."""
+    """End the run unless a policy that is its reference has every margin 0, and the loss that follows."""
     tolerance = 1e-3 if device.type == "cpu" else 0.05  # bfloat16 rounds differently in rows of other lengths
     if margin > tolerance or abs(loss - loss_at_reference) > tolerance * max(1, loss_at_reference):
         fail(
@@ -1055,9 +1055,8 @@ def fit(answers, args, seen: set, notes: Counter):
     longest = max(len(sequence.input_ids) for sequence in answers)
     if longest > args.max_length and args.overlong == "truncate":
         notes[f"cut to {args.max_length:,} tokens"] += 1
-        answers = type(answers)(
-            *(Sequence(*(x[: args.max_length] for x in sequence)) for sequence in answers)
-        )
+        cut = [Sequence(*(x[: args.max_length] for x in sequence)) for sequence in answers]
+        answers = Pair(*cut) if len(cut) > 1 else tuple(cut)
     key = b"|".join(sequence.input_ids.tobytes() for sequence in answers)
     if len(answers) > 1 and np.array_equal(answers[0].input_ids, answers[1].input_ids):
         notes["dropped as identical answers"] += 1
@@ -1073,12 +1072,13 @@ def fit(answers, args, seen: set, notes: Counter):
 
 def load_pairs(
     tokenizer, source: str | None, split: str, args, limit: int = 0, read=read_preferences
-) -> list[Pair]:
-    """A preference dataset as pairs of sequences; says what was dropped and how answers differ in length."""
+) -> tuple[list[Pair], list[dict]]:
+    """A preference dataset as pairs of sequences, and the row of each; says what was dropped and how answers
+    differ in length."""
     if source is None:
-        return []
+        return [], []
     rows = read(source, split, args.dataset_config, limit)
-    pairs, seen, notes, lengths = [], set(), Counter(), []
+    pairs, kept, seen, notes, lengths = [], [], set(), Counter(), []
     for where, row in tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None):
         if row.get("score_chosen") is not None and row["score_chosen"] == row.get("score_rejected"):
             notes["dropped as ties"] += 1
@@ -1092,6 +1092,7 @@ def load_pairs(
         pair = fit(pair, args, seen, notes)
         if pair is not None:
             pairs.append(pair)
+            kept.append(row)
     if not pairs:
         shortest = f"; the shortest pair has {min(lengths)} tokens an answer" if lengths else ""
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in notes.items())
@@ -1103,15 +1104,15 @@ def load_pairs(
     )
     means = f"answers of {chosen.mean():.1f} and {rejected.mean():.1f} tokens"
     say(f"{source}: {len(pairs):,} pairs{told}; {means}, {longer}")
-    return pairs
+    return pairs, kept
 
 
 def load_preferences(tokenizer, args) -> tuple[list[Pair], list[Pair]]:
     """Training and held-out pairs; those of one prompt stay together where --eval-fraction splits them."""
     read = read_steps if args.loss == "step_dpo" else read_preferences
     parts = [load_pairs(tokenizer, name, args.dataset_split, args, 0, read) for name in args.dataset]
-    pairs = [pair for part in parts for pair in part]
-    held_out = load_pairs(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval, read)
+    pairs = [pair for part, _ in parts for pair in part]
+    held_out, _ = load_pairs(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval, read)
     if args.eval_fraction:
         trained_on, apart = hold_out(pairs, args)
         pairs, held_out = [pairs[i] for i in trained_on], [pairs[i] for i in apart]
@@ -1243,11 +1244,7 @@ def load_model(name: str, args, tokenizer, device):
     """A model with float32 parameters, checked against packed rows, sharded where processes share it."""
     path = locate(name)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=args.attn)
-    model.stored_dtype = AutoConfig.from_pretrained(path).dtype or torch.float32  # what it is saved in
-    for module in model.modules():
-        for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
-            if isinstance(getattr(module, rate, None), float):
-                setattr(module, rate, 0.0)
+    model.auto_class, model.stored_dtype = AutoModelForCausalLM, AutoConfig.from_pretrained(path).dtype
     if len(tokenizer) > len(model.get_input_embeddings().weight):  # Qwen's tables have spare rows
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     new = slice(tokenizer.known_size, len(tokenizer))
@@ -1255,6 +1252,23 @@ def load_model(name: str, args, tokenizer, device):
         {model.get_input_embeddings(), model.get_output_embeddings()} if new.stop > new.start else ()
     ):
         table.weight.data[new] = table.weight.data[: new.start].mean(0)
+    prepare_model(model, args, device)
+    try:
+        with unsharded(model):  # sharded again behind it: an optimizer over whole parameters updates copies
+            check_packed(model)
+    except ValueError as error:
+        fail(f"{name}: {error}")
+    size = sum(p.numel() for p in model.parameters())
+    say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, attention {args.attn}")
+    return model
+
+
+def prepare_model(model, args, device):
+    """Dropout off, checkpointing and compiling as the flags say, onto the device, sharded over processes."""
+    for module in model.modules():
+        for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
@@ -1266,16 +1280,10 @@ def load_model(name: str, args, tokenizer, device):
         policy = MixedPrecisionPolicy()
         if device.type == "cuda":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if hasattr(model, "score"):  # a reward head stays in float32
+            fully_shard(model.score, mesh=mesh)
         for module in [*layers, model]:
             fully_shard(module, mesh=mesh, mp_policy=policy)
-    try:
-        with unsharded(model):  # sharded again behind it: an optimizer over whole parameters updates copies
-            check_packed(model)
-    except ValueError as error:
-        fail(f"{name}: {error}")
-    size = sum(p.numel() for p in model.parameters())
-    say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, attention {args.attn}")
-    return model
 
 
 def make_optimizer(model, args):
@@ -1340,7 +1348,7 @@ def cached_logps(name: str, pairs: list[Pair], args, tokenizer, device, model=No
         dist.broadcast_object_list(found)  # as the first process sees it
     if found[0] is not None:
         say(f"{name}: log-probs of {len(pairs):,} pairs from {path}")
-        return torch.tensor(found[0], device=device)
+        return torch.tensor(found[0], device=device).view(len(pairs), -1)  # pairs may have been taken apart
     logps = pair_logps(model or load_model(name, args, tokenizer, device), pairs, args, device)
     if process()[0] == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1538,14 +1546,14 @@ def save_model(folder: Path, model, tokenizer):
     weights = dcp_state.get_model_state_dict(model, options=whole)
     if process()[0] == 0:
         with torch.device("meta"):  # a shell without FSDP2's class name; its weights are given beside it
-            shell = AutoModelForCausalLM.from_config(model.config, dtype=model.stored_dtype)
-        shell.generation_config = GenerationConfig(
-            eos_token_id=tokenizer.end_ids, pad_token_id=tokenizer.pad_token_id
-        )
+            shell = model.auto_class.from_config(model.config, dtype=model.stored_dtype or torch.float32)
+        if shell.can_generate():
+            ends = {"eos_token_id": tokenizer.end_ids, "pad_token_id": tokenizer.pad_token_id}
+            shell.generation_config = GenerationConfig(**ends)
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         tied = set(shell.all_tied_weights_keys)  # a tied head is stored once, as the embeddings
-        weights = {k: v.to(model.stored_dtype) for k, v in weights.items() if k not in tied}
+        weights = {k: v.to(shell.dtype) for k, v in weights.items() if k not in tied}
         shell.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)

@@ -349,10 +349,11 @@ def main(args: Args) -> dict:
     num_epochs = math.ceil(total_steps * args.batch_size / epoch_size)
     stream = data_order(lengths, [answers], [1], epoch_size, num_epochs, args.order, args.seed)
     used, stream = np.unique(stream[: total_steps * args.batch_size], return_inverse=True)
-    answers, labels, lengths = [answers[i] for i in used], labels[used], lengths[used]  # that a step meets
+    answers, labels = [answers[i] for i in used], labels[used]  # from here on only those that a step meets
     mismatched = [mismatched[i] for i in used] if kto else []
     full_nll = args.algorithm == "orpo" and args.orpo_nll == "full"
     in_rows = [whole_chosen(pair) for pair in answers] if full_nll else answers  # what log-probs are taken of
+    lengths = np.array([row_length(pair, args.share_prompt) for pair in in_rows])  # (P,)
     counts, nll_counts = count_tokens(answers), count_tokens(in_rows)  # (P, K)
     for sequence in answers[stream[0]]:
         show_sequence(tokenizer, sequence)
@@ -530,7 +531,7 @@ def evaluate_answers(policy, tokenizer, held_out, labels, ref_logps, args, devic
 
 
 def check_start(loss: float, loss_at_reference: float, margin: float, device):
-    """End the run unless a policy that is its reference has every margin 0, and so DPO's loss ln 2."""
+    """End the run unless a policy that is its reference has every margin 0, and the loss that follows."""
     tolerance = 1e-3 if device.type == "cpu" else 0.05  # bfloat16 rounds differently in rows of other lengths
     if margin > tolerance or abs(loss - loss_at_reference) > tolerance * max(1, loss_at_reference):
         fail(
@@ -862,9 +863,8 @@ def fit(answers, args, seen: set, notes: Counter):
     longest = max(len(sequence.input_ids) for sequence in answers)
     if longest > args.max_length and args.overlong == "truncate":
         notes[f"cut to {args.max_length:,} tokens"] += 1
-        answers = type(answers)(
-            *(Sequence(*(x[: args.max_length] for x in sequence)) for sequence in answers)
-        )
+        cut = [Sequence(*(x[: args.max_length] for x in sequence)) for sequence in answers]
+        answers = Pair(*cut) if len(cut) > 1 else tuple(cut)
     key = b"|".join(sequence.input_ids.tobytes() for sequence in answers)
     if len(answers) > 1 and np.array_equal(answers[0].input_ids, answers[1].input_ids):
         notes["dropped as identical answers"] += 1
@@ -880,12 +880,13 @@ def fit(answers, args, seen: set, notes: Counter):
 
 def load_pairs(
     tokenizer, source: str | None, split: str, args, limit: int = 0, read=read_preferences
-) -> list[Pair]:
-    """A preference dataset as pairs of sequences; says what was dropped and how answers differ in length."""
+) -> tuple[list[Pair], list[dict]]:
+    """A preference dataset as pairs of sequences, and the row of each; says what was dropped and how answers
+    differ in length."""
     if source is None:
-        return []
+        return [], []
     rows = read(source, split, args.dataset_config, limit)
-    pairs, seen, notes, lengths = [], set(), Counter(), []
+    pairs, kept, seen, notes, lengths = [], [], set(), Counter(), []
     for where, row in tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None):
         if row.get("score_chosen") is not None and row["score_chosen"] == row.get("score_rejected"):
             notes["dropped as ties"] += 1
@@ -899,6 +900,7 @@ def load_pairs(
         pair = fit(pair, args, seen, notes)
         if pair is not None:
             pairs.append(pair)
+            kept.append(row)
     if not pairs:
         shortest = f"; the shortest pair has {min(lengths)} tokens an answer" if lengths else ""
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in notes.items())
@@ -910,7 +912,7 @@ def load_pairs(
     )
     means = f"answers of {chosen.mean():.1f} and {rejected.mean():.1f} tokens"
     say(f"{source}: {len(pairs):,} pairs{told}; {means}, {longer}")
-    return pairs
+    return pairs, kept
 
 
 def hold_out(pairs: list, args) -> tuple[np.ndarray, np.ndarray]:
@@ -974,6 +976,8 @@ def load_unpaired(tokenizer, source: str, split: str, args, limit: int) -> tuple
     rows = load_rows(source, split, args.dataset_config)[: limit or None]
     for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
         where = f"{source}, row {n}"
+        if not isinstance(row, dict):
+            fail(f"{where}: not an object with columns, but {type(row).__name__}")
         asked = [{"role": "user", "content": row["question"]}] if "question" in row else None
         prompt = row.get("prompt", asked)
         if prompt is None or row.get("completion") is None or row.get("label") not in (True, False):
@@ -999,9 +1003,10 @@ def load_answers(tokenizer, args) -> tuple[list, np.ndarray, list, np.ndarray]:
     """
 
     def load(source, split, limit, apart):
-        if "completion" in load_rows(source, split, args.dataset_config)[0] and args.algorithm == "kto":
+        first = load_rows(source, split, args.dataset_config)[0] if args.algorithm == "kto" else None
+        if isinstance(first, dict) and "completion" in first:
             return load_unpaired(tokenizer, source, split, args, limit)
-        pairs = load_pairs(tokenizer, source, split, args, limit)
+        pairs, _ = load_pairs(tokenizer, source, split, args, limit)
         if apart:
             return [(sequence,) for pair in pairs for sequence in pair], np.array([[1], [0]] * len(pairs))
         return pairs, np.array([[1, 0]] * len(pairs))
@@ -1043,9 +1048,9 @@ def check_weights(labels: np.ndarray, args):
         fail(f"KTO needs both labels: {desirable:,} answers are desirable, {undesirable:,} are not")
     ratio = desirable * args.desirable_weight / (undesirable * args.undesirable_weight)
     fair = desirable * args.desirable_weight / undesirable
-    rule = f"the paper's rule is --undesirable-weight in [{fair * 3 / 4:.3g}, {fair:.3g}]"
-    advice = "as the paper wants it" if 1 <= ratio <= 4 / 3 else f"outside [1, 4/3]: {rule}"
-    warning = "" if 1 <= ratio <= 4 / 3 else "warning: "
+    rule = f"the paper's rule is --undesirable-weight in [{fair * 3 / 4:.4g}, {fair:.4g}]"
+    fits = 0.999 <= ratio <= 1.001 * 4 / 3  # as the rule is printed
+    advice, warning = ("as the paper wants it", "") if fits else (f"outside [1, 4/3]: {rule}", "warning: ")
     say(f"{warning}{desirable:,} desirable, {undesirable:,} not, weighted ratio {ratio:.3g}, {advice}")
 
 
@@ -1131,11 +1136,7 @@ def load_model(name: str, args, tokenizer, device):
     """A model with float32 parameters, checked against packed rows, sharded where processes share it."""
     path = locate(name)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=args.attn)
-    model.stored_dtype = AutoConfig.from_pretrained(path).dtype or torch.float32  # what it is saved in
-    for module in model.modules():
-        for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
-            if isinstance(getattr(module, rate, None), float):
-                setattr(module, rate, 0.0)
+    model.auto_class, model.stored_dtype = AutoModelForCausalLM, AutoConfig.from_pretrained(path).dtype
     if len(tokenizer) > len(model.get_input_embeddings().weight):  # Qwen's tables have spare rows
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     new = slice(tokenizer.known_size, len(tokenizer))
@@ -1143,6 +1144,23 @@ def load_model(name: str, args, tokenizer, device):
         {model.get_input_embeddings(), model.get_output_embeddings()} if new.stop > new.start else ()
     ):
         table.weight.data[new] = table.weight.data[: new.start].mean(0)
+    prepare_model(model, args, device)
+    try:
+        with unsharded(model):  # sharded again behind it: an optimizer over whole parameters updates copies
+            check_packed(model)
+    except ValueError as error:
+        fail(f"{name}: {error}")
+    size = sum(p.numel() for p in model.parameters())
+    say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, attention {args.attn}")
+    return model
+
+
+def prepare_model(model, args, device):
+    """Dropout off, checkpointing and compiling as the flags say, onto the device, sharded over processes."""
+    for module in model.modules():
+        for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
@@ -1154,16 +1172,10 @@ def load_model(name: str, args, tokenizer, device):
         policy = MixedPrecisionPolicy()
         if device.type == "cuda":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if hasattr(model, "score"):  # a reward head stays in float32
+            fully_shard(model.score, mesh=mesh)
         for module in [*layers, model]:
             fully_shard(module, mesh=mesh, mp_policy=policy)
-    try:
-        with unsharded(model):  # sharded again behind it: an optimizer over whole parameters updates copies
-            check_packed(model)
-    except ValueError as error:
-        fail(f"{name}: {error}")
-    size = sum(p.numel() for p in model.parameters())
-    say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, attention {args.attn}")
-    return model
 
 
 def make_optimizer(model, args):
@@ -1228,7 +1240,7 @@ def cached_logps(name: str, pairs: list[Pair], args, tokenizer, device, model=No
         dist.broadcast_object_list(found)  # as the first process sees it
     if found[0] is not None:
         say(f"{name}: log-probs of {len(pairs):,} pairs from {path}")
-        return torch.tensor(found[0], device=device)
+        return torch.tensor(found[0], device=device).view(len(pairs), -1)  # pairs may have been taken apart
     logps = pair_logps(model or load_model(name, args, tokenizer, device), pairs, args, device)
     if process()[0] == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1400,14 +1412,14 @@ def save_model(folder: Path, model, tokenizer):
     weights = dcp_state.get_model_state_dict(model, options=whole)
     if process()[0] == 0:
         with torch.device("meta"):  # a shell without FSDP2's class name; its weights are given beside it
-            shell = AutoModelForCausalLM.from_config(model.config, dtype=model.stored_dtype)
-        shell.generation_config = GenerationConfig(
-            eos_token_id=tokenizer.end_ids, pad_token_id=tokenizer.pad_token_id
-        )
+            shell = model.auto_class.from_config(model.config, dtype=model.stored_dtype or torch.float32)
+        if shell.can_generate():
+            ends = {"eos_token_id": tokenizer.end_ids, "pad_token_id": tokenizer.pad_token_id}
+            shell.generation_config = GenerationConfig(**ends)
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         tied = set(shell.all_tied_weights_keys)  # a tied head is stored once, as the embeddings
-        weights = {k: v.to(model.stored_dtype) for k, v in weights.items() if k not in tied}
+        weights = {k: v.to(shell.dtype) for k, v in weights.items() if k not in tied}
         shell.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)

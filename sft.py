@@ -814,11 +814,7 @@ def load_model(name: str, args, tokenizer, device):
     """A model with float32 parameters, checked against packed rows, sharded where processes share it."""
     path = locate(name)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=args.attn)
-    model.stored_dtype = AutoConfig.from_pretrained(path).dtype or torch.float32  # what it is saved in
-    for module in model.modules():
-        for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
-            if isinstance(getattr(module, rate, None), float):
-                setattr(module, rate, 0.0)
+    model.auto_class, model.stored_dtype = AutoModelForCausalLM, AutoConfig.from_pretrained(path).dtype
     if len(tokenizer) > len(model.get_input_embeddings().weight):  # Qwen's tables have spare rows
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     new = slice(tokenizer.known_size, len(tokenizer))
@@ -826,6 +822,23 @@ def load_model(name: str, args, tokenizer, device):
         {model.get_input_embeddings(), model.get_output_embeddings()} if new.stop > new.start else ()
     ):
         table.weight.data[new] = table.weight.data[: new.start].mean(0)
+    prepare_model(model, args, device)
+    try:
+        with unsharded(model):  # sharded again behind it: an optimizer over whole parameters updates copies
+            check_packed(model)
+    except ValueError as error:
+        fail(f"{name}: {error}")
+    size = sum(p.numel() for p in model.parameters())
+    say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, attention {args.attn}")
+    return model
+
+
+def prepare_model(model, args, device):
+    """Dropout off, checkpointing and compiling as the flags say, onto the device, sharded over processes."""
+    for module in model.modules():
+        for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
@@ -837,16 +850,10 @@ def load_model(name: str, args, tokenizer, device):
         policy = MixedPrecisionPolicy()
         if device.type == "cuda":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if hasattr(model, "score"):  # a reward head stays in float32
+            fully_shard(model.score, mesh=mesh)
         for module in [*layers, model]:
             fully_shard(module, mesh=mesh, mp_policy=policy)
-    try:
-        with unsharded(model):  # sharded again behind it: an optimizer over whole parameters updates copies
-            check_packed(model)
-    except ValueError as error:
-        fail(f"{name}: {error}")
-    size = sum(p.numel() for p in model.parameters())
-    say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, attention {args.attn}")
-    return model
 
 
 def make_optimizer(model, args):
@@ -996,14 +1003,14 @@ def save_model(folder: Path, model, tokenizer):
     weights = dcp_state.get_model_state_dict(model, options=whole)
     if process()[0] == 0:
         with torch.device("meta"):  # a shell without FSDP2's class name; its weights are given beside it
-            shell = AutoModelForCausalLM.from_config(model.config, dtype=model.stored_dtype)
-        shell.generation_config = GenerationConfig(
-            eos_token_id=tokenizer.end_ids, pad_token_id=tokenizer.pad_token_id
-        )
+            shell = model.auto_class.from_config(model.config, dtype=model.stored_dtype or torch.float32)
+        if shell.can_generate():
+            ends = {"eos_token_id": tokenizer.end_ids, "pad_token_id": tokenizer.pad_token_id}
+            shell.generation_config = GenerationConfig(**ends)
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         tied = set(shell.all_tied_weights_keys)  # a tied head is stored once, as the embeddings
-        weights = {k: v.to(model.stored_dtype) for k, v in weights.items() if k not in tied}
+        weights = {k: v.to(shell.dtype) for k, v in weights.items() if k not in tied}
         shell.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)

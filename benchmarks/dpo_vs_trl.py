@@ -14,7 +14,7 @@ has the settings):
 
 TRL 1.16 has no packing for DPO: all of its batches are padded. With the reference in memory it is another
 random model: were it the starting policy, the loss of step 1 would be ln 2 for any program. Where its
-log-probs come from a pass before training it is the starting policy, which both then load only once.
+log-probs come from a pass before training it is the starting policy, so that neither keeps a second model.
 
 Each runs in a process of its own, one after the other, in rounds (A B C A B C ...). A step is timed from its
 beginning to the end of its update, without logging and saving; TRL's collation lies outside of that, ours

@@ -912,7 +912,7 @@ def test_cache_is_another_for_every_thing_that_log_probs_depend_on(cache, tmp_pa
         "data": pairs_of(tmp_path, tiny_rows()[1:4]),
         "order": pairs[::-1],
         "swapped": [dpo.Pair(pair.rejected, pair.chosen) for pair in pairs],
-        "template": dpo.load_pairs(tokenizer, path, "train", dpo.Args(dataset=(path,))),
+        "template": dpo.load_pairs(tokenizer, path, "train", dpo.Args(dataset=(path,)))[0],
         "max_length": pairs_of(tmp_path, rows, max_length=40, overlong="truncate"),
         "trained": [
             dpo.Pair(*(dpo.Sequence(s.input_ids, s.trained & (np.arange(len(s.trained)) > 40)) for s in pair))
