@@ -129,7 +129,7 @@ class Args:
     orpo_nll: Literal["full", "response"] = "full"
     """ORPO's NLL over prompt and answer, as its authors' code has it, or over the answer alone."""
     sft_coef: float = 0.0
-    """Weight of the chosen answers' mean negative log-likelihood per token; ORPO has its own, of weight 1."""
+    """Weight of the chosen answers' mean negative log-likelihood per token (RPO, arXiv:2404.19733: 1)."""
 
     # Optimization
     learning_rate: float = 1e-4

@@ -222,7 +222,7 @@ def outcome_loss(
 ) -> torch.Tensor:
     """Binary cross-entropy of each answer, (B,), from rewards (B,) as logits and labels (B,), 1 if good."""
     targets = labels * (1 - label_smoothing) + (1 - labels) * label_smoothing  # (B,)
-    return F.binary_cross_entropy_with_logits(rewards, targets.to(rewards.dtype), reduction="none")
+    return -targets * F.logsigmoid(rewards) - (1 - targets) * F.logsigmoid(-rewards)
 
 
 def center_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> torch.Tensor:
@@ -477,7 +477,7 @@ def train_ensemble(args, device) -> dict:
 def agreement(output_dir: Path, args, device) -> dict:
     """How an ensemble does on the held-out pairs, together and member against member."""
     models, tokenizer = load_rewards(str(output_dir), args, device)
-    *_, held_out, labels, _ = load_labelled(tokenizer, args)
+    held_out = load_labelled(tokenizer, args)[3]
     if not held_out or len(held_out[0]) == 1:
         return {}
     rewards = torch.stack(
@@ -888,6 +888,8 @@ def load_unpaired(tokenizer, source: str, split: str, args, limit: int) -> tuple
     rows = load_rows(source, split, args.dataset_config)[: limit or None]
     for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
         where = f"{source}, row {n}"
+        if not isinstance(row, dict):
+            fail(f"{where}: not an object with columns, but {type(row).__name__}")
         asked = [{"role": "user", "content": row["question"]}] if "question" in row else None
         prompt = row.get("prompt", asked)
         if prompt is None or row.get("completion") is None or row.get("label") not in (True, False):

@@ -20,9 +20,9 @@ import tyro
 from learning import ROOT, cpu_name, run
 
 LOSSES = {
-    "DPO": "--loss sigmoid",
-    "DPOP": "--loss dpop",
-    "DPO + NLL": "--loss sigmoid --sft-coef 1",
+    "dpo": "--loss sigmoid",
+    "dpop": "--loss dpop",
+    "dpo_nll": "--loss sigmoid --sft-coef 1",
 }
 KEYS = ("logps/chosen_drift", "logps/rejected", "rewards/margins")
 
@@ -31,7 +31,7 @@ KEYS = ("logps/chosen_drift", "logps/rejected", "rewards/margins")
 class Args:
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds, one run of each loss each."""
-    flags: str = "--beta 0.1 --eval-every 0"
+    flags: str = "--beta 0.1 --eval-every 0 --num-epochs 3 --learning-rate 2e-4"
     """More flags for dpo.py, the same for every loss."""
 
 
@@ -52,7 +52,7 @@ def draw(result: dict, path: Path):
             values = np.array(curves[key])  # (seeds, steps)
             steps = np.arange(1, values.shape[1] + 1)
             panel.plot(steps, values.T, color=colour, alpha=0.25, linewidth=1)
-            panel.plot(steps, values.mean(0), color=colour, linewidth=2, label=name)
+            panel.plot(steps, values.mean(0), color=colour, linewidth=2, label=result["losses"][name])
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.set(title=title, xlabel="optimizer step")
         panel.grid(alpha=0.3)

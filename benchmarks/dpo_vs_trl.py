@@ -216,9 +216,10 @@ def table(result: dict) -> str:
         speed, memory = figure["pairs_per_second"], figure["peak_memory_gb"]
         ratios = [result[key].get(name, {}).get("median") for key in ("speed_ratio", "memory_ratio")]
         faster, smaller = ("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+        tokens = figure["tokens_per_second"]["median"]
         lines.append(
             f"{figure['label']:26}{speed['median']:>8.2f}{speed['min']:>8.2f} - {speed['max']:>5.2f}"
-            f"{figure['tokens_per_second']['median']:>10,.0f}{faster:>11}{memory['median']:>9.2f}{smaller:>11}"
+            f"{tokens:>10,.0f}{faster:>11}{memory['median']:>9.2f}{smaller:>11}"
             f"{figure['first_step_loss']['median']:>9.4f}{figure['prepass_seconds']['median']:>7.1f} s"
         )
     return "\n".join(lines + shared.target_lines(result))

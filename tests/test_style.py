@@ -22,8 +22,10 @@ MODULES = sorted(ROOT.glob("*.py"))
 COMMON = [path for path in MODULES if path.name == "common.py"]
 WIDTH = 110
 
-# Flags whose help may differ between scripts, because the method gives the name its meaning.
-METHOD_FLAGS = {"beta"}  # weight of the KL in the loss; inverse temperature of DPO; IPO's tau; ORPO's lambda
+# Flags whose help and type may differ between scripts, because the method gives the name its meaning:
+# beta is the weight of the KL in the loss, DPO's inverse temperature, IPO's tau, ORPO's lambda (None: by
+# method); loss chooses among a script's own.
+METHOD_FLAGS = {"beta", "loss"}
 
 # Names with another name in this house, or with none that says what they hold.
 UNUSED_NAMES = re.compile(r"(loss|tmp|temp)\d+|tmp|data|mask")
@@ -200,13 +202,13 @@ def flag_conflicts(paths):
     """Flags that two scripts share without the same type and help."""
     first, problems = {}, []
     for path in paths:
-        for flag in flags(path):
+        for flag in (flag for flag in flags(path) if flag.name not in METHOD_FLAGS):
             home, other = first.setdefault(flag.name, (path.name, flag))
             if flag.annotation != other.annotation:
                 problems.append(
                     f"{flag.name}: {flag.annotation} in {path.name}, {other.annotation} in {home}"
                 )
-            if flag.help != other.help and flag.name not in METHOD_FLAGS:
+            if flag.help != other.help:
                 problems.append(f"{flag.name}: the help in {path.name} is not the one in {home}")
     return problems
 
