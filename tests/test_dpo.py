@@ -18,10 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import dpo
+import ipo_kto_simpo_orpo
 from common import completion_states, head_settings, token_logprobs
 
 LN2, CPU = math.log(2), torch.device("cpu")
@@ -1329,3 +1331,35 @@ def test_mistakes_end_the_run_with_one_line_before_a_model_is_loaded(refused, pa
 
 def test_reference_with_another_tokenizer_is_refused(refused, random_model):
     refused(r"--ref-model .*tokenizer is not that of --model tiny/sft", ref_model=str(random_model))
+
+
+def test_gsm8k_solutions_become_pairs_as_the_page_says_and_train_both_scripts(
+    gsm8k, tmp_path, monkeypatch, one_cpu
+):
+    page = (ROOT / "docs" / "dpo.md").read_text(encoding="utf-8")
+    program = page.split("```python\n", 1)[1].split("```", 1)[0]
+    shutil.copy(gsm8k / "example_model_solutions.jsonl", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    pairs = [json.loads(line) for line in Path("pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(pairs) == 967  # as the page says
+    solutions = {}
+    for line in Path("example_model_solutions.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        for found in (value for value in row.values() if isinstance(value, dict)):
+            solutions.setdefault((row["question"], found["solution"]), set()).add(found["is_correct"])
+    for pair in pairs:
+        assert True in solutions[pair["question"], pair["chosen"]]
+        assert False in solutions[pair["question"], pair["rejected"]]
+    flags = {
+        "dataset": ("pairs.jsonl",),
+        "eval_fraction": 0.05,
+        "num_eval": 2,
+        "max_steps": 1,
+        "batch_size": 4,
+    }
+    flags |= {"max_completion_length": 4, "save_every": 0, "eval_every": 0}
+    assert dpo.main(dpo.Args(output_dir="dpo", **flags))["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    for algorithm in ("ipo", "kto", "simpo", "orpo"):
+        args = ipo_kto_simpo_orpo.Args(algorithm=algorithm, output_dir=algorithm, **flags)
+        assert math.isfinite(ipo_kto_simpo_orpo.main(args)["loss"])
