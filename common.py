@@ -263,26 +263,23 @@ class _HeadLogprobs(torch.autograd.Function):
     """LM head and log-softmax in chunks of rows; the backward pass recomputes each, so only (C,) is kept."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, scale, softcap, chunk_size, with_entropy):
+    def forward(ctx, hidden, weight, bias, targets, temperature, scale, softcap, chunk_size, *wanted):
+        with_entropy, with_top1 = wanted
         logprobs = torch.empty(len(targets), device=hidden.device)  # (C,)
-        log_normaliser, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs)  # (C,)
-        is_top1 = torch.empty_like(targets, dtype=torch.bool)  # (C,)
+        entropy, is_top1 = torch.empty_like(logprobs), torch.empty_like(targets, dtype=torch.bool)  # (C,)
         for start in range(0, len(targets), chunk_size):
             c = slice(start, start + chunk_size)
             logits = head_logits(hidden[c], weight, bias, scale, softcap)  # (c, V)
             if temperature != 1:
                 logits /= temperature
-            top = logits.amax(-1, keepdim=True)  # (c, 1)
-            logits -= top
-            target = logits.gather(-1, targets[c, None]).squeeze(-1)  # (c,)
-            weights = logits.exp() if with_entropy else logits.exp_()  # (c, V) unnormalised probabilities
-            total = weights.sum(-1)  # (c,)
-            logprobs[c] = target - total.log()
-            is_top1[c] = target == 0
-            log_normaliser[c] = top.squeeze(-1) + total.log()
-            if with_entropy:  # H = log Z - sum_v p_v logit_v
-                entropy[c] = total.log() - torch.linalg.vecdot(weights, logits) / total
-        ctx.save_for_backward(hidden, weight, bias, targets, log_normaliser, entropy)
+            log_p = logits.log_softmax(-1)  # (c, V); one pass over each row, which stays in the cache
+            logprobs[c] = log_p.gather(-1, targets[c, None]).squeeze(-1)
+            if with_top1:
+                is_top1[c] = logprobs[c] == log_p.amax(-1)
+            if with_entropy:
+                entropy[c] = -torch.linalg.vecdot(torch.exp(log_p, out=logits), log_p)
+            del logits, log_p  # before the next chunk's
+        ctx.save_for_backward(hidden, weight, bias, targets, entropy)
         ctx.settings = temperature, scale, softcap, chunk_size
         ctx.mark_non_differentiable(is_top1)
         ctx.set_materialize_grads(False)
@@ -291,7 +288,7 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy, _):
-        hidden, weight, bias, targets, log_normaliser, entropy = ctx.saved_tensors
+        hidden, weight, bias, targets, entropy = ctx.saved_tensors
         temperature, scale, softcap, chunk_size = ctx.settings
         wanted_of_head = zip((weight, bias), ctx.needs_input_grad[1:3])  # a frozen head gets no gradient
         grad_hidden = torch.empty_like(hidden)
@@ -300,27 +297,29 @@ class _HeadLogprobs(torch.autograd.Function):
             c = slice(start, start + chunk_size)
             logits = head_logits(hidden[c], weight, bias, scale, softcap)  # (c, V)
             slope = None if softcap is None else 1 - (logits / softcap) ** 2  # derivative of the soft cap
-            log_p = (logits.div_(temperature) if temperature != 1 else logits).sub_(log_normaliser[c, None])
-            if grad_entropy is None:
-                grad = log_p.exp_().mul_(-grad_logprobs[c, None])  # d logprob / d logits = onehot - p
+            if temperature != 1:
+                logits /= temperature
+            factor = torch.full_like(targets[c, None], scale / temperature, dtype=logits.dtype)  # (c, 1)
+            if grad_entropy is None:  # d logprob / d logits = onehot - p; its (c, 1) factor goes to the states
+                grad = logits.softmax(-1).scatter_add_(-1, targets[c, None], -torch.ones_like(factor))
+                factor *= -grad_logprobs[c, None]
             else:  # d entropy / d logits = -p (log p + H)
+                log_p = logits.log_softmax(-1)
                 grad = -log_p.exp() * (
                     (log_p + entropy[c, None]) * grad_entropy[c, None]
                     + (0 if grad_logprobs is None else grad_logprobs[c, None])
                 )
-            if grad_logprobs is not None:
-                grad.scatter_add_(-1, targets[c, None], grad_logprobs[c, None])
+                if grad_logprobs is not None:
+                    grad.scatter_add_(-1, targets[c, None], grad_logprobs[c, None])
             if slope is not None:
                 grad *= slope
-            if scale != temperature:
-                grad *= scale / temperature
             grad = grad.to(weight.dtype)  # (c, V)
-            grad_hidden[c] = grad @ weight
+            grad_hidden[c] = (grad @ weight) * factor
             if grad_weight is not None:
-                grad_weight.addmm_(grad.T, hidden[c])
+                grad_weight.addmm_(grad.T, (hidden[c] * factor).to(weight.dtype))
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        return grad_hidden, grad_weight, grad_bias, *[None] * 6
+                grad_bias += (grad * factor).sum(0)
+        return grad_hidden, grad_weight, grad_bias, *[None] * 7
 
 
 def fsdp_forward(function):
@@ -366,7 +365,7 @@ def token_logprobs(
     chunk_size = chunk_size or (4096 if hidden.is_cuda else 512)
     weight, bias, scale, softcap = head_settings(model)
     logprobs, entropy, is_top1 = _HeadLogprobs.apply(
-        hidden, weight, bias, targets, temperature, scale, softcap, chunk_size, return_entropy
+        hidden, weight, bias, targets, temperature, scale, softcap, chunk_size, return_entropy, return_top1
     )
     outputs = (logprobs,) + (entropy,) * return_entropy + (is_top1,) * return_top1
     return outputs if len(outputs) > 1 else logprobs
