@@ -52,6 +52,17 @@ RUN = {
     },
     "dpo.py": PAIRS | {"dataset": ("DATA/preference_train.jsonl",)},
     "ipo_kto_simpo_orpo.py": PAIRS | {"algorithm": "kto", "dataset": ("DATA/unpaired_train.jsonl",)},
+    "reward_model.py": {k: v for k, v in PAIRS.items() if k not in ("cache_dir", "max_completion_length")}
+    | {"dataset": ("DATA/preference_train.jsonl",)},
+    "process_reward_model.py": {k: v for k, v in PAIRS.items() if k != "cache_dir"}
+    | {
+        "dataset": ("DATA/steps_train.jsonl",),
+        "eval_dataset": "DATA/steps_eval.jsonl",
+        "search_dataset": "DATA/prompts_eval.jsonl",
+        "policy": "tiny/sft",
+        "num_prompts": 2,
+        "num_samples": 2,
+    },
 }
 # Flags of the runs that must come out the same for every token budget.
 VARIANTS = {
@@ -74,11 +85,19 @@ VARIANTS = {
             for name in ("ipo", "simpo", "orpo")
         ),
     ),
+    "reward_model.py": (
+        {},
+        {"share_prompt": True},
+        {"objective": "outcome", "dataset": ("DATA/unpaired_train.jsonl",)},
+    ),
+    "process_reward_model.py": ({"batch_size": 16},),
 }
 NO_EVALUATION = {
     "sft.py": {"eval_dataset": None, "forgetting_dataset": None},
     "dpo.py": {"eval_dataset": None},
     "ipo_kto_simpo_orpo.py": {"eval_dataset": None},
+    "reward_model.py": {"eval_dataset": None},
+    "process_reward_model.py": {"eval_dataset": None, "num_prompts": 0},
 }
 CLOCK = {"tokens_per_second", "step_time", "peak_memory_gb"}  # what no two runs share
 SCRIPTS = scripts()
