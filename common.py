@@ -272,13 +272,13 @@ class _HeadLogprobs(torch.autograd.Function):
             logits = head_logits(hidden[c], weight, bias, scale, softcap)  # (c, V)
             if temperature != 1:
                 logits /= temperature
-            log_p = logits.log_softmax(-1)  # (c, V); one pass over each row, which stays in the cache
+            # In place, one row after the other, each of which stays in the cache.
+            log_p = torch.log_softmax(logits, -1, out=logits)  # (c, V)
             logprobs[c] = log_p.gather(-1, targets[c, None]).squeeze(-1)
             if with_top1:
                 is_top1[c] = logprobs[c] == log_p.amax(-1)
             if with_entropy:
-                entropy[c] = -torch.linalg.vecdot(torch.exp(log_p, out=logits), log_p)
-            del logits, log_p  # before the next chunk's
+                entropy[c] = -torch.linalg.vecdot(log_p.exp(), log_p)
         ctx.save_for_backward(hidden, weight, bias, targets, entropy)
         ctx.settings = temperature, scale, softcap, chunk_size
         ctx.mark_non_differentiable(is_top1)
@@ -301,7 +301,8 @@ class _HeadLogprobs(torch.autograd.Function):
                 logits /= temperature
             factor = torch.full_like(targets[c, None], scale / temperature, dtype=logits.dtype)  # (c, 1)
             if grad_entropy is None:  # d logprob / d logits = onehot - p; its (c, 1) factor goes to the states
-                grad = logits.softmax(-1).scatter_add_(-1, targets[c, None], -torch.ones_like(factor))
+                grad = torch.softmax(logits, -1, out=logits)
+                grad.scatter_add_(-1, targets[c, None], -torch.ones_like(factor))
                 factor *= -grad_logprobs[c, None]
             else:  # d entropy / d logits = -p (log p + H)
                 log_p = logits.log_softmax(-1)
