@@ -90,7 +90,7 @@ VARIANTS = {
         {"share_prompt": True},
         {"objective": "outcome", "dataset": ("DATA/unpaired_train.jsonl",)},
     ),
-    "process_reward_model.py": ({"batch_size": 16},),
+    "process_reward_model.py": ({"batch_size": 13},),
 }
 NO_EVALUATION = {
     "sft.py": {"eval_dataset": None, "forgetting_dataset": None},
@@ -254,7 +254,9 @@ def test_every_trainable_parameter_changes(script, run, tiny):
     after = {k.removeprefix("model/"): v for k, v in state(run(script), 6).items() if k.startswith("model/")}
     assert before.keys() <= after.keys()
     moved = {name: (after[name] != before[name].float()).float().mean().item() for name in before}
-    assert {name: share for name, share in moved.items() if share < 0.9} == {}
+    # Without a language model head only the embeddings of tokens that were read have a gradient.
+    least = {name: 0.1 if "score.weight" in after and "embed" in name else 0.9 for name in moved}
+    assert {name: share for name, share in moved.items() if share < least[name]} == {}
 
 
 @every_script
