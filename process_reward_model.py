@@ -448,8 +448,8 @@ def best_of_n(model, tokenizer, prompts, verify, output_dir, args, device) -> tu
         (output_dir / "best_of_n.json").write_text(json.dumps(table, indent=2))
         draw_search(table, names, output_dir / "best_of_n.png")
     samples = [
-        {"prompt": str(row["prompt"]), "completion": text, "right": bool(r), "probabilities": p.tolist()}
-        for row, text, r, p in zip(repeated, texts, right.flatten(), chance, strict=True)
+        {"prompt": tokenizer.decode(ids), "completion": text, "right": bool(r), "probabilities": p.tolist()}
+        for ids, text, r, p in zip(prompt_ids, texts, right.flatten(), chance, strict=True)
     ]
     return {f"search/{name}": table[-1][name] for name in names}, samples
 
@@ -458,6 +458,7 @@ def annotate(args, device) -> dict:
     """Math-Shepherd: label every step of a dataset's solutions by what completions behind it come to."""
     tokenizer = load_tokenizer(replace(args, model=args.policy, annotate=None))
     verify, rows = load_verifier(args), load_rows(args.annotate, args.dataset_split, args.dataset_config)
+    check_columns(rows, args.annotate, args)
     output = Path(args.annotate_output)
     done = output.read_text().splitlines(keepends=True) if output.exists() else []
     done = [line for line in done if line.endswith("}\n")]  # a killed run may leave half a line
@@ -856,7 +857,15 @@ def load_prompts(args) -> list[dict]:
             row["prompt"] = [{"role": "user", "content": row["question"]}]
         if "prompt" not in row:
             fail(f"{args.search_dataset}, row {n}: found the columns {', '.join(row)}; needed is prompt")
+    check_columns(rows, args.search_dataset, args)
     return rows
+
+
+def check_columns(rows: list[dict], source: str, args):
+    """End the run where the default verifier would miss its column."""
+    for n, row in enumerate(rows if args.reward is None else (), 1):
+        if "answer" not in row:
+            fail(f"{source}, row {n}: without --reward a column answer is needed; found {', '.join(row)}")
 
 
 def load_verifier(args):
@@ -864,9 +873,6 @@ def load_verifier(args):
     if args.reward is None:
 
         def verify(rows, texts):
-            missing = next((row for row in rows if "answer" not in row), None)
-            if missing is not None:
-                fail(f"without --reward rows need a column `answer`; found {', '.join(missing)}")
             pairs = zip(rows, texts, strict=True)
             return [float(final_answer(text) == final_answer(str(row["answer"]))) for row, text in pairs]
 

@@ -91,13 +91,13 @@ def test_gradients_are_those_of_finite_differences():
     margin = float64(0.5, 1.0, -1.0)
     for settings in ({}, {"margin": margin}, {"label_smoothing": 0.2, "margin": margin}):
         assert torch.autograd.gradcheck(
-            lambda c, r: rm.bradley_terry_loss(c, r, **settings), (chosen, rejected)
+            functools.partial(rm.bradley_terry_loss, **settings), (chosen, rejected)
         )
     assert torch.autograd.gradcheck(rm.center_loss, (chosen, rejected))
     labels = torch.tensor([1, 0, 1])
     for smoothing in (0.0, 0.3):
         assert torch.autograd.gradcheck(
-            lambda x: rm.outcome_loss(x, labels, label_smoothing=smoothing), (chosen,)
+            functools.partial(rm.outcome_loss, labels=labels, label_smoothing=smoothing), (chosen,)
         )
     up, down = torch.autograd.grad(rm.bradley_terry_loss(chosen, rejected).sum(), (chosen, rejected))
     assert (up < 0).all() and torch.allclose(up, -down)
@@ -906,7 +906,7 @@ def test_bad_rows_to_score_end_the_run_with_one_line(score, folders, tmp_path, c
 
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
-    """refused(pattern, rows, **flags): one line on stderr, exit status 2, no model loaded, nothing written."""
+    """refused(pattern, rows, **flags): one line on stderr, exit status 2, no model, nothing written."""
 
     def run(pattern, rows=None, **flags):
         monkeypatch.setattr(rm, "load_reward_model", lambda *_: pytest.fail("a model was loaded"))

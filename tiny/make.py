@@ -555,7 +555,7 @@ def prompts_rows(rng: random.Random, problems: Asked, clean: bool) -> Iterator[d
 
 
 def steps_rows(rng: random.Random, problems: Asked, clean: bool) -> Iterator[dict]:
-    """`prompt`, `completions` (one line each, the closing line too) and `labels`.
+    """`prompt`, `completions` (one line each, the closing line too), `labels`, and the right `answer`.
 
     Once a line is wrong every later one counts as wrong too, though it may follow rightly from the wrong
     numbers: it leads to a wrong answer.
@@ -573,7 +573,8 @@ def steps_rows(rng: random.Random, problems: Asked, clean: bool) -> Iterator[dic
                 len(problem.steps),
             )
         labels = [i < first_wrong for i in range(len(lines))]
-        yield {"prompt": ask(problem.question), "completions": lines, "labels": labels}
+        answer = str(answer_of(work(problem.steps)))
+        yield {"prompt": ask(problem.question), "completions": lines, "labels": labels, "answer": answer}
 
 
 def sycophancy_rows(rng: random.Random, problems: Asked, clean: bool) -> Iterator[dict]:
