@@ -300,9 +300,8 @@ class _HeadLogprobs(torch.autograd.Function):
             if temperature != 1:
                 logits /= temperature
             factor = torch.full_like(targets[c, None], scale / temperature, dtype=logits.dtype)  # (c, 1)
-            if (
-                grad_entropy is None
-            ):  # d logprob / d logits = onehot - p; its (c, 1) factor goes to the states
+            if grad_entropy is None:
+                # d logprob / d logits = onehot - p; the (c, 1) factor before it goes to the states
                 grad = torch.softmax(logits, -1, out=logits)
                 grad.scatter_add_(-1, targets[c, None], -torch.ones_like(factor))
                 factor *= -grad_logprobs[c, None]

@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import dpo
 from common import collate, segment_sum, token_logprobs
@@ -173,9 +173,8 @@ def unpadded(batch: dict) -> list:
     for prefix in ("", "chosen_", "rejected_"):
         if f"{prefix}input_ids" in batch:
             ids, attended = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"].bool()
-            trained = (
-                batch["completion_mask"] if "completion_mask" in batch else batch[f"{prefix}labels"] != -100
-            )
+            labels = batch.get(f"{prefix}labels", torch.full_like(ids, -100))  # none for a reward model
+            trained = batch["completion_mask"] if "completion_mask" in batch else labels != -100
             for row, keep, marks in zip(ids, attended, trained, strict=True):
                 found.append((row[keep].tolist(), marks[keep].int().tolist()))
     return found
@@ -469,3 +468,37 @@ def test_a_kto_step_is_that_of_trl(second, roles, our_step, trl_step, models, tm
         theirs.metrics["kl"], **METRIC
     )  # ours is logged uncut
     assert (ours.metrics["kl"] > 0) == (roles == (1, 0))
+
+
+# Reward models ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judge(models, tmp_path):
+    """A folder with a classifier of one output, its head included: both sides start from it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        options = {"num_labels": 1, "dtype": torch.float32}
+        model = AutoModelForSequenceClassification.from_pretrained(models[0], **options)
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id  # TRL would read one token before the end
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    return tmp_path / "judge"
+
+
+@pytest.mark.parametrize("center_coef", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "margins", [None, (0.5, 0.0, 1.0, -0.5, 0.2, 2.0, 0.0, 0.1)], ids=["plain", "margins"]
+)
+def test_a_reward_model_step_is_that_of_trl(center_coef, margins, our_step, trl_step, judge):
+    rows = [row | ({"margin": margins[n]} if margins else {}) for n, row in enumerate(talks())]
+    ours = our_step("reward_model", rows, model=str(judge), center_coef=center_coef)
+    settings = {"center_rewards_coefficient": center_coef} if center_coef else {}
+    theirs = trl_step(trl.RewardTrainer, trl.RewardConfig, rows, policy=judge, **settings)
+    # What is read for the training set's mean comes last: the same sequences. TRL has no marks.
+    assert sorted(ids for ids, _ in ours.sequences) == sorted(ids for ids, _ in theirs.sequences)
+    metrics = ("accuracy", "margin", "min_reward", "mean_reward", "max_reward", "num_tokens")
+    assert abs(ours.metrics["margin"]) > 1e-2
+    assert_same_step(ours._replace(sequences=theirs.sequences), theirs, *metrics)
+    assert weight_differences(ours.weights, theirs.weights).max() < WEIGHTS

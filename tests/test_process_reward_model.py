@@ -652,6 +652,8 @@ def annotate(monkeypatch, tmp_path, one_cpu):
     def generate(policy, tokenizer, asked, args, device):
         assert policy == "tiny/sft"
         state.prefixes += asked
+        if not asked:
+            return []
         endings = [f"then\n#### {next(state.answers)}" for _ in asked]
         return [tokenizer(text).input_ids + [END] for text in endings]
 
@@ -742,6 +744,24 @@ def test_verifier_reads_the_steps_before_a_completion_too(annotate, tmp_path):
     assert [row["labels"] for row in rows] == [[1.0, 1.0, 1.0], [0.0, 0.0], [0.0]]
 
 
+def test_completions_of_a_later_chunk_follow_their_own_steps(annotate, monkeypatch):
+    judged = []
+
+    def load_verifier(args):
+        return lambda rows, texts: judged.extend(zip([r["kept"] for r in rows], texts)) or [1.0] * len(rows)
+
+    monkeypatch.setattr(prm, "load_verifier", load_verifier)
+    annotate.answers = iter(ANSWERS)
+    annotate(SOLUTIONS[:2], generation_batch_size=1)
+    assert judged == [
+        *[(1, f"3 + 4 = 7\nthen\n#### {answer}") for answer in ANSWERS[:4]],
+        *[(1, f"3 + 4 = 7\n7 + 1 = 8\nthen\n#### {answer}") for answer in ANSWERS[4:8]],
+        (1, "3 + 4 = 7\n7 + 1 = 8\n#### 8"),
+        *[(2, f"1 + 1 = 3\nthen\n#### {answer}") for answer in ANSWERS[8:]],
+        (2, "1 + 1 = 3\n#### 3"),
+    ]
+
+
 @pytest.mark.parametrize("torn", ["", '{"prompt": [{"role": "us', '{"prompt": "a"}'])
 def test_annotation_continues_behind_the_rows_that_are_whole(annotate, torn):
     annotate.answers = iter(ANSWERS)
@@ -800,7 +820,8 @@ def test_annotation_of_rows_without_answers_says_so_in_one_line(annotate, capsys
         annotate([{k: v for k, v in row.items() if k != "answer"} for row in tiny_rows()[:2]])
     [line] = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
-    assert line.startswith("error: without --reward rows need a column `answer`; found prompt, completions")
+    assert line.startswith("error: ") and re.search(r"without --reward .*answer.*found prompt, comp", line)
+    assert annotate.prefixes == []  # before anything is sampled
 
 
 @pytest.mark.parametrize(

@@ -439,7 +439,9 @@ def test_first_step_is_a_plain_loop_over_the_stock_model(
     loss.backward()
     norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
     flags = {"center_coef": center_coef, "label_smoothing": label_smoothing}
-    for budget in (8192, 60):  # the second: rows of one pair, the mean is over the pairs of all
+    total = sum(len(answer.input_ids) for pair in pairs for answer in pair)
+    # One row, rows of four pairs and one, rows of one: the mean is over the pairs of all.
+    for budget in (8192, total - 1, 60):
         _, lines = train(rows, max_tokens_per_micro_batch=budget, **flags)
         rewards = np.array(rewards)
         expected = {
@@ -599,14 +601,13 @@ def test_offset_of_a_model_that_is_trained_again_is_not_counted_twice(train, tmp
     assert np.mean(stock_rewards(again / "model", pairs)) + offset == pytest.approx(0, abs=1e-3)
 
 
-def test_mean_of_the_training_set_is_0_after_saving_in_the_dtype_of_the_checkpoint(train, tmp_path):
+@wrong("main centres the float32 model and saves it in bfloat16: the mean of what is saved is off by 0.03")
+def test_offset_centres_the_model_as_it_is_saved_in_the_dtype_of_the_checkpoint(train, tmp_path):
     rows = tiny_rows()[:8]
     folder, _ = train(rows, model="tiny/sft", learning_rate=1e-4, max_steps=2)
     offset = json.loads((folder / "model" / "config.json").read_text())["reward_offset"]
     rewards = stock_rewards(folder / "model", pairs_of("tiny/sft", tmp_path, rows))
-    # bfloat16 weights round what was centred in float32: the mean is off by that much
-    print("OFF", np.mean(rewards) + offset)
-    assert abs(np.mean(rewards) + offset) < 0.05
+    assert np.mean(rewards) + offset == pytest.approx(0, abs=1e-3)
 
 
 def test_continued_run_is_the_uninterrupted_one(train):
@@ -862,6 +863,24 @@ def test_score_of_an_ensemble_combines_its_members(score, judges, tmp_path, ense
     assert not (tmp_path / "answers.scored.jsonl").exists()
 
 
+@wrong("load_rewards gives every member the tokens of the first one's tokenizer")
+def test_members_with_tokenizers_of_their_own_read_their_own_tokens_or_are_refused(
+    score, judges, random_model, tmp_path
+):
+    folder, names = judges
+    AutoTokenizer.from_pretrained(random_model).save_pretrained(names[1])  # 500 of the model's 768 ids
+    rows = tiny_rows()[:3]
+    asked = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    one, other = ([x for x, _ in stock_rewards(name, pairs_of(name, tmp_path, rows))] for name in names)
+    try:
+        found, _ = score(asked, model=folder)
+    except SystemExit as stop:
+        assert stop.code == 2
+    else:
+        wanted = [(a + 0.5 + b - 2) / 2 for a, b in zip(one, other, strict=True)]
+        assert [row["reward"] for row in found] == pytest.approx(wanted, abs=1e-4)
+
+
 def test_score_does_not_overwrite_its_output(score, folders, tmp_path, capsys, monkeypatch):
     (tmp_path / "answers.scored.jsonl").write_text("precious\n")
     monkeypatch.setattr(rm, "load_reward_model", lambda *_: pytest.fail("a model was loaded"))
@@ -991,7 +1010,7 @@ def test_folder_of_a_finished_ensemble_is_left_alone(train, tmp_path, capsys):
     assert stop.value.code == 2 and "--resume" in capsys.readouterr().err
 
 
-def test_gsm8k_solution_pairs_train_a_reward_model(gsm8k, tmp_path, one_cpu):
+def test_gsm8k_solution_pairs_train_a_reward_model(gsm8k, folders, tmp_path, one_cpu):
     methods = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
     pairs = []
     for row in read_lines(gsm8k / "example_model_solutions.jsonl"):
@@ -999,8 +1018,15 @@ def test_gsm8k_solution_pairs_train_a_reward_model(gsm8k, tmp_path, one_cpu):
         wrong = [row[method]["solution"] for method in methods if not row[method]["is_correct"]]
         pairs += [{"question": row["question"], "chosen": c, "rejected": r} for c, r in zip(right, wrong)]
     assert len(pairs) == 967
-    path = write_rows(tmp_path / "pairs.jsonl", pairs[:120])
-    flags = {"dataset": (path,), "eval_fraction": 0.1, "max_steps": 4, "batch_size": 8, "warmup_steps": 0}
+    path = write_rows(tmp_path / "pairs.jsonl", pairs[:60])
+    flags = {
+        "model": folders["qwen3"],
+        "dataset": (path,),
+        "eval_fraction": 0.1,
+        "max_steps": 4,
+        "batch_size": 8,
+        "warmup_steps": 0,
+    }
     flags |= {"learning_rate": 1e-3, "lr_schedule": "constant", "save_every": 0, "eval_every": 0}
     metrics = rm.main(rm.Args(output_dir=str(tmp_path / "run"), **flags))
     assert math.isfinite(metrics["loss"]) and 0 <= metrics["eval/accuracy"] <= 1

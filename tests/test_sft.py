@@ -305,6 +305,7 @@ def encode(random_model, tmp_path):
         path = write_rows(tmp_path / "rows.jsonl", rows)
         args = sft.Args(model=str(model), dataset=(path,), **flags)
         tokenizer = sft.load_tokenizer(args)
+        tokenizer.add_tokens(list(args.add_special_tokens), special_tokens=True)
         found = []
         for sequence in sft.load_sequences(tokenizer, path, "train", args):
             ids, trained = sequence
