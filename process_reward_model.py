@@ -304,6 +304,8 @@ def main(args: Args) -> dict:
     verify = load_verifier(args)
     solutions, held_out = load_solutions(tokenizer, args)
     prompts = load_prompts(args) if args.search_dataset and args.policy else []
+    for name in filter(None, (args.policy, args.outcome_model)) if prompts else ():
+        own_tokenizer(name, args)  # before anything slow: are they there?
     epoch_size, lengths = len(solutions), np.array([len(s.sequence.input_ids) for s in solutions])  # (P,)
     total_steps = args.max_steps or max(1, math.ceil(args.num_epochs * epoch_size / args.batch_size))
     num_epochs = math.ceil(total_steps * args.batch_size / epoch_size)
@@ -411,26 +413,28 @@ def best_of_n(model, tokenizer, prompts, verify, output_dir, args, device) -> tu
     As N grows, in best_of_n.json and best_of_n.png: the PRM's favourite, the outcome model's, the majority's,
     one sample, and the share of prompts with any right one.
     """
-    policy = load_model(args.policy, args, tokenizer, device)
+    speller, judge_name = own_tokenizer(args.policy, args), args.outcome_model
+    policy = load_model(args.policy, args, speller, device)
     repeated = [row for row in prompts for _ in range(args.num_samples)]
-    prompt_ids = [prompt_tokens(tokenizer, row["prompt"], row) for row in repeated]
-    texts = tokenizer.batch_decode(
-        generate(policy, tokenizer, prompt_ids, args, device), skip_special_tokens=True
+    prompt_ids = [prompt_tokens(speller, row["prompt"], row) for row in repeated]
+    texts = speller.batch_decode(
+        generate(policy, speller, prompt_ids, args, device), skip_special_tokens=True
     )
     del policy
     right = np.array(verify(repeated, texts)).reshape(len(prompts), -1)  # (P, G)
     finals = np.array([final_answer(text) for text in texts], object).reshape(right.shape)  # (P, G)
-    wheres = [f"sample {i}" for i in range(len(texts))]
     steps = [[line for line in text.split(SEPARATOR) if line.strip()] or ["?"] for text in texts]
-    sequences = [
-        tokenize_steps(tokenizer, row["prompt"], s, row, where)
-        for row, s, where in zip(repeated, steps, wheres, strict=True)
-    ]
-    chance = step_probabilities(model, sequences, args, device)
+
+    def read(tokenizer):
+        solutions = enumerate(zip(repeated, steps, strict=True))
+        return [tokenize_steps(tokenizer, r["prompt"], s, r, f"sample {i}") for i, (r, s) in solutions]
+
+    chance = step_probabilities(model, read(tokenizer), args, device)
     scores = {"prm": np.array([aggregate_steps(p, step_aggregation=args.step_aggregation) for p in chance])}
-    if args.outcome_model:
-        judge = load_reward_model(args.outcome_model, args, tokenizer, device)
-        scores["orm"] = outcome_rewards(judge, sequences, args, device).cpu().numpy()
+    if judge_name:
+        reader = own_tokenizer(judge_name, args)
+        judge = load_reward_model(judge_name, args, reader, device)
+        scores["orm"] = outcome_rewards(judge, read(reader), args, device).cpu().numpy()
         del judge
     scores = {name: score.reshape(right.shape) for name, score in scores.items()}  # (P, G)
     table, sizes = [], [n for n in (2**k for k in range(20)) if n <= args.num_samples]
@@ -448,16 +452,27 @@ def best_of_n(model, tokenizer, prompts, verify, output_dir, args, device) -> tu
         (output_dir / "best_of_n.json").write_text(json.dumps(table, indent=2))
         draw_search(table, names, output_dir / "best_of_n.png")
     samples = [
-        {"prompt": tokenizer.decode(ids), "completion": text, "right": bool(r), "probabilities": p.tolist()}
+        {"prompt": speller.decode(ids), "completion": text, "right": bool(r), "probabilities": p.tolist()}
         for ids, text, r, p in zip(prompt_ids, texts, right.flatten(), chance, strict=True)
     ]
     return {f"search/{name}": table[-1][name] for name in names}, samples
 
 
+def own_tokenizer(name: str, args):
+    """The tokenizer of the policy or of the outcome model, whatever that of --model is."""
+    return load_tokenizer(replace(args, model=name, chat_template=None))
+
+
 def annotate(args, device) -> dict:
     """Math-Shepherd: label every step of a dataset's solutions by what completions behind it come to."""
-    tokenizer = load_tokenizer(replace(args, model=args.policy, annotate=None))
+    tokenizer = own_tokenizer(args.policy, args)
     verify, rows = load_verifier(args), load_rows(args.annotate, args.dataset_split, args.dataset_config)
+    for n, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            fail(f"{args.annotate}, row {n}: not an object with columns, but {type(row).__name__}")
+        if "prompt" not in row or not isinstance(row.get("completions"), list):
+            found = ", ".join(row)
+            fail(f"{args.annotate}, row {n}: found the columns {found}; needed are prompt + completions")
     check_columns(rows, args.annotate, args)
     output = Path(args.annotate_output)
     done = output.read_text().splitlines(keepends=True) if output.exists() else []
@@ -471,19 +486,17 @@ def annotate(args, device) -> dict:
     say(f"{args.annotate}: {len(rows):,} solutions, {len(done):,} of them labelled already")
     chunk = max(1, args.generation_batch_size // args.num_rollouts // 2)
     bar = tqdm(total=len(rows), initial=len(done), unit="solution", dynamic_ncols=True, disable=None)
-    pairs = []  # of estimated and given labels, where the dataset has some
+    found, pairs = [], []  # estimated labels; pairs of them and given ones, where the dataset has some
     for start in range(len(done), len(rows), chunk):
         asked, owners = [], []  # prefixes to complete, and (row, step) of each
         for n, row in enumerate(rows[start : start + chunk]):
             where = f"{args.annotate}, row {start + n + 1}"
-            if "prompt" not in row or not isinstance(row.get("completions"), list):
-                fail(f"{where}: found the columns {', '.join(row)}; needed are prompt + completions")
             input_ids, ends = tokenize_steps(tokenizer, row["prompt"], row["completions"], row, where)
             for k, end in enumerate(np.flatnonzero(ends)[:-1]):
                 asked += [input_ids[: end + 1].tolist()] * args.num_rollouts
                 owners += [(n, k)] * args.num_rollouts
         completions = generate(policy, tokenizer, asked, replace(args, seed=args.seed + start), device)
-        endings = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        endings = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
         texts = [
             SEPARATOR.join([*rows[start + n]["completions"][: k + 1], ending])
             for (n, k), ending in zip(owners, endings, strict=True)
@@ -499,6 +512,7 @@ def annotate(args, device) -> dict:
             labels[n][k].append(outcome)
         labels = [[shepherd_label(step, args.label) for step in solution] for solution in labels]
         for row, estimated in zip(whole, labels, strict=True):
+            found += estimated
             pairs += zip(estimated, map(float, row.get("labels", ())))
         if process()[0] == 0:
             with open(output, "a") as file:
@@ -507,9 +521,10 @@ def annotate(args, device) -> dict:
                     file.write(json.dumps(row | {"labels": estimated} | true) + "\n")
         bar.update(len(whole))
     bar.close()
-    metrics = {"mean_label": float(np.mean([e for e, _ in pairs])) if pairs else 0.0}
+    metrics = {"mean_label": float(np.mean(found)) if found else 0.0}
     if len(pairs) > 1:
-        metrics["label_correlation"] = float(np.nan_to_num(np.corrcoef(np.array(pairs).T)[0, 1]))
+        with np.errstate(invalid="ignore"):  # labels that are all the same correlate with nothing
+            metrics["label_correlation"] = float(np.nan_to_num(np.corrcoef(np.array(pairs).T)[0, 1]))
         metrics["label_agreement"] = float(np.mean([(e > 0.5) == (t > 0.5) for e, t in pairs]))
     say(f"labels in {output}" + "".join(f", {key} {value:.3f}" for key, value in metrics.items()))
     return metrics
@@ -763,19 +778,23 @@ def tokenize_steps(tokenizer, prompt, steps: list[str], row: dict, where: str) -
     A step ends with its separator, the last one with the end token. Where a token holds a separator and the
     beginning of the next step, the step ends with the token before.
     """
+    if not all(isinstance(step, str) for step in steps):
+        fail(f"{where}: a step is not a text")
     answer = SEPARATOR.join(steps)
     example = as_example(prompt, answer, row, where)
     if "messages" in example:
         if tokenizer.chat_template is None:
             use_chatml(tokenizer)
         text, spans = render(tokenizer, example)[-1]
-        start, size = text.index(answer, spans[-1][0]), spans[-1][1]
+        start, size = text.find(answer, spans[-1][0]), spans[-1][1]
+        if start < 0:
+            fail(f"{where}: the chat template changes the solution")
     else:
-        start, size = len(prompt), len(prompt) + len(answer)
         text = prompt + answer
+        start, size = len(prompt), len(text)
     special = "messages" not in example  # a template has written its special tokens already
-    tokens = tokenizer(text[:size], add_special_tokens=special, return_offsets_mapping=True)
-    begins, ends = np.array(tokens.offset_mapping).T
+    tokens = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+    input_ids, (begins, ends) = tokens.input_ids, np.array(tokens.offset_mapping).T
     stops = start + np.cumsum([len(step) + len(SEPARATOR) for step in steps])  # behind each step's separator
     stops[-1] = size
     marked = np.zeros(len(ends), bool)
@@ -783,8 +802,13 @@ def tokenize_steps(tokenizer, prompt, steps: list[str], row: dict, where: str) -
         marked[np.flatnonzero((ends <= stop) & (ends > begins))[-1]] = True
     if marked.sum() != len(steps):
         fail(f"{where}: two of its steps end with one token")
-    last = int(np.flatnonzero(marked)[-1])
-    return Sequence(np.array(tokens.input_ids[: last + 1], np.int32), marked[: last + 1])
+    size = int(np.flatnonzero(marked)[-1]) + 1
+    input_ids, marked, behind = input_ids[:size], marked[:size], input_ids[size : size + 1]
+    if input_ids[-1] not in tokenizer.end_ids and (special or behind and behind[0] in tokenizer.end_ids):
+        # The end token, which texts have not yet and some templates leave outside their marks
+        input_ids, marked = [*input_ids, *(behind or [tokenizer.eos_token_id])], np.append(marked, True)
+        marked[-2] = False
+    return Sequence(np.array(input_ids, np.int32), marked)
 
 
 def prompt_tokens(tokenizer, prompt, row: dict) -> list[int]:

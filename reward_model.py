@@ -417,6 +417,8 @@ def main(args: Args) -> dict:
             return metrics
 
     # 6. Centre: the mean reward of the training set becomes 0
+    for p in model.parameters():  # as they are saved
+        p.data.copy_(p.data.to(model.stored_dtype or torch.float32))
     model.config.reward_offset -= pair_rewards(model, answers, args, device).mean().item()
     save_model(output_dir / "model", model, tokenizer)
     if held_out:
@@ -456,6 +458,9 @@ def evaluate_rewards(model, held_out, labels, args, device) -> tuple[dict, torch
 def train_ensemble(args, device) -> dict:
     """Train --num-members models into member_<n>/ of one folder, and say how far they agree."""
     output_dir, members = choose_output_dir(args, "reward_ensemble"), []
+    if not args.resume and (output_dir / "member_0").exists():
+        fail(f"{output_dir} holds an ensemble: --resume continues it, another --output-dir starts a new one")
+    shared_tokenizer(list(args.member_backbone or [args.model]), args)
     for n in range(args.num_members):
         folder = output_dir / f"member_{n}"
         backbone = args.member_backbone[n % len(args.member_backbone)] if args.member_backbone else args.model
@@ -1031,7 +1036,7 @@ def load_labelled(tokenizer, args):
 
     def load(source, split, limit):
         columns = load_rows(source, split, args.dataset_config)[0]
-        if args.objective == "outcome" and "completion" in columns:
+        if args.objective == "outcome" and isinstance(columns, dict) and "completion" in columns:
             answers, labels = load_unpaired(tokenizer, source, split, args, limit)
             return answers, labels, [{}] * len(answers)
         pairs, rows = load_pairs(tokenizer, source, split, args, limit)
@@ -1039,6 +1044,8 @@ def load_labelled(tokenizer, args):
 
     parts = [load(source, args.dataset_split, 0) for source in args.dataset]
     answers, rows = ([item for part in parts for item in part[n]] for n in (0, 2))
+    if len({part[1].shape[1] for part in parts}) > 1:
+        fail("--dataset names pairs and single answers: give one kind")
     labels = np.concatenate([part[1] for part in parts])
     held_out, held_out_labels, held_out_rows = [], np.zeros((0, 2), int), []
     if args.eval_dataset:
@@ -1147,8 +1154,17 @@ def load_rewards(name: str, args, device) -> tuple[list, object]:
         if index.exists()
         else [name]
     )
-    tokenizer = load_tokenizer(replace(args, model=names[0]))
+    tokenizer = shared_tokenizer(names, args)
     return [load_reward_model(member, args, tokenizer, device) for member in names], tokenizer
+
+
+def shared_tokenizer(names: list[str], args):
+    """The one tokenizer of an ensemble's members."""
+    tokenizers = [load_tokenizer(replace(args, model=name)) for name in names]
+    for name, tokenizer in zip(names, tokenizers, strict=True):
+        if tokenizer.get_vocab() != tokenizers[0].get_vocab():
+            fail(f"members of an ensemble share a tokenizer; those of {names[0]} and {name} differ")
+    return tokenizers[0]
 
 
 def score_file(args, device) -> dict:
@@ -1160,10 +1176,12 @@ def score_file(args, device) -> dict:
     models, tokenizer = load_rewards(args.model, args, device)
     answers, owners = [], []
     for n, row in enumerate(rows):
+        where = f"{args.score}, row {n + 1}"
+        if not isinstance(row, dict):
+            fail(f"{where}: not an object with columns, but {type(row).__name__}")
         asked = [{"role": "user", "content": row["question"]}] if "question" in row else None
-        prompt, where = row.get("prompt", asked), f"{args.score}, row {n + 1}"
-        completions = row.get("completions", [row.get("completion")])
-        if prompt is None or None in completions:
+        prompt, completions = row.get("prompt", asked), row.get("completions", [row.get("completion")])
+        if prompt is None or not isinstance(completions, list) or None in completions:
             fail(f"{where}: found the columns {', '.join(row)}; accepted are prompt + completion(s)")
         answers += [(tokenize_answer(tokenizer, prompt, c, row, where),) for c in completions]
         owners += [n] * len(completions)
@@ -1209,6 +1227,7 @@ def report(output_dir: Path, rewards: torch.Tensor, held_out: list, labels: np.n
                 "accuracy": right[quarter == n].mean().item(),
             }
             for n in range(4)
+            if (quarter == n).any()
         ]
         kinds = np.array([str(row.get("kind", "")) for row in rows])
         found["by_kind"] = {

@@ -24,7 +24,7 @@ to log how far the chosen answers drift). Tokens are real ones, and the same for
 each with its prompt, without padding.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
-    python benchmarks/dpo_vs_trl.py                                  # about 15 minutes on 2 idle cores
+    python benchmarks/dpo_vs_trl.py                                  # about 9 minutes on 2 idle cores
     python benchmarks/dpo_vs_trl.py --rounds 1 --steps 2 --warmup 1  # a rough look
 """
 
