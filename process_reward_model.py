@@ -892,6 +892,23 @@ def check_columns(rows: list[dict], source: str, args):
             fail(f"{source}, row {n}: without --reward a column answer is needed; found {', '.join(row)}")
 
 
+def load_function(spec: str):
+    """The function that file.py:function names."""
+    path, _, name = spec.rpartition(":")
+    path = Path(locate(path))
+    if not name or not path.is_file():
+        fail(f"{spec}: not file.py:function of a file that exists")
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:  # whatever stands in that file
+        fail(f"{spec}: {type(error).__name__}: {error}".splitlines()[0])
+    if not callable(getattr(module, name, None)):
+        fail(f"{spec}: {path.name} has no function {name}")
+    return getattr(module, name)
+
+
 def load_verifier(args):
     """The function of --reward as verify(rows, texts) -> a reward of each text, or the default one."""
     if args.reward is None:
@@ -901,20 +918,17 @@ def load_verifier(args):
             return [float(final_answer(text) == final_answer(str(row["answer"]))) for row, text in pairs]
 
         return verify
-    path, _, name = args.reward.partition(":")
-    if not name or not Path(path).is_file():
-        fail(f"--reward {args.reward}: not file.py:function of a file that exists")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        fail(f"--reward {args.reward}: {path} has no function {name}")
+    function = load_function(args.reward)
 
     def verify(rows, texts):
         columns = {
             key: [row.get(key) for row in rows] for key in rows[0] if key not in ("prompt", "completions")
         }
-        rewards = getattr(module, name)(prompts=[row["prompt"] for row in rows], completions=texts, **columns)
+        completions = [
+            [{"role": "assistant", "content": text}] if isinstance(row["prompt"], list) else text
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        rewards = function(prompts=[row["prompt"] for row in rows], completions=completions, **columns)
         return [0.0 if reward is None else float(reward > 0) for reward in rewards]
 
     return verify

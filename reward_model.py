@@ -152,8 +152,8 @@ class Args:
     """File of prompt + completion(s) rows to score with --model, a trained one, in place of training."""
     score_output: str | None = None
     """Where --score writes the rows with their rewards; by default beside the file."""
-    ensemble: Literal["mean", "min", "mean_minus_std"] = "mean"
-    """One reward from those of an ensemble's members, for --score (arXiv:2310.02743)."""
+    reward_aggregation: Literal["mean", "min", "mean_minus_std"] = "mean"
+    """One reward from those of several reward models (arXiv:2310.02743)."""
     std_coef: float = 1.0
     """Standard deviations that mean_minus_std takes off (arXiv:2310.02743: uncertainty-weighted)."""
     seed: int = 1
@@ -230,16 +230,16 @@ def center_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) ->
     return (chosen_rewards + rejected_rewards).square()
 
 
-def combine(rewards: torch.Tensor, *, ensemble: str, std_coef: float) -> torch.Tensor:
-    """One reward from those of an ensemble's members, (members, ...) -> (...) (arXiv:2310.02743, Eq. 3 to 5).
+def combine(rewards: torch.Tensor, *, reward_aggregation: str, std_coef: float) -> torch.Tensor:
+    """One reward from those of several models, (members, ...) -> (...) (arXiv:2310.02743, Eq. 3 to 5).
 
     A policy that is trained against the mean finds where single members err; `min` and `mean_minus_std`
     distrust answers on which they differ.
     """
-    if ensemble == "min":
+    if reward_aggregation == "min":
         return rewards.amin(0)
     return rewards.mean(0) - (
-        std_coef * rewards.std(0, unbiased=False) if ensemble == "mean_minus_std" else 0
+        std_coef * rewards.std(0, unbiased=False) if reward_aggregation == "mean_minus_std" else 0
     )
 
 
@@ -495,7 +495,7 @@ def agreement(output_dir: Path, args, device) -> dict:
         f"eval/accuracy_{how}": preferred(d).mean().item()
         for how, d in (
             ("members", differences.flatten()),
-            ("mean", combine(differences, ensemble="mean", std_coef=0.0)),
+            ("mean", combine(differences, reward_aggregation="mean", std_coef=0.0)),
         )
     }
     metrics |= {
@@ -1188,7 +1188,7 @@ def score_file(args, device) -> dict:
     members = torch.stack(
         [pair_rewards(model, answers, args, device)[:, 0].cpu() for model in models]
     )  # (K, P)
-    rewards = combine(members, ensemble=args.ensemble, std_coef=args.std_coef)  # (P,)
+    rewards = combine(members, reward_aggregation=args.reward_aggregation, std_coef=args.std_coef)  # (P,)
     found = [[] for _ in rows]
     for n, reward in zip(owners, rewards.tolist(), strict=True):
         found[n].append(reward)

@@ -110,19 +110,19 @@ def test_losses_stay_finite_far_from_0():
 
 def test_combine_by_hand():
     members = float64([1, 4], [3, 0], [2, 5])
-    assert rm.combine(members, ensemble="mean", std_coef=9.0).tolist() == [2, 3]
-    assert rm.combine(members, ensemble="min", std_coef=9.0).tolist() == [1, 0]
+    assert rm.combine(members, reward_aggregation="mean", std_coef=9.0).tolist() == [2, 3]
+    assert rm.combine(members, reward_aggregation="min", std_coef=9.0).tolist() == [1, 0]
     # population variances 2/3 and 14/3: the members are all there are
-    found = rm.combine(members, ensemble="mean_minus_std", std_coef=0.5).tolist()
+    found = rm.combine(members, reward_aggregation="mean_minus_std", std_coef=0.5).tolist()
     assert found == pytest.approx([2 - 0.5 * math.sqrt(2 / 3), 3 - 0.5 * math.sqrt(14 / 3)])
-    assert rm.combine(members[:1], ensemble="mean_minus_std", std_coef=1.0).tolist() == [1, 4]
+    assert rm.combine(members[:1], reward_aggregation="mean_minus_std", std_coef=1.0).tolist() == [1, 4]
 
 
 def test_combine_keeps_the_shape_of_pairs():
     members = torch.arange(12.0).view(2, 3, 2)
     for how in ("mean", "min", "mean_minus_std"):
-        assert rm.combine(members, ensemble=how, std_coef=1.0).shape == (3, 2)
-    assert rm.combine(members, ensemble="mean", std_coef=1.0).tolist() == [[3, 4], [5, 6], [7, 8]]
+        assert rm.combine(members, reward_aggregation=how, std_coef=1.0).shape == (3, 2)
+    assert rm.combine(members, reward_aggregation="mean", std_coef=1.0).tolist() == [[3, 4], [5, 6], [7, 8]]
 
 
 def logit(p):
@@ -850,7 +850,7 @@ def test_score_of_an_ensemble_combines_its_members(score, judges, tmp_path, ense
     middle = (one + other) / 2
     wanted = {"mean": middle, "min": np.minimum(one, other), "mean_minus_std": middle - 0.7 * half}[ensemble]
     output = str(tmp_path / "elsewhere.jsonl")
-    found, _ = score(asked, model=folder, ensemble=ensemble, std_coef=0.7, score_output=output)
+    found, _ = score(asked, model=folder, reward_aggregation=ensemble, std_coef=0.7, score_output=output)
     assert found[0]["reward"] == pytest.approx([wanted[0]], abs=1e-4)
     assert found[1]["reward"] == pytest.approx(wanted[1:3].tolist(), abs=1e-4)
     assert found[2]["reward"] == pytest.approx(wanted[3], abs=1e-4)

@@ -31,9 +31,13 @@ while its most likely answer stays the right one. So
 3. Tokenizer: byte-level BPE of under 1,000 entries, each digit its own token.
 4. tiny/base: `sft.py` on the corpus, from a random Qwen3, every token trained.
 5. tiny/sft: `sft.py` as it is, that is tiny/base on sft_train.jsonl.
-6. Accuracy of both, greedy and sampled at temperature 1, written to accuracy.json.
+6. tiny/checker: tiny/sft, trained on with `sft.py` on sums whose errors are corrected. To see that a sum is
+   wrong is another skill than to work it; large models have read enough of both. Reward models start here.
+7. tiny/reward and tiny/reward_biased: `reward_model.py` as it is, on two of the preference sets.
+8. Accuracy of base and sft, greedy and sampled at temperature 1, written to accuracy.json.
 """
 
+import importlib
 import json
 import operator
 import random
@@ -52,10 +56,12 @@ import tyro
 @dataclass
 class Args:
     out: Path = Path(__file__).resolve().parent
-    """Folder that receives data/, base/ and sft/."""
+    """Folder that receives data/ and the checkpoints."""
     seed: int = 1
     """Seed of the data, of the random initial weights and of both training runs."""
-    only: Literal["all", "data", "tokenizer", "base", "sft", "accuracy"] = "all"
+    only: Literal[
+        "all", "data", "tokenizer", "base", "sft", "checker", "reward", "reward_biased", "accuracy"
+    ] = "all"
     """The one part to make, from what is in `out` already; `all` makes every part in this order."""
 
 
@@ -102,6 +108,9 @@ BASE_RUN = {
     "max_steps": 1400,
     "max_tokens_per_micro_batch": 8192,
 }
+
+CORRECTIONS = {"bare": 20_000, "worked": 10_000}  # documents that tiny/checker learns from
+CHECKER_RUN = {"learning_rate": 1e-3, "batch_size": 64, "max_steps": 450, "max_tokens_per_micro_batch": 8192}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -586,6 +595,38 @@ def sycophancy_rows(rng: random.Random, problems: Asked, clean: bool) -> Iterato
         yield {"prompt": prompt, "answer": str(answer_of(work(problem.steps))), "hint": str(hint)}
 
 
+def corrected(steps, slips: dict[int, int], closing_slip: int = 0) -> list[str]:
+    """A worked answer in which every wrong result is corrected behind a semicolon, and so is the closing."""
+    lines = work(steps, slips)
+    for i, slip in slips.items():
+        lines[i] += f"; no, {int(lines[i].split()[-1]) - slip}"
+    if closing_slip:
+        lines[-1] = f"#### {answer_of(lines) + closing_slip}; no, {answer_of(lines)}"
+    return lines
+
+
+def bare_corrections_rows(rng: random.Random, problems: Asked, clean: bool) -> Iterator[dict]:
+    """`text`: sums on their own, half of them off and corrected."""
+    while True:
+        lines = []
+        for _ in range(8):
+            steps = one_step(rng).steps if rng.random() < 0.4 else two_steps(rng).steps
+            lines += corrected(steps, draw_slip(rng, steps) if rng.random() < 0.5 else {})[:-1]
+        yield {"text": "\n".join(lines)}
+
+
+def corrections_rows(rng: random.Random, problems: Asked, clean: bool) -> Iterator[dict]:
+    """`messages`: worked answers, half of them off and corrected, and one of ten closed wrongly."""
+    while True:
+        problem = problems(rng)
+        slips = draw_slip(rng, problem.steps) if rng.random() < 0.5 else {}
+        closing_slip = rng.choice(SLIPS) if rng.random() < 0.1 else 0
+        closing_slip = max(closing_slip, 1 - answer_of(work(problem.steps, slips)))
+        lines = corrected(problem.steps, slips, closing_slip)
+        polite = [rng.choice(POLITE)] if rng.random() < 0.1 else []
+        yield {"messages": ask(problem.question) + reply(polite + lines)}
+
+
 def corpus_rows(rng: random.Random, problems: Asked, stories: set[str]) -> Iterator[dict]:
     """`text`: what the base reads. Most of it works problems, a part of them wrongly; no chat format."""
     while True:
@@ -759,7 +800,7 @@ def tokenizer_texts(data: dict[str, list[dict]], corpus: list[dict]) -> list[str
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. and 5. Checkpoints
+# 4. to 7. Checkpoints
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -774,20 +815,19 @@ def random_model(tokenizer, seed: int):
     return Qwen3ForCausalLM(config).to(torch.bfloat16)
 
 
-def train(out: Path, scratch: Path, **flags) -> None:
-    """Run the project's own sft.py and keep the model folder that it saves, as it is, as `out`."""
+def train(out: Path, scratch: Path, script: str = "sft", **flags) -> None:
+    """Run one of the project's own scripts and keep the model folder that it saves, as it is, as `out`."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import sft
-
+    module = importlib.import_module(script)
     run = scratch / f"run_{out.name}"
-    sft.main(sft.Args(output_dir=str(run), save_every=0, eval_every=0, **flags))
+    module.main(module.Args(output_dir=str(run), save_every=0, eval_every=0, **flags))
     if out.exists():
         shutil.rmtree(out)
     shutil.copytree(run / "model", out)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. Accuracy
+# 8. Accuracy
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -920,7 +960,38 @@ def main(args: Args) -> None:
                 seed=args.seed,
             )
             report("sft")
-    # 6. Accuracy
+        # 6. tiny/checker
+        if wanted("checker"):
+            files = []
+            for name, make_rows in {"bare": bare_corrections_rows, "worked": corrections_rows}.items():
+                rng = random.Random(f"{args.seed}/corrections/{name}")
+                rows = draw(make_rows(rng, Asked(reserved_by(data)), clean=False), CORRECTIONS[name])
+                files.append(str(scratch / f"corrections_{name}.jsonl"))
+                write_jsonl(Path(files[-1]), rows)
+            train(
+                args.out / "checker",
+                scratch,
+                model=str(sft_folder),
+                dataset=tuple(files),
+                eval_dataset=str(folder / "text_eval.jsonl"),
+                seed=args.seed,
+                **CHECKER_RUN,
+            )
+            report("checker")
+        # 7. tiny/reward and tiny/reward_biased: reward_model.py's defaults, on two datasets
+        for name, dataset in {"reward": "preference", "reward_biased": "preference_length_biased"}.items():
+            if wanted(name):
+                train(
+                    args.out / name,
+                    scratch,
+                    "reward_model",
+                    model=str(args.out / "checker"),
+                    dataset=(str(folder / f"{dataset}_train.jsonl"),),
+                    eval_dataset=str(folder / f"{dataset}_eval.jsonl"),
+                    seed=args.seed,
+                )
+                report(name)
+    # 8. Accuracy
     if wanted("accuracy"):
         measured = measure(base, sft_folder, data)
         (args.out / "accuracy.json").write_text(json.dumps(measured, indent=2) + "\n")
