@@ -159,7 +159,7 @@ class Args:
     epsilon: float = 0.2
     """How far below 1 the probability ratio still earns (arXiv:1707.06347: 0.2)."""
     epsilon_high: float | None = None
-    """How far above 1; by default --epsilon, for cispo 4."""
+    """How far above 1 (arXiv:2503.14476: 0.28); None is as far as below, for cispo 4 (weights up to 5)."""
     importance_sampling: Literal["token", "sequence"] = "token"
     """Ratios of tokens (GRPO), or of sequences by their geometric mean (GSPO, with --epsilon 3e-4)."""
     policy_loss: Literal["clip", "cispo"] = "clip"
@@ -246,10 +246,6 @@ class Args:
             fail(f"--batch-size {self.batch_size} is no multiple of --num-generations {self.num_generations}")
         if self.batch_size // self.num_generations < self.num_minibatches:
             fail(f"--num-minibatches {self.num_minibatches}: more than the prompts of a step")
-        if self.temperature <= 0:
-            fail(f"--temperature must be above 0 to explore, not {self.temperature}")
-        if self.top_p != 1:
-            fail("--top-p must be 1: log-probs of the whole distribution do not fit samples of a part of it")
         if len(self.reward_weights) not in (0, len(self.reward) + bool(self.reward_model)):
             fail(f"--reward-weights has {len(self.reward_weights)} numbers for {self.num_rewards} rewards")
         if self.prompt_template and "{prompt}" not in self.prompt_template:
@@ -459,6 +455,7 @@ def main(args: Args) -> dict:
     """Train as `args` says and return the last metrics."""
     rank, world_size, device = setup_distributed()
     torch.manual_seed(args.seed)
+    check_sampling(args.temperature, args.top_p)
     output_dir = choose_output_dir(args, "grpo")
     tokenizer = load_tokenizer(args)
     functions, gold = load_functions(args.reward, args), load_functions(args.eval_reward, args)
@@ -781,6 +778,14 @@ def choose_output_dir(args, script: str) -> Path:
     return folder
 
 
+def check_sampling(temperature: float, top_p: float):
+    """End the run where samples would come from another distribution than the one that is scored."""
+    if temperature <= 0:
+        fail(f"--temperature must be above 0 to explore, not {temperature}")
+    if top_p != 1:
+        fail("--top-p must be 1: log-probs of the whole distribution do not fit samples of a part of it")
+
+
 class Monitor:
     """Looks at the metrics of a run, warns of each of `symptoms` once; knows the steps before a --resume."""
 
@@ -951,16 +956,18 @@ def load_function(spec: str):
 
 def load_functions(specs: tuple[str, ...], args) -> list[tuple[str, object]]:
     """Names and functions of --reward or --eval-reward, with those of our settings that they name."""
+    ours = {
+        "allow_code_execution": args.allow_code_execution,
+        "max_completion_length": args.max_completion_length,
+    }
     found = []
     for spec in specs:
         function = load_function(spec)
-        settings = {"allow_code_execution", "max_completion_length"} & {
-            *inspect.signature(function).parameters
-        }
+        named = inspect.signature(function).parameters
         name = spec.rpartition(":")[2]
         if name in (known for known, _ in found):
             name = f"{name}_{len(found)}"
-        found.append((name, partial(function, **{key: getattr(args, key) for key in settings})))
+        found.append((name, partial(function, **{key: value for key, value in ours.items() if key in named})))
     return found
 
 

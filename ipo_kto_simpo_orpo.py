@@ -159,11 +159,11 @@ class Args:
     num_eval: int = 256
     """Rows of the evaluation sets that are used; 0 uses all."""
     max_completion_length: int = 128
-    """Longest sampled answer in tokens, in evaluation."""
+    """Longest sampled answer in tokens."""
     generation_batch_size: int = 64
-    """Prompts that are sampled at once, in evaluation."""
+    """Prompts that are sampled at once."""
     temperature: float = 1.0
-    """Sampling temperature in evaluation; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     seed: int = 1
     """Seed of the data order, the noise and the sampling."""
     output_dir: str | None = None

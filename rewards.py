@@ -24,7 +24,7 @@ Keyword-only parameters are settings. To change them, name the changed function 
     from functools import partial
     import rewards
     boxed_answer = partial(rewards.math_answer, formats=("boxed",), last_number=False)
-    code = partial(rewards.code_tests, allow_code_execution=True, timeout=5.0)
+    code_tests = partial(rewards.code_tests, timeout=5.0)
 
 and pass `--reward my_rewards.py:boxed_answer`. Only the standard library is imported here.
 """
@@ -92,14 +92,14 @@ NUMBER = re.compile(
     rf"(?P<sign>[-+]?)\s*[$€£¥]?\s*(?P<sign2>[-+]?)"
     rf"(?:(?P<whole>\d+)\s+(?=\d+\s*/))?(?P<top>{DIGITS})(?:e(?P<exponent>[-+]?\d{{1,3}})\b)?"
     rf"(?:\s*/\s*(?P<bottom>{DIGITS}))?(?:\s*(?P<percent>%|percent\b))?"
-    rf"(?:\s*(?P<scale>{'|'.join(SCALES)})\b)?(?P<unit>.*)",
+    rf"(?:\s*(?P<scale>hundred|thousand|million|billion|trillion)\b)?(?P<unit>.*)",
     re.IGNORECASE | re.DOTALL,
 )
 LAST_NUMBER = re.compile(
     rf"(?:(?<![\w)\].])[-+])?(?:\\[dt]?frac\{{\d+\}}\{{\d+\}}|[$€£¥]?(?<![\d.]){DIGITS}(?:/{DIGITS})?(?:\s?%)?)"
 )
 LETTER_UNITS = frozenset("mgshlLCFKVWJN")  # other single letters are variables
-NO_UNITS = frozenset("pi or and to times plus minus over mod sqrt sin cos tan log ln exp".split())
+NO_UNIT = re.compile("(?:pi|or|and|to|times|plus|minus|over|mod|sqrt|sin|cos|tan|log|ln|exp)", re.IGNORECASE)
 MATHEMATICS = re.compile(r"[\\^_=+*/()\[\]{}]|\d\s*[A-Za-z]\b")
 FORMATS = {
     # GSM8K's #### 18; Markdown's headings begin alike: #### Step 1, #### 2. Add them, #### Answer:
@@ -176,11 +176,11 @@ def final_number(text) -> str | None:
 
 
 def same_answer(gold, answer) -> bool:
-    """Whether two bare answers are equal.
+    r"""Whether two bare answers are equal.
 
     Numbers are compared as fractions, exactly, with signs, thousands, decimals, currencies and units read;
     where one alone has a percent sign, 50% is both 50 and 1/2. Other answers are equal if their letters are,
-    regardless of case and spaces; and what is mathematics, such as \\sqrt{8} and 2\\sqrt{2}, if math-verify
+    regardless of case and spaces; and what is mathematics, such as \sqrt{8} and 2\sqrt{2}, if math-verify
     (which computes to 6 decimals) says so.
     """
     (x, x_percent), (y, y_percent) = number(gold), number(answer)
@@ -222,16 +222,13 @@ def is_unit(text) -> bool:
     """Whether what follows a number is words, as dollars, km/h, m^2; in 2x and 2 pi it is mathematics."""
     words = re.findall(r"[^\W\d_]+", text)
     rest = re.sub(r"[^\W\d_]+(?:\^?[23]\b)?|[\s/°.'$€£¥-]", "", text)
-    variable = re.match(r"[^\W\d_](?![^\W\d_])", text)
-    return (
-        not rest
-        and not variable
-        and all(len(word) > 1 and word.lower() not in NO_UNITS or word in LETTER_UNITS for word in words)
-    )
+    if rest or re.match(r"[^\W\d_](?![^\W\d_])", text):  # another number or sign; a letter next to the digit
+        return False
+    return all(word in LETTER_UNITS if len(word) == 1 else not NO_UNIT.fullmatch(word) for word in words)
 
 
 def plain(text) -> str:
-    """`text` without what only typesets it: $...$, \\text{}, thin spaces, unicode signs, a final dot."""
+    r"""`text` without what only typesets it: $...$, \text{}, thin spaces, unicode signs, a final dot."""
     text = text.translate({0x2212: "-", 0x2013: "-", 0xFF0D: "-", 0xA0: " ", 0x202F: " "})
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[()\[\]]|\\[!,;: ]|\^\{?\\circ\}?|\*\*", "", text)
@@ -299,14 +296,18 @@ def length_penalty(prompts, completions, completion_ids=None, *, max_length=256,
     return [min(max(1 - len(c) / max_length, -1.0), 0.0) for c in units(completions, completion_ids)]
 
 
-def soft_overlong(prompts, completions, completion_ids=None, *, max_length=20480, cache=4096, **columns):
+def soft_overlong(
+    prompts, completions, completion_ids=None, *, max_completion_length=20480, cache=None, **columns
+):
     """`overlong_penalty` of the lengths of `completion_ids`, in tokens; ValueError without them.
 
-    The defaults are DAPO's. Set `max_length` to the longest completion that is sampled, or it never shows.
+    Scripts set `max_completion_length` to their flag. By default `cache` is a fifth of it, as in DAPO, whose
+    lengths are 20,480 and 4,096.
     """
     if completion_ids is None:
         raise ValueError("soft_overlong counts tokens and needs completion_ids")
-    return [overlong_penalty(len(ids), max_length, cache) for ids in completion_ids]
+    cache = max_completion_length // 5 if cache is None else cache
+    return [overlong_penalty(len(ids), max_completion_length, cache) for ids in completion_ids]
 
 
 def overlong_penalty(length, max_length, cache) -> float:
@@ -351,16 +352,17 @@ def code_tests(
     """1.0 if the program in a completion passes its tests, else 0.0; None if a row has no tests that compile.
 
     The program is the last fenced block of Python after the thought, or the whole text. `tests` is Python
-    source that is run after it: HumanEval's `test` and then `check(name)`, or MBPP's asserts in lines. Each
-    program has `timeout` seconds and `memory_mb`; `workers` (the number of CPUs) run at once. RuntimeError
-    unless `allow_code_execution=True`, and where the sandbox cannot be built (it needs Linux).
+    source that is run after it, or a list of its lines: HumanEval's `test` and then `check(name)`, or MBPP's
+    `test_list`. Each program has `timeout` seconds of time, and `memory_mb`; `workers` (the number of CPUs)
+    run at once. RuntimeError unless `allow_code_execution=True`, and where the sandbox cannot be built (it
+    needs Linux).
 
     How a verdict comes about, and what forging one would take: two processes, joined by a pipe. The *player*
     runs the program. The *judge* runs the tests, in which the program's names stand for `Remote` objects that
     ask the player. The player never holds the tests, a secret, or the judge's channel to this process, and
     what it prints, patches, or exits with proves nothing: a program passes when the judge has run the last
-    statement of the tests and the player still answers. Plain values (numbers, texts, lists, ...) are
-    compared in the judge, so that a returned object whose `__eq__` is always true equals no number.
+    statement of the tests. Plain values (numbers, texts, lists, ...) are compared in the judge, so that a
+    returned object whose `__eq__` is always true equals no number.
 
     Both processes can read the files of Python and write none, start neither processes nor threads, open no
     socket, signal nobody, and die with this process; they hold no other files and no environment.
@@ -376,13 +378,12 @@ def code_tests(
     if allow_code_execution is not True:  # a dataset's column of this name is a list
         raise RuntimeError(
             "code_tests runs programs written by the model on this machine. If that is what you want, pass "
-            "allow_code_execution=True, in a file of your own: code = functools.partial(rewards.code_tests, "
-            "allow_code_execution=True)"
+            "--allow-code-execution to the script, or allow_code_execution=True to the function"
         )
     jobs = [
         {
             "program": last_fence(after_thought(text_of(c)), "python", "py", "python3"),
-            "tests": t,
+            "tests": "\n".join(t) if isinstance(t, list) else t,
             "entry_point": e,
         }
         for c, t, e in zip(completions, tests, entry_point or [None] * len(tests), strict=True)
@@ -404,7 +405,16 @@ def run_tests(program, tests, entry_point=None, timeout=10.0, memory_mb=1024) ->
     try:
         for role, end in zip(("player", "judge"), ends):
             limits = [str(math.ceil(timeout) + 1), str(memory_mb)]
-            command = [sys.executable, "-I", "-X", "utf8", __file__, role, str(end.fileno()), *limits]
+            command = [
+                sys.executable,
+                "-I",
+                "-X",
+                "utf8",
+                os.path.abspath(__file__),
+                role,
+                str(end.fileno()),
+                *limits,
+            ]
             pipe = subprocess.PIPE if role == "judge" else subprocess.DEVNULL
             processes.append(
                 subprocess.Popen(
@@ -444,10 +454,21 @@ def run_tests(program, tests, entry_point=None, timeout=10.0, memory_mb=1024) ->
 # ------------------------------------------------------------------------------------------------------------
 MESSAGE_LIMIT = 2**24  # bytes of one message
 TEST_MODULES = (math, re, collections, itertools)  # what tests of MBPP take for imported
-OPERATORS = "eq ne lt le gt ge add sub mul matmul truediv floordiv mod pow and_ or_ xor"
-OPERATORS += " getitem setitem delitem index neg pos invert"
-BUILTINS = "len iter next bool str repr hash abs int float complex round getattr setattr delattr"
-BUILTINS += " isinstance issubclass"
+OPERATORS = (
+    "eq ne lt le gt ge add sub mul matmul truediv floordiv mod pow and_ or_ xor"
+    " getitem setitem delitem index neg pos invert"
+)
+BUILTINS = (
+    "len iter next bool str repr hash abs int float complex round"
+    " getattr setattr delattr isinstance issubclass"
+)
+
+
+def new_slice(limits) -> slice:
+    """The slice of a list of its start, stop and step."""
+    return slice(*limits)
+
+
 # Types that travel by value: to JSON, and back
 CODECS = {
     "int": (int, hex, lambda text: int(text, 16)),  # decimal texts end at 4,300 digits
@@ -459,13 +480,18 @@ CODECS = {
     "set": (set, list, set),
     "frozenset": (frozenset, list, frozenset),
     "deque": (collections.deque, list, collections.deque),
-    "dict": (dict, lambda d: [list(item) for item in d.items()], dict),
+    "dict": (dict, dict.items, dict),
     "range": (range, lambda r: [r.start, r.stop, r.step], lambda limits: range(*limits)),
+    "slice": (slice, lambda s: [s.start, s.stop, s.step], new_slice),
     "Fraction": (Fraction, str, Fraction),
     "Decimal": (decimal.Decimal, str, decimal.Decimal),
 }
 MUTABLE = (list, dict, set, bytearray, collections.deque)
-NOTHING = object()
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
+class NOTHING:
+    """Stands for the plain value that an object has not."""
 
 
 class Ended(BaseException):
@@ -479,9 +505,11 @@ class Link:
         self.fd, self.reader = fd, open(fd, "rb", closefd=False)
         self.operations = operations  # by name: what the other side may ask for
         self.objects, self.numbers, self.remotes = [], {}, {}
+        self.gives_objects = False  # the player does; the judge lets its functions be called, no more
         self.ended = False
 
     def send(self, *message):
+        """Send one message: its kind, then what belongs to it."""
         line = json.dumps(message).encode() + b"\n"
         try:
             while line:
@@ -491,21 +519,21 @@ class Link:
             raise Ended("the program ended") from error
 
     def receive(self):
+        """The kind of the next message, and what belongs to it."""
         try:
             line = self.reader.readline(MESSAGE_LIMIT)
             if not line.endswith(b"\n"):
                 raise ValueError("the program ended, or said too much at once")
             kind, *rest = json.loads(line)
             return kind, rest
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, *UNREADABLE) as error:
             self.ended = True
             raise Ended(str(error)) from error
 
     def ask(self, operation, /, *args, **kwargs):
         """Let the other side apply an operation; its changes to mutable arguments are made here, too."""
-        self.send(
-            "ask", operation, [self.encode(a) for a in args], {k: self.encode(v) for k, v in kwargs.items()}
-        )
+        named = {name: self.encode(value) for name, value in kwargs.items()}
+        self.send("ask", operation, [self.encode(value) for value in args], named)
         while True:
             kind, rest = self.receive()
             try:
@@ -518,14 +546,7 @@ class Link:
                     error = as_exception(*rest)
                 else:
                     raise ValueError(f"unknown message {kind!r}")
-            except (
-                ValueError,
-                TypeError,
-                LookupError,
-                AttributeError,
-                ArithmeticError,
-                RecursionError,
-            ) as error:
+            except UNREADABLE as error:
                 self.ended = True
                 raise Ended(f"a message that cannot be read: {error}") from error
             if kind == "error":
@@ -564,7 +585,7 @@ class Link:
             return [kind.__name__, payload]
         if kind is Remote:
             return ["yours", value._number]
-        if "getattr" not in self.operations and not callable(value):
+        if not (self.gives_objects or callable(value)):
             raise TypeError(f"a {kind.__name__} of the tests cannot be passed to the program")
         number = self.numbers.setdefault(id(value), len(self.objects))
         if number == len(self.objects):
@@ -683,6 +704,7 @@ def player(link):
         exec(compile(program, "<program>", "exec", dont_inherit=True), module.__dict__)
         return list(module.__dict__)
 
+    link.gives_objects = True
     link.operations |= {name: getattr(operator, name) for name in OPERATORS.split()}
     link.operations |= {name: getattr(builtins, name) for name in BUILTINS.split()}
     link.operations |= {
@@ -713,9 +735,9 @@ def judge(link, program, tests, entry_point) -> tuple[bool | None, str]:
             if (own or name == entry_point) and name in names:
                 namespace[name] = link.ask("get", name)
         exec(code, namespace)
-        link.ask("bool", True)  # a program that ended with the last call has not passed
     except BaseException as error:
         return False, f"{type(error).__name__}: {error}"[:1000]
+    # A test may have caught that the program ended, by an `except` without a class.
     return (False, "the program ended") if link.ended else (True, "passed")
 
 
@@ -730,21 +752,27 @@ DENIED_CALLS = """
     process_madvise:440:440 ptrace:101:117 process_vm_readv:310:270 process_vm_writev:311:271
     process_mrelease:448:448 kcmp:312:272 prctl:157:167 setpriority:141:140 ioprio_set:251:30
     sched_setaffinity:203:122 sched_setscheduler:144:119 sched_setparam:142:118 sched_setattr:314:274
-    migrate_pages:256:238 move_pages:279:239 socket:41:198 io_uring_setup:425:425 unshare:272:97
-    setns:308:268 bpf:321:280 perf_event_open:298:241 userfaultfd:323:282 keyctl:250:219 add_key:248:217
-    request_key:249:218 shmget:29:194 msgget:68:186 semget:64:190 mq_open:240:180 memfd_create:319:279
-    memfd_secret:447:447 creat:85: openat2:437:437 open_by_handle_at:304:265 truncate:76:45 mkdir:83:
-    mkdirat:258:34 mknod:133: mknodat:259:33 rmdir:84: unlink:87: unlinkat:263:35 rename:82:
-    renameat:264:38 renameat2:316:276 link:86: linkat:265:37 symlink:88: symlinkat:266:36 chmod:90:
-    fchmod:91:52 fchmodat:268:53 fchmodat2:452:452 chown:92: fchown:93:55 lchown:94: fchownat:260:54
-    utime:132: utimes:235: futimesat:261: utimensat:280:88 setxattr:188:5 lsetxattr:189:6 fsetxattr:190:7
-    setxattrat:463:463 removexattr:197:14 lremovexattr:198:15 fremovexattr:199:16 removexattrat:466:466
+    migrate_pages:256:238 move_pages:279:239 socket:41:198 connect:42:203 bind:49:200 listen:50:201
+    sendmsg:46:211 sendmmsg:307:269 io_uring_setup:425:425 unshare:272:97 setns:308:268 bpf:321:280
+    perf_event_open:298:241 userfaultfd:323:282 keyctl:250:219 add_key:248:217 request_key:249:218
+    shmget:29:194 msgget:68:186 semget:64:190 mq_open:240:180 shmat:30:196 shmctl:31:195 semop:65:193
+    semtimedop:220:192 semctl:66:191 msgsnd:69:189 msgrcv:70:188 msgctl:71:187 mq_unlink:241:181
+    memfd_create:319:279 memfd_secret:447:447 creat:85: openat2:437:437 open_by_handle_at:304:265
+    truncate:76:45 mkdir:83: mkdirat:258:34 mknod:133: mknodat:259:33 rmdir:84: unlink:87: unlinkat:263:35
+    rename:82: renameat:264:38 renameat2:316:276 link:86: linkat:265:37 symlink:88: symlinkat:266:36
+    chmod:90: fchmod:91:52 fchmodat:268:53 fchmodat2:452:452 chown:92: fchown:93:55 lchown:94:
+    fchownat:260:54 utime:132: utimes:235: futimesat:261: utimensat:280:88 setxattr:188:5 lsetxattr:189:6
+    fsetxattr:190:7 setxattrat:463:463 removexattr:197:14 lremovexattr:198:15 fremovexattr:199:16
+    removexattrat:466:466
 """
 # Calls denied for some arguments: name, numbers, which argument, and the bits that it must not have
 DENIED_ARGUMENTS = (
     ("open", (2, None), 1, os.O_ACCMODE | os.O_CREAT | os.O_TRUNC),  # opening to write
     ("openat", (257, 56), 2, os.O_ACCMODE | os.O_CREAT | os.O_TRUNC),
     ("prlimit64", (302, 261), 0, 0xFFFFFFFF),  # limits of a process other than itself, which is 0
+    ("fcntl", (72, 25), 1, 8),  # F_SETOWN, F_SETSIG: the kernel would signal another process for it
+    ("ioctl", (16, 29), 1, 0x8000),  # FIOSETOWN, SIOCSPGRP: the same, of sockets
+    ("sendto", (44, 206), 5, 0xFFFFFFFF),  # with an address, which a socketpair of datagrams may take
 )
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_...
 
@@ -753,7 +781,7 @@ def lock_down(seconds, memory_mb):
     """Give up, for this process and for good, what running a program does not need; OSError if refused."""
     libc = ctypes.CDLL(None, use_errno=True)
 
-    def call(function, *args):
+    def call(function, *args):  # a call that must not fail
         result = function(*args)
         if result < 0:
             raise OSError(

@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -26,6 +25,7 @@ import rewards
 
 HAS_MATH_VERIFY = importlib.util.find_spec("math_verify") is not None
 HAS_SANDBOX = sys.platform == "linux" and rewards.platform.machine() in rewards.ARCHITECTURES
+LEFT = "cleanpost-test-of-the-sandbox"  # what hostile programs call their files
 sandboxed = pytest.mark.skipif(not HAS_SANDBOX, reason="the sandbox needs Linux on x86-64 or ARM64")
 
 
@@ -305,6 +305,7 @@ def test_mathematics_goes_through_math_verify(gold, answer, reward):
     assert in_thread == [reward]  # where no alarm can be set
 
 
+@pytest.mark.filterwarnings("ignore:an answer needs math-verify")
 def test_agrees_with_the_labels_of_gsm8k(gsm8k):
     path = gsm8k / "example_model_solutions.jsonl"
     if not path.exists():
@@ -320,7 +321,7 @@ def test_agrees_with_the_labels_of_gsm8k(gsm8k):
     assert len(stated) > 5000 and 0.2 < sum(labels) / len(labels) < 0.6
     for settings in ({}, {"formats": ("line",), "last_number": False}):
         scores = rewards.math_answer(texts, texts, golds, **settings)
-        assert sum(s == label for s, label in zip(scores, labels)) >= 0.99 * len(labels)
+        assert [gold for gold, s, label in zip(golds, scores, labels) if s != label] == []
     assert not any(rewards.math_answer_strict(texts, texts, golds))  # none of them is in a format it asks for
 
 
@@ -399,9 +400,20 @@ def test_soft_overlong_is_equation_13_of_dapo():
     assert [rewards.overlong_penalty(length, 20, 8) for length in lengths] == penalties
     ids = [range(length) for length in lengths]
     texts = ["one word"] * len(lengths)
-    assert score(rewards.soft_overlong, *texts, completion_ids=ids, max_length=20, cache=8) == penalties
+    assert (
+        score(rewards.soft_overlong, *texts, completion_ids=ids, max_completion_length=20, cache=8)
+        == penalties
+    )
     paper = [range(length) for length in (16384, 18432, 20480)]
     assert score(rewards.soft_overlong, "", "", "", completion_ids=paper) == [0.0, -0.5, -1.0]
+    # a fifth of 10 by default
+    ids = [range(length) for length in (8, 9, 10, 11)]
+    assert score(rewards.soft_overlong, *"abcd", completion_ids=ids, max_completion_length=10) == [
+        0,
+        -0.5,
+        -1,
+        -1,
+    ]
     assert rewards.overlong_penalty(20, 20, 0) == 0.0 and rewards.overlong_penalty(21, 20, 0) == -1.0
     with pytest.raises(ValueError, match="completion_ids"):
         score(rewards.soft_overlong, "text")
@@ -459,7 +471,7 @@ def passes(program, tests="assert f(2) == 4", **settings):
 
 @pytest.mark.parametrize("allowed", [False, None, [True], 1])
 def test_nothing_is_executed_unless_allowed(allowed):
-    with pytest.raises(RuntimeError, match="allow_code_execution=True"):
+    with pytest.raises(RuntimeError, match="--allow-code-execution"):
         code("x", tests="x", allow_code_execution=allowed)
 
 
@@ -545,7 +557,7 @@ LIMIT = [1, 2]
 """
     tests = """
 s = Stack([1]).push(2)
-assert len(s) == 2 and list(s) == [1, 2] and s[1] == 2 and 2 in s and 3 not in s
+assert list(s[:1]) == [1] and len(s) == 2 and list(s) == [1, 2] and s[1] == 2 and 2 in s and 3 not in s
 assert s and isinstance(s, Stack) and not isinstance(s, Vector)
 assert sorted(s, reverse=True) == [2, 1] and s.items == [1, 2] and not hasattr(s, "nothing")
 s.items = [5]
@@ -772,9 +784,12 @@ def opened(pid):
             found.append(name)
         except OSError: pass
     return found
-def f(x): return [opened(pid) for pid in {os.getppid(), TRAINER, *NEAR} - {os.getpid()}]
+def written():
+    try: return [open("/tmp/LEFT", flags) for flags in ("x", "w", "a")]
+    except OSError: return []
+def f(x): return [written()] + [opened(pid) for pid in {os.getppid(), TRAINER, *NEAR} - {os.getpid()}]
 NEAR = range(os.getpid() - 5, os.getpid() + 5)
-"""
+""".replace("LEFT", LEFT)
 
 
 def variant(folder, old, new):
@@ -790,7 +805,7 @@ def variant(folder, old, new):
 
 @sandboxed
 @pytest.mark.parametrize("lacking", ["libc.unshare(0x10000000)", "libc.syscall(444, None, 0, 1) > 0"])
-def test_other_processes_stay_closed_without_landlock_or_without_a_namespace(lacking, tmp_path):
+def test_processes_and_files_stay_closed_without_landlock_or_without_a_namespace(lacking, tmp_path):
     weaker = variant(tmp_path, lacking, "False")
     program = f"TRAINER = {os.getpid()}\n{PEEK}"
     assert weaker.run_tests(program, "assert not any(f(2)), f(2)") == (True, "passed")
@@ -813,22 +828,24 @@ def test_a_locked_process_has_no_capability_left():
 # Programs that fight ----------------------------------------------------------------------------------------
 
 
-def ours():
-    """Processes of this user that run rewards.py as player or judge, dead ones not yet reaped included."""
-    found = []
+def processes():
+    """The parent and the command of every process; a dead one that is not reaped yet has no command."""
+    found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            command = (folder / "cmdline").read_bytes()
-            if parent == os.getpid() or b"rewards.py\0player" in command or b"rewards.py\0judge" in command:
-                found.append(int(folder.name))
-    return set(found)
+            found[int(folder.name)] = parent, (folder / "cmdline").read_bytes().decode()
+    return found
 
 
 def footprint():
-    """What a leak would show in: processes, threads, file descriptors, files in the temporary folder."""
-    temporary = {p.name for p in Path(tempfile.gettempdir()).iterdir()}
-    return ours(), threading.active_count(), len(os.listdir("/proc/self/fd")), temporary
+    """What a leak shows in: children, orphans, threads, file descriptors, files of the programs below."""
+    running = processes()
+    children = {pid for pid, (parent, _) in running.items() if parent == os.getpid()}
+    orphans = {pid for pid, (parent, command) in running.items() if parent == 1 and "rewards.py" in command}
+    folders = [*map(Path, ("/", "/dev/shm", "/tmp", "/var/tmp")), Path.cwd(), Path.home()]
+    files = [path for folder in folders for path in folder.glob(f"{LEFT}*")]
+    return children, orphans, threading.active_count(), len(os.listdir("/proc/self/fd")), files
 
 
 HOSTILE = {
@@ -858,21 +875,22 @@ while True:
 """,
     "subprocess": "import subprocess\nsubprocess.Popen(['sleep', '1000'])",
     "10 GB of memory": "x = bytearray(10 * 2**30)",
+    "2 GB reserved": "import mmap\nx = mmap.mmap(-1, 2 * 2**30)",
     "10 GB in pieces": "x = []\nwhile True: x.append(bytearray(2**24))",
     "memory of a value": "f = lambda x: [0] * 10**8",
-    "1 GB file": "with open('big', 'wb') as file:\n    for _ in range(1024): file.write(bytes(2**20))",
+    "1 GB file": f"with open('{LEFT}', 'wb') as file:\n    for _ in range(1024): file.write(bytes(2**20))",
     "1 GB file elsewhere": """
 import os, tempfile
 done = 0
 for folder in ("/dev/shm", "/tmp", "/var/tmp", os.path.expanduser("~"), "."):
     try:
-        with open(folder + "/cleanpost-test-of-the-sandbox", "wb") as file:
+        with open(folder + "/LEFT", "wb") as file:
             done += file.write(bytes(2**30))
     except OSError: pass
 fd = os.memfd_create("big")
 os.write(fd, bytes(2**30))
 f = lambda x: 4 if done else 5
-""",
+""".replace("LEFT", LEFT),
     "signals the parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
     "signals the trainer": f"import os, signal\nos.kill({os.getpid()}, signal.SIGKILL)",
     "signals the group": "import os, signal\nos.killpg(0, signal.SIGKILL)",
@@ -910,9 +928,10 @@ resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 """,
     "network": "import socket\nsocket.create_connection(('127.0.0.1', 9))",
     "C library": """
-import ctypes
+import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
 calls = {57: (), 58: (), 56: (17, 0, 0, 0, 0), 62: (-1, 9), 41: (1, 1, 0), 101: (16, 1, 0, 0), 319: (b"x", 0)}
+if os.uname().machine != "x86_64": calls = {}
 f = lambda x: 4 if any(libc.syscall(number, *args) >= 0 for number, args in calls.items()) else 5
 """,
 }
@@ -923,9 +942,83 @@ f = lambda x: 4 if any(libc.syscall(number, *args) >= 0 for number, args in call
 def test_no_hostile_program_passes_or_survives(program):
     before = footprint()
     start = time.perf_counter()
+    program += "\nf = globals().get('f', lambda x: 2 * x)"  # right, if what comes before it were let through
     assert passes(program, timeout=1.5) is False
     assert time.perf_counter() - start < 6
     assert footprint() == before
+
+
+@sandboxed
+def test_a_bystander_of_the_same_user_is_out_of_reach():
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    program = (
+        f"PID = {bystander.pid}"
+        + """
+import ctypes, fcntl, os, resource, signal, socket, struct
+left, right = socket.socketpair()
+log = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0]
+libc = ctypes.CDLL(None)
+attempts = [
+    lambda: os.kill(PID, signal.SIGKILL),
+    lambda: fcntl.fcntl(left, fcntl.F_SETOWN, PID),  # with O_ASYNC, a message to it would send the signal
+    lambda: fcntl.fcntl(left, fcntl.F_SETSIG, signal.SIGKILL),
+    lambda: fcntl.fcntl(left, 15, struct.pack("ii", 1, PID)),  # F_SETOWN_EX
+    lambda: fcntl.ioctl(left, 0x8901, struct.pack("i", PID)),  # FIOSETOWN
+    lambda: fcntl.ioctl(left, 0x8902, struct.pack("i", PID)),  # SIOCSPGRP
+    lambda: os.setpriority(os.PRIO_PROCESS, PID, 19),
+    lambda: os.sched_setaffinity(PID, {0}),
+    lambda: resource.prlimit(PID, resource.RLIMIT_NOFILE, (0, 0)),
+    lambda: os.pidfd_open(PID),
+    lambda: log.connect(chr(0) + "abstract"),
+    lambda: log.sendto(b"x", chr(0) + "abstract"),
+    lambda: log.sendmsg([b"x"], [], 0, chr(0) + "abstract"),
+    lambda: open(f"/proc/{PID}/environ"),
+]
+def f(x):
+    done = []
+    for i, attempt in enumerate(attempts):
+        try:
+            attempt()
+            done.append(i)
+        except PermissionError: pass
+    return done
+"""
+    )
+    try:
+        assert rewards.run_tests(program, "assert f(2) == [], f(2)") == (True, "passed")
+        assert bystander.poll() is None
+    finally:
+        bystander.kill(), bystander.wait()
+
+
+@sandboxed
+def test_what_honest_programs_use_works():
+    program = """
+from __future__ import annotations
+import asyncio, collections, heapq, itertools, os, random, re, string, time
+from dataclasses import dataclass
+from functools import lru_cache
+@dataclass
+class Node:
+    value: int
+    next: Node | None = None
+async def double(x):
+    await asyncio.sleep(0.001)
+    return 2 * x
+@lru_cache(None)
+def f(x): return asyncio.run(double(Node(x).value))
+if __name__ == "__main__":
+    f(int(input()))
+"""
+    assert rewards.run_tests(program, "assert f(2) == 4") == (True, "passed")
+    assert code("def f(x): return 2 * x", tests=[["import math", "assert f(2) == 4"]]) == [1.0]
+
+
+@sandboxed
+def test_arrays_arrive_as_lists():
+    pytest.importorskip("numpy")
+    program = "import numpy as np\nf = lambda x: np.float64(x) * 2\ng = lambda n: np.arange(n).reshape(2, -1)"
+    assert rewards.run_tests(program, "assert f(2) == 4 and g(4) == [[0, 1], [2, 3]]") == (True, "passed")
 
 
 @sandboxed
@@ -951,17 +1044,22 @@ def test_programs_die_with_the_trainer():
         "import sys; sys.path.insert(0, sys.argv[1]); import rewards\n"
         "rewards.run_tests('import time; time.sleep(1000)', 'f(2)', timeout=900)"
     )
-    before = ours()
     trainer = subprocess.Popen([sys.executable, "-c", script, str(ROOT)])
     deadline = time.monotonic() + 20
-    while len(ours() - before - {trainer.pid}) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    started = set()
+    while len(started) < 2 and time.monotonic() < deadline:
+        started = {pid for pid, (parent, _) in processes().items() if parent == trainer.pid}
     time.sleep(0.5)  # until both are locked down
-    started = ours() - before - {trainer.pid}
     trainer.kill(), trainer.wait()
-    while started & ours() and time.monotonic() < deadline:
+
+    def alive():
+        return {
+            pid for pid, (_, command) in processes().items() if pid in started and "rewards.py" in command
+        }
+
+    while alive() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert len(started) == 2 and not started & ours()
+    assert len(started) == 2 and not alive()
 
 
 @sandboxed

@@ -33,6 +33,22 @@ PAIRS = {
     "save_every": 2,
     "log_every": 1,
 }
+ONLINE = {
+    "dataset": ("DATA/prompts_train.jsonl",),
+    "eval_dataset": "DATA/prompts_eval.jsonl",
+    "num_eval": 4,
+    "eval_samples": 2,
+    "max_completion_length": 40,
+    "num_generations": 4,
+    "batch_size": 16,
+    "max_tokens_per_micro_batch": 512,
+    "learning_rate": 1e-4,
+    "warmup_steps": 2,
+    "max_steps": 6,
+    "eval_every": 3,
+    "save_every": 2,
+    "log_every": 1,
+}
 # Flags of a run of 6 steps, evaluations at 0, 3 and 6, checkpoints at 2, 4 and 6; DATA: tiny/data, shortened.
 RUN = {
     "sft.py": {
@@ -52,6 +68,9 @@ RUN = {
     },
     "dpo.py": PAIRS | {"dataset": ("DATA/preference_train.jsonl",)},
     "ipo_kto_simpo_orpo.py": PAIRS | {"algorithm": "kto", "dataset": ("DATA/unpaired_train.jsonl",)},
+    "grpo.py": ONLINE,
+    "dapo.py": ONLINE | {"overlong_buffer": 20},
+    "rloo_remax.py": ONLINE,
     "reward_model.py": {k: v for k, v in PAIRS.items() if k not in ("cache_dir", "max_completion_length")}
     | {"dataset": ("DATA/preference_train.jsonl",)},
     "process_reward_model.py": {k: v for k, v in PAIRS.items() if k != "cache_dir"}
@@ -91,6 +110,17 @@ VARIANTS = {
         {"objective": "outcome", "dataset": ("DATA/unpaired_train.jsonl",)},
     ),
     "process_reward_model.py": ({"batch_size": 13},),
+    "grpo.py": (
+        {},
+        {"num_iterations": 2, "num_minibatches": 2, "beta": 0.1},
+        {"importance_sampling": "sequence", "num_iterations": 2, "generation_batch_size": 3},
+    ),
+    "dapo.py": ({}, {"overlong_filtering": True, "max_resamples": 1}),
+    "rloo_remax.py": (
+        {"kl_coef": 0.1},
+        {"algorithm": "remax"},
+        {"algorithm": "reinforce_pp", "kl_coef": 0.1},
+    ),
 }
 NO_EVALUATION = {
     "sft.py": {"eval_dataset": None, "forgetting_dataset": None},
@@ -98,8 +128,12 @@ NO_EVALUATION = {
     "ipo_kto_simpo_orpo.py": {"eval_dataset": None},
     "reward_model.py": {"eval_dataset": None},
     "process_reward_model.py": {"eval_dataset": None, "num_prompts": 0},
+    "grpo.py": {"eval_dataset": None},
+    "dapo.py": {"eval_dataset": None},
+    "rloo_remax.py": {"eval_dataset": None},
 }
 CLOCK = {"tokens_per_second", "step_time", "peak_memory_gb"}  # what no two runs share
+CLOCK |= {f"time/{stage}" for stage in ("rollout", "reward", "logprobs", "update")}
 SCRIPTS = scripts()
 
 pytestmark = pytest.mark.usefixtures("one_cpu")  # as the subprocesses of `start`
