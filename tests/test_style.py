@@ -24,8 +24,9 @@ WIDTH = 110
 
 # Flags whose help and type may differ between scripts, because the method gives the name its meaning:
 # beta is the weight of the KL in the loss, DPO's inverse temperature, IPO's tau, ORPO's lambda (None: by
-# method); loss chooses among a script's own; label_smoothing has a default by loss in dpo.py.
-METHOD_FLAGS = {"beta", "loss", "label_smoothing"}
+# method); loss, loss_agg and algorithm choose among what a script has; label_smoothing has a default by loss
+# in dpo.py; a process reward model has one verifier, an online script several rewards.
+METHOD_FLAGS = {"beta", "loss", "loss_agg", "algorithm", "label_smoothing", "reward"}
 
 # Names with another name in this house, or with none that says what they hold.
 UNUSED_NAMES = re.compile(r"(loss|tmp|temp)\d+|tmp|data|mask")
