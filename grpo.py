@@ -144,7 +144,7 @@ class Args:
     """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
     """Share of the probability mass to sample from: 1, for log-probs are those of the whole distribution."""
-    generation_batch_size: int = 64
+    generation_batch_size: int = 256
     """Prompts that are sampled at once."""
     save_rollouts: bool = False
     """Write every rollout to rollouts.jsonl of the run."""

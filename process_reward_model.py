@@ -74,7 +74,7 @@ from common import check_attention, check_packed, collate, fsdp_forward, packed_
 @dataclass
 class Args:
     # Model
-    model: str = "tiny/sft"
+    model: str = "tiny/checker"
     """Model to fine-tune: a hub id or a folder."""
     chat_template: str | None = None
     """File with a Jinja chat template to use instead of the tokenizer's own."""
@@ -108,7 +108,7 @@ class Args:
     """What happens to longer sequences; both are counted in the log."""
 
     # Optimization
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-4
     """Peak learning rate of AdamW; the default suits tiny/, models of billions 2e-5 (SFT) to 1e-6 (DPO)."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Shape of the learning rate after warm-up; linear and cosine end at 0."""
@@ -135,7 +135,7 @@ class Args:
     search_dataset: str | None = None
     """Prompts for best of N, with the columns that --reward reads; tiny/'s if tiny/ is trained on."""
     outcome_model: str | None = None
-    """Outcome reward model to compare with, a folder of reward_model.py."""
+    """Outcome reward model to compare with, a folder of reward_model.py; on tiny/ tiny/reward."""
     reward: str | None = None
     """Verifier of solutions, file.py:function; by default whether the final answer is the `answer` column."""
     step_aggregation: Literal["min", "product", "last", "mean"] = "min"
@@ -188,6 +188,7 @@ class Args:
         if on_tiny:
             self.policy = self.policy or "tiny/sft"
             self.search_dataset = self.search_dataset or "tiny/data/prompts_eval.jsonl"
+            self.outcome_model = self.outcome_model or "tiny/reward"
         for name in (
             "max_length",
             "max_tokens_per_micro_batch",
@@ -380,6 +381,13 @@ def main(args: Args) -> dict:
             # 6. Search
             results, samples = best_of_n(model, tokenizer, prompts, verify, output_dir, args, device)
             metrics |= results
+            if args.outcome_model and args.eval_dataset:  # asked at the end of every step, what does it find?
+                reader = own_tokenizer(args.outcome_model, args)
+                judge = load_reward_model(args.outcome_model, args, reader, device)
+                asked = load_steps(reader, args.eval_dataset, args.eval_split, args, args.num_eval)
+                results = evaluate_steps(judge, asked, args, device)
+                metrics |= {key.replace("eval/", "search/orm_"): value for key, value in results.items()}
+                del judge
         logger.log(metrics, samples)
         if stopping or (args.save_every and (step == total_steps or step % args.save_every == 0)):
             save_checkpoint(output_dir, model, optimizer, step, num_tokens, args.keep_checkpoints)
@@ -396,7 +404,8 @@ def evaluate_steps(model, held_out, args, device) -> dict:
     if not held_out:
         return {}
     probabilities = step_probabilities(model, [s.sequence for s in held_out], args, device)
-    said = [(p > 0.5).tolist() for p in probabilities]
+    offset = getattr(model.config, "reward_offset", 0.0)  # of an outcome model, where 0 is average
+    said = [(p.logit() + offset > 0).tolist() for p in probabilities]
     true = [[z > 0.5 for z in s.labels] for s in held_out]
     right = [a == b for one, other in zip(said, true, strict=True) for a, b in zip(one, other, strict=True)]
     found, f1 = first_error_scores(*([first_error(s) for s in some] for some in (said, true)))

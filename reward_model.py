@@ -76,7 +76,7 @@ class Args:
     """Pairs of answers, or single answers labelled good or bad."""
 
     # Model
-    model: str = "tiny/sft"
+    model: str = "tiny/checker"
     """Model to fine-tune: a hub id or a folder."""
     num_members: int = 1
     """Models of an ensemble, one after the other, which differ in seed and data order."""
@@ -122,7 +122,7 @@ class Args:
     """Share of labels believed flipped; 0 trusts them all."""
 
     # Optimization
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     """Peak learning rate of AdamW; the default suits tiny/, models of billions 2e-5 (SFT) to 1e-6 (DPO)."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Shape of the learning rate after warm-up; linear and cosine end at 0."""
@@ -138,7 +138,7 @@ class Args:
     """Sequences, or pairs of them, per optimizer step over all processes."""
     max_tokens_per_micro_batch: int = 2048
     """Tokens of a packed row: memory only, never the result. A longer sequence gets its own row."""
-    num_epochs: float = 1.0
+    num_epochs: float = 2.0
     """Passes over the training set (TRL: 3)."""
     max_steps: int = 0
     """Optimizer steps; 0 derives them from --num-epochs."""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import re
 import sys
 from pathlib import Path
@@ -300,7 +301,33 @@ def test_chat_template_is_chatml(tokenizer):
     assert full == due + "A<|im_end|>\n"
 
 
-@pytest.mark.parametrize("name", ["base", "sft"])
+def test_corrections_are_right_and_ask_nothing_that_is_held_out(make):
+    data = {path.stem: read(path.stem) for path in (TINY / "data").glob("*.jsonl")}
+    reserved, corrected = make.reserved_by(data), 0
+    for make_rows in (make.bare_corrections_rows, make.corrections_rows):
+        rows = make.draw(make_rows(random.Random(3), make.Asked(reserved), clean=False), 300)
+        for row in rows:
+            text = row["text"] if "text" in row else row["messages"][-1]["content"]
+            assert "text" in row or make.question_of(row) not in reserved
+            for line in text.split("\n"):
+                said, _, right = line.partition("; no, ")
+                if " = " in said:
+                    sum_of, result = said.split(" = ")
+                    left, symbol, other = sum_of.split()
+                    true = make.OPERATORS[symbol](int(left), int(other))
+                    assert true == (int(right) if right else int(result))
+                corrected += bool(right)
+    assert 800 < corrected < 3500
+
+
+def test_reward_checkpoints_are_classifiers_with_an_offset():
+    for name in ("reward", "reward_biased"):
+        config = AutoConfig.from_pretrained(TINY / name)
+        assert config.architectures == ["Qwen3ForSequenceClassification"] and config.num_labels == 1
+        assert isinstance(config.reward_offset, float)
+
+
+@pytest.mark.parametrize("name", ["base", "sft", "checker", "reward", "reward_biased"])
 def test_checkpoints_are_small_qwen3_in_bfloat16(name, tokenizer):
     config = AutoConfig.from_pretrained(TINY / name)
     assert config.model_type == "qwen3" and str(config.dtype).removeprefix("torch.") == "bfloat16"

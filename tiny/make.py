@@ -31,8 +31,9 @@ while its most likely answer stays the right one. So
 3. Tokenizer: byte-level BPE of under 1,000 entries, each digit its own token.
 4. tiny/base: `sft.py` on the corpus, from a random Qwen3, every token trained.
 5. tiny/sft: `sft.py` as it is, that is tiny/base on sft_train.jsonl.
-6. tiny/checker: tiny/sft, trained on with `sft.py` on sums whose errors are corrected. To see that a sum is
-   wrong is another skill than to work it; large models have read enough of both. Reward models start here.
+6. tiny/checker: tiny/sft, trained on with `sft.py` on sums whose errors are corrected, and a fresh layer on
+   top. To see that a sum is wrong is another skill than to work it; large models have read enough of both, and
+   are deep enough to carry what they saw to the end of an answer. Reward models start here.
 7. tiny/reward and tiny/reward_biased: `reward_model.py` as it is, on two of the preference sets.
 8. Accuracy of base and sft, greedy and sampled at temperature 1, written to accuracy.json.
 """
@@ -826,6 +827,28 @@ def train(out: Path, scratch: Path, script: str = "sft", **flags) -> None:
     shutil.copytree(run / "model", out)
 
 
+def deepen(folder: Path) -> None:
+    """Put a layer on top of a model that does nothing yet: its output projections are zero.
+
+    What is wrong with a sum shows in the last layer only, at the sum; a head at the end of the answer needs a
+    layer above, to look back at it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config.num_hidden_layers += 1
+    model.config.layer_types = [*model.config.layer_types, model.config.layer_types[-1]]
+    torch.manual_seed(0)
+    deeper = type(model)(model.config).to(model.dtype)
+    deeper.load_state_dict(model.state_dict(), strict=False)
+    top = deeper.model.layers[-1]
+    for weight in (top.self_attn.o_proj.weight, top.mlp.down_proj.weight):
+        weight.data.zero_()
+    deeper.generation_config = model.generation_config
+    deeper.save_pretrained(folder)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 8. Accuracy
 # ------------------------------------------------------------------------------------------------------------
@@ -977,6 +1000,7 @@ def main(args: Args) -> None:
                 seed=args.seed,
                 **CHECKER_RUN,
             )
+            deepen(args.out / "checker")
             report("checker")
         # 7. tiny/reward and tiny/reward_biased: reward_model.py's defaults, on two datasets
         for name, dataset in {"reward": "preference", "reward_biased": "preference_length_biased"}.items():
