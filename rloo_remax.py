@@ -523,7 +523,9 @@ def main(args: Args) -> dict:
         grad_norm = torch.zeros((), device=device)
         for update in range(updates):
             iteration, part = divmod(update, args.num_minibatches)
-            shuffled = np.random.default_rng((args.seed, step, iteration)).permutation(num_prompts)
+            shuffled = np.random.default_rng((args.seed, step, iteration)).permutation(
+                len(rollout) // group_size
+            )
             groups = np.array_split(shuffled, args.num_minibatches)[part]
             ids = (groups[:, None] * group_size + np.arange(group_size)).flatten()
             weights = token_weights(
@@ -1343,8 +1345,10 @@ def load_rollouts(args, tokenizer) -> list[list[Completion]]:
         prompt, logprobs = Prompt(line["prompt_ids"], line["row"]), np.array(line["logprobs"], np.float32)
         completion = completion_of(tokenizer, prompt, line["token_ids"], logprobs)
         steps.setdefault(line["step"], []).append(completion)
-    if any(len(rollout) != args.batch_size for rollout in steps.values()):
-        fail(f"--replay-rollouts {args.replay_rollouts}: its steps have not --batch-size {args.batch_size}")
+    if any(len(rollout) % args.num_generations for rollout in steps.values()):
+        fail(
+            f"--replay-rollouts {args.replay_rollouts}: groups are not of {args.num_generations} completions"
+        )
     return [steps[step] for step in sorted(steps)]
 
 

@@ -10,7 +10,8 @@ What is compared (CONTENDERS has the settings):
                  the KL; TRL does not where --beta is 0
     trl_shipped  TRL with its defaults: bfloat16 autocast, gradient checkpointing, 8 completions at a time;
                  8 such batches make one update, and one generation is for all of them
-    trl_tuned    float32, no gradient checkpointing, all completions at once
+    trl_tuned    the same, float32, no gradient checkpointing
+    trl_at_once  as trl_tuned, with all completions in one batch
     replay       grpo.py on the rollouts of trl_tuned, for a comparison of the gradients: not timed
 
 Each runs in a process of its own, one after the other, in rounds (A B C A B C ...). A step is timed from its
@@ -39,11 +40,15 @@ GROUP, NEW_TOKENS = 8, 64  # completions of a prompt, tokens of a completion
 TRAINED_AT_ONCE = 8  # completions: TRL's default
 CONTENDERS = {  # name: label, settings of GRPOConfig beside those that all share
     "cleanpost": ("CleanPost", {}),
-    "trl_shipped": ("TRL as shipped", {"per_device_train_batch_size": TRAINED_AT_ONCE}),
+    "trl_shipped": ("TRL as shipped", {}),
     "trl_tuned": ("TRL tuned", {"bf16": False, "gradient_checkpointing": False}),
+    "trl_at_once": (
+        "TRL tuned, one batch",
+        {"bf16": False, "gradient_checkpointing": False, "gradient_accumulation_steps": 1},
+    ),
     "replay": ("CleanPost, replayed", {}),
 }
-COMPARED = {"trl_shipped": "cleanpost", "trl_tuned": "cleanpost"}  # with which of ours
+COMPARED = {name: "cleanpost" for name in CONTENDERS if name.startswith("trl")}  # with which of ours
 TARGETS = {  # completions per second of ours over theirs, at least; peak memory over theirs, at most
     "speed": {"trl_shipped": 2.8},
     "memory": {"trl_shipped": 0.35},
@@ -132,10 +137,10 @@ def run_cleanpost(args: Args, folder: Path) -> dict:
 
 def trl_settings(args: Args, name: str) -> dict:
     """What GRPOConfig is given."""
-    settings = shared.trl_settings(args, CONTENDERS[name][1])
-    return settings | {
-        # These many make one update, of one generation: TRL's default for whatever this is.
-        "gradient_accumulation_steps": args.batch_size // settings["per_device_train_batch_size"],
+    overrides = {"gradient_accumulation_steps": args.batch_size // TRAINED_AT_ONCE} | CONTENDERS[name][1]
+    batches = overrides["gradient_accumulation_steps"]  # of one update, and by default of one generation
+    return shared.trl_settings(args, overrides) | {
+        "per_device_train_batch_size": args.batch_size // batches,
         "num_generations": GROUP,
         "max_completion_length": NEW_TOKENS,
         "loss_type": "grpo",  # TRL: dapo, the same for completions of equal length
@@ -241,14 +246,14 @@ def compare_replay(result: dict, runs: dict[str, list[dict]]):
 def table(result: dict) -> str:
     """The results as lines for the terminal."""
     titles = ("compl./s", "(min - max)", "ours / it", "peak GB", "ours / it", *PARTS)
-    lines = ["{:16}{:>9}{:>16}{:>11}{:>9}{:>11}{:>10}{:>8}{:>10}{:>8}{:>8}".format("", *titles)]
+    lines = ["{:22}{:>9}{:>16}{:>11}{:>9}{:>11}{:>10}{:>8}{:>10}{:>8}{:>8}".format("", *titles)]
     for name, figure in result["contenders"].items():
         speed, memory = figure["completions_per_second"], figure["peak_memory_gb"]
         ratios = [result[key].get(name, {}).get("median") for key in ("speed_ratio", "memory_ratio")]
         faster, smaller = ("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
         parts = [figure[f"seconds_{part}"]["median"] for part in PARTS]
         lines.append(
-            f"{figure['label']:16}{speed['median']:>9.2f}{speed['min']:>8.2f} - {speed['max']:>5.2f}"
+            f"{figure['label']:22}{speed['median']:>9.2f}{speed['min']:>8.2f} - {speed['max']:>5.2f}"
             f"{faster:>11}{memory['median']:>9.2f}{smaller:>11}"
             + "{:>8.2f} s{:>6.2f} s{:>8.2f} s{:>6.2f} s{:>6.2f} s".format(*parts)
         )

@@ -426,7 +426,6 @@ def test_replayed_rollouts_train_as_they_did(train):
     assert found["sampling/kept_ratio"] == 1 and wanted["grad_norm"] > 0.1
 
 
-@pytest.mark.xfail(strict=True, reason="load_rollouts wants --batch-size completions of each step")
 def test_rollouts_of_a_step_that_was_not_full_can_be_replayed(train, scripted):
     rows = rows_of([0, 1], *[[1, 1]] * 9)
     folder, [wanted] = train(rows, max_resamples=1, **SMALL)

@@ -568,23 +568,43 @@ def steps_rows(rng: random.Random, problems: Asked, clean: bool) -> Iterator[dic
     """`prompt`, `completions` (one line each, the closing line too), `labels`, and the right `answer`.
 
     Once a line is wrong every later one counts as wrong too, though it may follow rightly from the wrong
-    numbers: it leads to a wrong answer.
+    numbers: it leads to a wrong answer. The train set has what else a policy does: a number of the question
+    miscopied, the second of two steps left out, and words beside the sums, which are neither right nor wrong.
     """
     while True:
         problem = problems(rng)
-        lines, first_wrong = work(problem.steps), len(problem.steps) + 1
+        steps, lines, first_wrong = problem.steps, work(problem.steps), len(problem.steps) + 1
         fate = rng.random()
-        if fate < 0.5:  # a result is off
-            slips = draw_slip(rng, problem.steps)
-            lines, first_wrong = work(problem.steps, slips), min(slips)
-        elif fate < 0.6:  # the sums are right, the closing line is not
-            lines, first_wrong = (
-                lines[:-1] + work(problem.steps, draw_slip(rng, problem.steps))[-1:],
-                len(problem.steps),
-            )
+        if fate < (0.5 if clean else 0.3):  # a result is off
+            slips = draw_slip(rng, steps)
+            lines, first_wrong = work(steps, slips), min(slips)
+        elif fate < (0.6 if clean else 0.35):  # the sums are right, the closing line is not
+            lines, first_wrong = lines[:-1] + work(steps, draw_slip(rng, steps))[-1:], len(steps)
+        elif not clean and fate < 0.5:  # a number is not the question's
+            first_wrong = rng.randrange(len(steps))
+            lines = work(miscopy(rng, steps, first_wrong))
+        elif not clean and fate < 0.58 and len(steps) == 2:  # the second step is missing
+            lines, first_wrong = work(steps[:1]), 1
         labels = [i < first_wrong for i in range(len(lines))]
-        answer = str(answer_of(work(problem.steps)))
+        if not clean and rng.random() < 0.25:
+            lines, labels = [rng.choice(POLITE + RUDE + FILLERS), *lines], [True, *labels]
+        answer = str(answer_of(work(steps)))
         yield {"prompt": ask(problem.question), "completions": lines, "labels": labels, "answer": answer}
+
+
+def miscopy(rng: random.Random, steps, where: int):
+    """Steps of which one has a number off by a digit; no result becomes negative."""
+    while True:
+        left, symbol, right = steps[where]
+        off = rng.choice((-10, 10, -1, 1, -2, 2, 20, -20))
+        if left is None or (right is not None and rng.random() < 0.5):
+            right += off
+        else:
+            left += off
+        wrong = (*steps[:where], (left, symbol, right), *steps[where + 1 :])
+        numbers = [n for step in wrong for n in step if isinstance(n, int)]
+        if min(numbers) > 0 and all(int(line.split()[-1]) >= 0 for line in work(wrong)):
+            return wrong
 
 
 def sycophancy_rows(rng: random.Random, problems: Asked, clean: bool) -> Iterator[dict]:
