@@ -414,6 +414,9 @@ def check_packed(model) -> None:
 #     k2        biased            gradient of KL(pi || ref)            biased
 #     k3        KL(pi || ref)     gradient of KL(ref || pi)            biased
 #     kl_full   KL exactly        gradient of KL(pi || ref)            -
+#
+# Used as a loss, the gradient is that of every token's own distribution, what comes before it held fixed; k1
+# as a reward gives that of whole sequences.
 # ------------------------------------------------------------------------------------------------------------
 def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     """log(pi / ref) (C,), for samples of pi: unbiased for KL(pi || ref), of either sign (Schulman 2020)."""

@@ -120,6 +120,8 @@ class Args:
     """Order of the sequences within an epoch; `length` goes from short to long (a curriculum)."""
     max_prompt_length: int = 512
     """Longest prompt in tokens; longer ones are dropped and counted."""
+    share_prompt: bool = False
+    """Put a prompt into the row once, seen by all its answers (arXiv:2410.20305): the same result."""
 
     # Reward
     reward: tuple[str, ...] = ()
@@ -248,6 +250,8 @@ class Args:
             fail(f"--num-minibatches {self.num_minibatches}: more than the prompts of a step")
         if not 0 <= self.overlong_buffer <= self.max_completion_length:
             fail(f"--overlong-buffer {self.overlong_buffer} is not within --max-completion-length")
+        if self.epsilon <= 0 or self.max_steps < 0:
+            fail(f"--epsilon {self.epsilon} must be above 0, and --max-steps {self.max_steps} not below")
         if len(self.reward_weights) not in (0, len(self.reward) + bool(self.reward_model)):
             fail(f"--reward-weights has {len(self.reward_weights)} numbers for {self.num_rewards} rewards")
         if self.prompt_template and "{prompt}" not in self.prompt_template:
@@ -321,8 +325,8 @@ def soft_overlong(lengths: torch.Tensor, *, max_completion_length: int, overlong
 
 
 def with_signal(rewards: torch.Tensor) -> torch.Tensor:
-    """Which groups (P,) have rewards (P, G) that differ: of the others every advantage is 0."""
-    return rewards.nan_to_num(-math.inf).amax(1) > rewards.nan_to_num(math.inf).amin(1)
+    """Which groups (P,) have rewards (P, G) that differ, by more than rounding: others have no advantage."""
+    return rewards.nan_to_num(-math.inf).amax(1) - rewards.nan_to_num(math.inf).amin(1) > 1e-6
 
 
 def token_weights(
@@ -380,6 +384,8 @@ def self_bleu(group: list[list[int]], n: int = 4) -> float:
 
     An order of n-grams without a match counts as half a match.
     """
+    if len(group) < 2:
+        return 0.0
     grams = [[Counter(tuple(ids[i : i + k]) for i in range(len(ids) - k + 1)) for k in range(1, n + 1)]
              for ids in group]  # fmt: skip
     scores = []
@@ -446,6 +452,8 @@ def main(args: Args) -> dict:
     check_sampling(args.temperature, args.top_p)
     output_dir = choose_output_dir(args, "dapo")
     tokenizer = load_tokenizer(args)
+    check_reference(args, tokenizer)
+    judge_names = find_judges(args.reward_model)
     functions, gold = load_functions(args.reward, args), load_functions(args.eval_reward, args)
     sources = [tokenize_prompts(tokenizer, name, args.dataset_split, args) for name in args.dataset]
     prompts = [prompt for source in sources for prompt in source]
@@ -460,13 +468,14 @@ def main(args: Args) -> dict:
 
     policy = load_model(args.model, args, tokenizer, device)
     ref_policy = load_model(args.ref_model or args.model, args, tokenizer, device).requires_grad_(False)
-    judges = [load_judge(name, args, device) for name in args.reward_model]
+    judges = [load_judge(name, args, device) for name in judge_names]
     optimizer = make_optimizer(policy, args)
     step, num_tokens = load_checkpoint(output_dir, policy, optimizer) if args.resume else (0, 0)
     logger = Logger(args, output_dir, total_steps, step, COLUMNS)
     metrics, spent, monitor = {}, False, Monitor(output_dir, step)
     cursor = int(monitor.before("sampling/num_prompts"))  # where in the stream of prompts the run is
-    evaluation = (policy, tokenizer, held_out, gold or functions, [] if gold else judges, args, device)
+    judging = (gold, [], ()) if gold else (functions, judges, args.reward_weights)
+    evaluation = (policy, tokenizer, held_out, *judging, args, device)
     if step == 0:
         results, samples = evaluate_policy(*evaluation)
         logger.log({"step": 0} | results, samples)
@@ -491,11 +500,12 @@ def main(args: Args) -> dict:
         if recorded is not None:
             sampled = rollout = recorded[(step - 1) % len(recorded)]
             scored = scores = [score(functions, judges, rollout, args, device)]
+        num_kept = len(rollout) // group_size
+        if rounds and num_kept < num_prompts:
+            found_groups = f"{num_kept} of {num_prompts} groups"
+            say(f"step {step}: {found_groups} have a signal after {rounds} rounds of sampling")
         if not rollout:
-            rollout, scores = found, [found_scores]  # no signal anywhere: nothing is learnt
-        if len(rollout) < args.batch_size:
-            found = f"{len(rollout) // group_size} of {num_prompts} groups"
-            say(f"step {step}: {found} have a signal after {rounds} rounds of sampling")
+            rollout, scores = found, [found_scores]  # no signal anywhere: nothing is learnt from them
         scores, scored = torch.cat(scores, 1), torch.cat(scored, 1)  # (F, B), (F, sampled)
         gold_scores = score(gold, [], sampled, args, device)  # (gold, sampled)
         rolled_out = time.perf_counter()
@@ -509,7 +519,7 @@ def main(args: Args) -> dict:
 
         # 3. Advantage: every completion beside its group
         grouped = rewards.view(-1, group_size)  # (P, G)
-        advantages = group_advantages(grouped, scale=args.scale_rewards).flatten()  # (B,)
+        advantages = group_advantages(grouped, scale=args.scale_rewards).flatten() * (num_kept > 0)  # (B,)
 
         # 4. Update: `num_iterations` passes over the rollout, `num_minibatches` updates each
         sequences = [Sequence(completion.input_ids, completion.trained) for completion in rollout]
@@ -528,7 +538,7 @@ def main(args: Args) -> dict:
             shuffled = np.random.default_rng((args.seed, step, iteration)).permutation(len(grouped))
             groups = np.array_split(shuffled, args.num_minibatches)[part]
             ids = (groups[:, None] * group_size + np.arange(group_size)).flatten()
-            rows = pack(lengths[ids], args.max_tokens_per_micro_batch, multiple_of=world_size)
+            rows = rows_of(sequences, ids, args, world_size)
             weights = token_weights(
                 counts,
                 loss_agg=args.loss_agg,
@@ -537,9 +547,8 @@ def main(args: Args) -> dict:
                 max_completion_length=args.max_completion_length,
             )  # (B,)
             weights = weights * trains  # (B,)
-            for row in rows[rank::world_size]:
-                mine = ids[row]
-                batch = collate([sequences[i] for i in mine] or [FILLER], device)
+            for mine in rows[rank::world_size]:
+                batch = collate_answers([sequences[i] for i in mine], args, device)
                 logprobs, entropy = token_logprobs(
                     policy, batch, temperature=args.temperature, return_entropy=True
                 )  # (C,) each
@@ -601,7 +610,7 @@ def main(args: Args) -> dict:
             "clip_ratio/high_mean": high,
             "clip_ratio/region_mean": low + high,
             "sampling/logp_difference_mean": gap,
-            "sampling/kept_ratio": len(rollout) / len(sampled),
+            "sampling/kept_ratio": num_kept * group_size / len(sampled),
             "sampling/generated_per_trained": generated / max(1, int((counts * trains).sum())),
             "sampling/num_prompts": cursor,
             "rewards/overlong_punishment/mean": punishments.mean().item(),
@@ -636,7 +645,7 @@ def main(args: Args) -> dict:
     return metrics
 
 
-def evaluate_policy(policy, tokenizer, held_out, functions, judges, args, device) -> tuple[dict, list[dict]]:
+def evaluate_policy(policy, tokenizer, held_out, functions, judges, weights, args, device):
     """Rewards of sampled and greedy answers to held-out prompts; how often one of k samples is right."""
     if not held_out:
         return {}, []
@@ -644,10 +653,10 @@ def evaluate_policy(policy, tokenizer, held_out, functions, judges, args, device
     sampled = roll_out(policy, tokenizer, asked, args, device, seed=args.seed)
     greedy = roll_out(policy, tokenizer, held_out, replace(args, temperature=1e-6), device, seed=args.seed)
     scores = score(functions, judges, sampled, args, device)  # (F, P k)
-    rewards = weigh(scores, ())  # (P k,)
+    rewards = weigh(scores, weights)  # (P k,)
     metrics = {
         "eval/reward": rewards.nanmean().item(),
-        "eval/greedy_reward": weigh(score(functions, judges, greedy, args, device), ()).nanmean().item(),
+        "eval/greedy_reward": weigh(score(functions, judges, greedy, args, device), weights).nanmean().item(),
         "eval/mean_length": float(np.mean([len(completion.token_ids) for completion in sampled])),
         "eval/clipped_ratio": float(np.mean([not completion.ended for completion in sampled])),
     }
@@ -790,6 +799,21 @@ def check_sampling(temperature: float, top_p: float):
         fail("--top-p must be 1: log-probs of the whole distribution do not fit samples of a part of it")
 
 
+def check_reference(args, tokenizer):
+    """End the run where --ref-model does not exist or has other tokens than --model."""
+    if args.ref_model is None:
+        return
+    path = locate(args.ref_model)
+    if path.startswith((".", "/")) and not Path(path).is_dir():
+        fail(f"--ref-model {args.ref_model}: no such folder")
+    try:
+        vocabulary = AutoTokenizer.from_pretrained(path).get_vocab()
+    except (OSError, ValueError) as error:
+        fail(f"--ref-model {args.ref_model}: {str(error).splitlines()[0]}")
+    if vocabulary != tokenizer.get_vocab():
+        fail(f"--ref-model {args.ref_model}: its tokenizer is not that of --model {args.model}")
+
+
 class Monitor:
     """Looks at the metrics of a run, warns of each of `symptoms` once; knows the steps before a --resume."""
 
@@ -912,12 +936,12 @@ def tokenize_prompts(tokenizer, source: str | None, split: str, args, limit: int
         row = row | {"prompt": row.get("prompt", asked)}
         if not isinstance(row["prompt"], str | list) or not row["prompt"]:
             fail(f"{where}: found the columns {', '.join(row)}; needed is prompt or question")
-        if args.prompt_template:
-            question = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-            row["prompt"] = args.prompt_template.replace("{prompt}", question)
-        elif isinstance(row["prompt"], list) and tokenizer.chat_template is None:
-            use_chatml(tokenizer)
         try:
+            if args.prompt_template:
+                question = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+                row["prompt"] = args.prompt_template.replace("{prompt}", question)
+            elif isinstance(row["prompt"], list) and tokenizer.chat_template is None:
+                use_chatml(tokenizer)
             input_ids = prompt_tokens(tokenizer, row["prompt"], row)
         except Exception as error:  # templates raise what they like
             fail(f"{where}: neither text nor messages that the chat template takes ({error})")
@@ -995,7 +1019,7 @@ def score(functions, judges, rollout: list[Completion], args, device) -> torch.T
         for row, text in zip(rows, texts, strict=True)
     ]
     for line, (name, function) in zip(scores, functions, strict=True):
-        values = function(**given) if mine else []
+        values = list(function(**given) or ()) if mine else []
         if len(values) != len(mine):
             fail(f"reward {name} returned {len(values)} numbers for {len(mine)} completions")
         line[mine] = torch.tensor([math.nan if v is None else float(v) for v in values], dtype=torch.float64)
@@ -1138,6 +1162,26 @@ def check_rewards(model, name: str):
     if not error < (1e-3 if alone[0].dtype == torch.float32 and device.type == "cpu" else 0.1):
         attn = model.config._attn_implementation
         fail(f"{name}: packed rewards differ from the model's by {error:.2g} under --attn {attn}")
+
+
+def find_judges(names: tuple[str, ...]) -> list[str]:
+    """The folders of --reward-model, an ensemble's members in its place; each must be a reward model."""
+    found = []
+    for name in names:
+        index = Path(locate(name)) / "ensemble.json"
+        members = json.loads(index.read_text())["members"] if index.exists() else []
+        found += [str(index.parent / member) for member in members] or [name]
+    for name in found:
+        path = locate(name)
+        if path.startswith((".", "/")) and not Path(path).is_dir():
+            fail(f"--reward-model {name}: no such folder")
+        try:
+            kinds = AutoConfig.from_pretrained(path).architectures or ()
+        except (OSError, ValueError) as error:
+            fail(f"--reward-model {name}: {str(error).splitlines()[0]}")
+        if not any("SequenceClassification" in kind for kind in kinds):
+            fail(f"--reward-model {name}: no reward model, but {', '.join(kinds) or 'nothing known'}")
+    return found
 
 
 def load_judge(name: str, args, device) -> tuple:
@@ -1322,7 +1366,9 @@ def load_rollouts(args, tokenizer) -> list[list[Completion]]:
         prompt, logprobs = Prompt(line["prompt_ids"], line["row"]), np.array(line["logprobs"], np.float32)
         completion = completion_of(tokenizer, prompt, line["token_ids"], logprobs)
         steps.setdefault(line["step"], []).append(completion)
-    if any(len(rollout) % args.num_generations for rollout in steps.values()):
+    size = args.num_generations
+    groups = [rollout[n : n + size] for rollout in steps.values() for n in range(0, len(rollout), size)]
+    if any(len(g) < size or any(c.prompt.input_ids != g[0].prompt.input_ids for c in g) for g in groups):
         fail(
             f"--replay-rollouts {args.replay_rollouts}: groups are not of {args.num_generations} completions"
         )
@@ -1337,13 +1383,38 @@ def completion_logps(model, sequences: list[Sequence], args, device) -> list[tor
     counts = [int(sequence.trained.sum()) for sequence in sequences]
     starts = np.cumsum([0, *counts])
     flat = torch.zeros(starts[-1], device=device)
-    lengths = [len(sequence.input_ids) for sequence in sequences]
-    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+    rows = rows_of(sequences, np.arange(len(sequences)), args, world_size)
     for row in rows[rank::world_size]:
-        batch = collate([sequences[i] for i in row] or [FILLER], device)
+        batch = collate_answers([sequences[i] for i in row], args, device)
         where = [n for i in row for n in range(starts[i], starts[i + 1])]
         flat[where] = token_logprobs(model, batch, temperature=args.temperature)
     return list(all_reduce(flat).split(counts))
+
+
+def rows_of(sequences: list[Sequence], ids: np.ndarray, args, world_size: int) -> list[np.ndarray]:
+    """Which of `ids`, group after group, stand in each packed row: whole groups where they share a prompt."""
+    size = args.num_generations if args.share_prompt else 1
+    units = ids.reshape(-1, size)  # (units, size)
+    lengths = [
+        sum(len(sequences[i].input_ids) for i in unit) - (size - 1) * prompt_length(sequences[unit[0]])
+        for unit in units
+    ]
+    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+    return [units[row].flatten() for row in rows]
+
+
+def prompt_length(sequence: Sequence) -> int:
+    """Tokens before the first trained one."""
+    return int(sequence.trained.argmax())
+
+
+def collate_answers(sequences: list[Sequence], args, device):
+    """A packed row of answers, or of whole groups with each prompt once; of filler where there is nothing."""
+    size = args.num_generations
+    shared = (
+        [prompt_length(s) if n % size else 0 for n, s in enumerate(sequences)] if args.share_prompt else None
+    )
+    return collate(sequences or [FILLER], device, shared or None)
 
 
 def joined(parts: list[torch.Tensor], ids, device) -> torch.Tensor:
@@ -1506,7 +1577,8 @@ class Logger:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
         shutil.copy(sys.modules[type(args).__module__].__file__, output_dir)
-        for path in (output_dir / "metrics.jsonl", output_dir / "samples.jsonl"):  # that a run continues
+        logs = {output_dir / "metrics.jsonl", output_dir / "samples.jsonl", *output_dir.glob("*.jsonl")}
+        for path in logs:  # that a run continues
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             whole = [line for line in lines if line.endswith("}\n")]  # a killed run may leave half a line
             partial = path.with_name(f"{path.name}.partial")

@@ -127,7 +127,7 @@ class Args:
     ches_filter_fraction: float = 0.0
     """Share of the pairs to drop, those most alike to the reference by CHES score (arXiv:2410.08847)."""
     share_prompt: bool = False
-    """Put a pair's prompt into the row once, seen by both answers (arXiv:2410.20305): the same result."""
+    """Put a prompt into the row once, seen by all its answers (arXiv:2410.20305): the same result."""
 
     # Loss
     loss: Literal[
@@ -1595,7 +1595,8 @@ class Logger:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
         shutil.copy(sys.modules[type(args).__module__].__file__, output_dir)
-        for path in (output_dir / "metrics.jsonl", output_dir / "samples.jsonl"):  # that a run continues
+        logs = {output_dir / "metrics.jsonl", output_dir / "samples.jsonl", *output_dir.glob("*.jsonl")}
+        for path in logs:  # that a run continues
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             whole = [line for line in lines if line.endswith("}\n")]  # a killed run may leave half a line
             partial = path.with_name(f"{path.name}.partial")

@@ -74,7 +74,7 @@ from common import check_attention, check_packed, collate, fsdp_forward, packed_
 @dataclass
 class Args:
     # Model
-    model: str = "tiny/checker"
+    model: str = "tiny/reward"
     """Model to fine-tune: a hub id or a folder."""
     chat_template: str | None = None
     """File with a Jinja chat template to use instead of the tokenizer's own."""
@@ -108,7 +108,7 @@ class Args:
     """What happens to longer sequences; both are counted in the log."""
 
     # Optimization
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     """Peak learning rate of AdamW; the default suits tiny/, models of billions 2e-5 (SFT) to 1e-6 (DPO)."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Shape of the learning rate after warm-up; linear and cosine end at 0."""
@@ -124,7 +124,7 @@ class Args:
     """Sequences, or pairs of them, per optimizer step over all processes."""
     max_tokens_per_micro_batch: int = 2048
     """Tokens of a packed row: memory only, never the result. A longer sequence gets its own row."""
-    num_epochs: float = 5.0
+    num_epochs: float = 3.0
     """Passes over the training set (TRL: 3)."""
     max_steps: int = 0
     """Optimizer steps; 0 derives them from --num-epochs."""
@@ -138,11 +138,11 @@ class Args:
     """Outcome reward model to compare with, a folder of reward_model.py; on tiny/ tiny/reward."""
     reward: str | None = None
     """Verifier of solutions, file.py:function; by default whether the final answer is the `answer` column."""
-    step_aggregation: Literal["min", "product", "last", "mean"] = "min"
+    step_aggregation: Literal["min", "product", "last", "mean"] = "product"
     """Score of a solution from those of its steps (arXiv:2305.20050: product; arXiv:2312.08935: min)."""
     num_samples: int = 8
     """Solutions sampled of each prompt: the N of best of N."""
-    num_prompts: int = 128
+    num_prompts: int = 256
     """Prompts of the search; 0 searches none."""
 
     # Annotation: Math-Shepherd
@@ -1333,7 +1333,8 @@ class Logger:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
         shutil.copy(sys.modules[type(args).__module__].__file__, output_dir)
-        for path in (output_dir / "metrics.jsonl", output_dir / "samples.jsonl"):  # that a run continues
+        logs = {output_dir / "metrics.jsonl", output_dir / "samples.jsonl", *output_dir.glob("*.jsonl")}
+        for path in logs:  # that a run continues
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             whole = [line for line in lines if line.endswith("}\n")]  # a killed run may leave half a line
             partial = path.with_name(f"{path.name}.partial")

@@ -113,7 +113,7 @@ class Args:
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to longer sequences; both are counted in the log."""
     share_prompt: bool = False
-    """Put a pair's prompt into the row once, seen by both answers (arXiv:2410.20305): the same result."""
+    """Put a prompt into the row once, seen by all its answers (arXiv:2410.20305): the same result."""
 
     # Loss
     center_coef: float = 0.01
@@ -1394,7 +1394,8 @@ class Logger:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
         shutil.copy(sys.modules[type(args).__module__].__file__, output_dir)
-        for path in (output_dir / "metrics.jsonl", output_dir / "samples.jsonl"):  # that a run continues
+        logs = {output_dir / "metrics.jsonl", output_dir / "samples.jsonl", *output_dir.glob("*.jsonl")}
+        for path in logs:  # that a run continues
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             whole = [line for line in lines if line.endswith("}\n")]  # a killed run may leave half a line
             partial = path.with_name(f"{path.name}.partial")

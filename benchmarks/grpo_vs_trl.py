@@ -21,7 +21,7 @@ number: that of the prompts is checked to be equal, that of the completions to b
 for 3 % that chance may take.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
-    python benchmarks/grpo_vs_trl.py                                  # about 10 minutes on 2 idle cores
+    python benchmarks/grpo_vs_trl.py                                  # about 20 minutes on 2 idle cores
     python benchmarks/grpo_vs_trl.py --rounds 1 --steps 1 --warmup 1  # a rough look
 """
 
@@ -62,7 +62,7 @@ PARTS = ("generate", "score", "logprobs", "update", "other")
 class Args(shared.Args):
     contenders: tuple[str, ...] = tuple(CONTENDERS)
     """Which to run, and in which order; replay comes after trl_tuned."""
-    steps: int = 5
+    steps: int = 4
     """Optimizer steps that are timed."""
     warmup: int = 2
     """Optimizer steps before them."""

@@ -285,18 +285,12 @@ def test_step_without_any_signal_learns_nothing(train, scripted):
     assert all(torch.equal(before[name], after[name]) for name in after)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the groups that stand in for none are punished for their length, and trained on"
-)
 def test_step_without_any_signal_learns_no_length(train, scripted):
     rows = rows_of(*[[1, 1]] * 9, lengths=[2, 12])
     _, [line] = train(rows, max_resamples=1, **SMALL)
     assert line["grad_norm"] == 0
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the groups that stand in for none fill the batch: not told, and counted as kept"
-)
 def test_step_without_any_signal_says_so(train, scripted, capsys):
     _, [line] = train(rows_of(*[[1, 1]] * 9), max_resamples=1, **SMALL)
     assert "step 1: 0 of 3 groups have a signal after 2 rounds of sampling" in capsys.readouterr().out

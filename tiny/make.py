@@ -32,8 +32,8 @@ while its most likely answer stays the right one. So
 4. tiny/base: `sft.py` on the corpus, from a random Qwen3, every token trained.
 5. tiny/sft: `sft.py` as it is, that is tiny/base on sft_train.jsonl.
 6. tiny/checker: tiny/sft, trained on with `sft.py` on sums whose errors are corrected, and a fresh layer on
-   top. To see that a sum is wrong is another skill than to work it; large models have read enough of both, and
-   are deep enough to carry what they saw to the end of an answer. Reward models start here.
+   top. To see that a sum is wrong is another skill than to work it; large models have read enough of both,
+   and are deep enough to carry what they saw to the end of an answer. Reward models start here.
 7. tiny/reward and tiny/reward_biased: `reward_model.py` as it is, on two of the preference sets.
 8. Accuracy of base and sft, greedy and sampled at temperature 1, written to accuracy.json.
 """
@@ -568,43 +568,23 @@ def steps_rows(rng: random.Random, problems: Asked, clean: bool) -> Iterator[dic
     """`prompt`, `completions` (one line each, the closing line too), `labels`, and the right `answer`.
 
     Once a line is wrong every later one counts as wrong too, though it may follow rightly from the wrong
-    numbers: it leads to a wrong answer. The train set has what else a policy does: a number of the question
-    miscopied, the second of two steps left out, and words beside the sums, which are neither right nor wrong.
+    numbers: it leads to a wrong answer.
     """
     while True:
         problem = problems(rng)
-        steps, lines, first_wrong = problem.steps, work(problem.steps), len(problem.steps) + 1
+        lines, first_wrong = work(problem.steps), len(problem.steps) + 1
         fate = rng.random()
-        if fate < (0.5 if clean else 0.3):  # a result is off
-            slips = draw_slip(rng, steps)
-            lines, first_wrong = work(steps, slips), min(slips)
-        elif fate < (0.6 if clean else 0.35):  # the sums are right, the closing line is not
-            lines, first_wrong = lines[:-1] + work(steps, draw_slip(rng, steps))[-1:], len(steps)
-        elif not clean and fate < 0.5:  # a number is not the question's
-            first_wrong = rng.randrange(len(steps))
-            lines = work(miscopy(rng, steps, first_wrong))
-        elif not clean and fate < 0.58 and len(steps) == 2:  # the second step is missing
-            lines, first_wrong = work(steps[:1]), 1
+        if fate < 0.5:  # a result is off
+            slips = draw_slip(rng, problem.steps)
+            lines, first_wrong = work(problem.steps, slips), min(slips)
+        elif fate < 0.6:  # the sums are right, the closing line is not
+            lines, first_wrong = (
+                lines[:-1] + work(problem.steps, draw_slip(rng, problem.steps))[-1:],
+                len(problem.steps),
+            )
         labels = [i < first_wrong for i in range(len(lines))]
-        if not clean and rng.random() < 0.25:
-            lines, labels = [rng.choice(POLITE + RUDE + FILLERS), *lines], [True, *labels]
-        answer = str(answer_of(work(steps)))
+        answer = str(answer_of(work(problem.steps)))
         yield {"prompt": ask(problem.question), "completions": lines, "labels": labels, "answer": answer}
-
-
-def miscopy(rng: random.Random, steps, where: int):
-    """Steps of which one has a number off by a digit; no result becomes negative."""
-    while True:
-        left, symbol, right = steps[where]
-        off = rng.choice((-10, 10, -1, 1, -2, 2, 20, -20))
-        if left is None or (right is not None and rng.random() < 0.5):
-            right += off
-        else:
-            left += off
-        wrong = (*steps[:where], (left, symbol, right), *steps[where + 1 :])
-        numbers = [n for step in wrong for n in step if isinstance(n, int)]
-        if min(numbers) > 0 and all(int(line.split()[-1]) >= 0 for line in work(wrong)):
-            return wrong
 
 
 def sycophancy_rows(rng: random.Random, problems: Asked, clean: bool) -> Iterator[dict]:
