@@ -178,9 +178,9 @@ class Args:
     """Optimizer updates that a pass over a rollout is cut into."""
 
     # Optimization
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     """Peak learning rate of AdamW; the default suits tiny/, models of billions 2e-5 (SFT) to 1e-6 (DPO)."""
-    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    lr_schedule: Literal["linear", "cosine", "constant"] = "constant"
     """Shape of the learning rate after warm-up; linear and cosine end at 0."""
     warmup_steps: int = 5
     """Optimizer steps over which the learning rate rises linearly from 0."""
@@ -196,11 +196,11 @@ class Args:
     """Tokens of a packed row: memory only, never the result. A longer sequence gets its own row."""
     num_epochs: float = 1.0
     """Passes over the training set (TRL: 3)."""
-    max_steps: int = 60
+    max_steps: int = 120
     """Optimizer steps; 0 derives them from --num-epochs."""
 
     # Evaluation and output
-    eval_every: int = 20
+    eval_every: int = 40
     """Optimizer steps between evaluations; 0 evaluates only before and after."""
     num_eval: int = 256
     """Rows of the evaluation sets that are used; 0 uses all."""
@@ -532,13 +532,14 @@ def main(args: Args) -> dict:
         compared = time.perf_counter()
         policy.train()
         sums = torch.zeros(8, device=device)  # told to stop, loss, tokens, and what is summed over tokens
-        grad_norm = torch.zeros((), device=device)
+        grad_norm, fills = torch.zeros((), device=device), []
         for update in range(updates):
             iteration, part = divmod(update, args.num_minibatches)
             shuffled = np.random.default_rng((args.seed, step, iteration)).permutation(len(grouped))
             groups = np.array_split(shuffled, args.num_minibatches)[part]
             ids = (groups[:, None] * group_size + np.arange(group_size)).flatten()
-            rows = rows_of(sequences, ids, args, world_size)
+            rows, fill = rows_of(sequences, ids, args, world_size)
+            fills.append(fill)
             weights = token_weights(
                 counts,
                 loss_agg=args.loss_agg,
@@ -617,6 +618,7 @@ def main(args: Args) -> dict:
             "num_tokens": num_tokens,
             "tokens_per_second": batch_tokens / seconds,
             "step_time": seconds,
+            "packing/fill": float(np.mean(fills)),
             "time/rollout": rolled_out - started,
             "time/logprobs": compared - rolled_out,
             "time/update": seconds - (compared - started),
@@ -1383,7 +1385,7 @@ def completion_logps(model, sequences: list[Sequence], args, device) -> list[tor
     counts = [int(sequence.trained.sum()) for sequence in sequences]
     starts = np.cumsum([0, *counts])
     flat = torch.zeros(starts[-1], device=device)
-    rows = rows_of(sequences, np.arange(len(sequences)), args, world_size)
+    rows, _ = rows_of(sequences, np.arange(len(sequences)), args, world_size)
     for row in rows[rank::world_size]:
         batch = collate_answers([sequences[i] for i in row], args, device)
         where = [n for i in row for n in range(starts[i], starts[i + 1])]
@@ -1391,8 +1393,11 @@ def completion_logps(model, sequences: list[Sequence], args, device) -> list[tor
     return list(all_reduce(flat).split(counts))
 
 
-def rows_of(sequences: list[Sequence], ids: np.ndarray, args, world_size: int) -> list[np.ndarray]:
-    """Which of `ids`, group after group, stand in each packed row: whole groups where they share a prompt."""
+def rows_of(sequences: list[Sequence], ids: np.ndarray, args, world_size: int) -> tuple[list, float]:
+    """Which of `ids`, group after group, stand in each packed row, and the share of the rows' room they fill.
+
+    Where a group shares its prompt it stands in one row.
+    """
     size = args.num_generations if args.share_prompt else 1
     units = ids.reshape(-1, size)  # (units, size)
     lengths = [
@@ -1400,7 +1405,8 @@ def rows_of(sequences: list[Sequence], ids: np.ndarray, args, world_size: int) -
         for unit in units
     ]
     rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
-    return [units[row].flatten() for row in rows]
+    room = len(rows) * max([args.max_tokens_per_micro_batch, *lengths])
+    return [units[row].flatten() for row in rows], sum(lengths) / max(1, room)
 
 
 def prompt_length(sequence: Sequence) -> int:

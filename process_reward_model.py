@@ -314,6 +314,7 @@ def main(args: Args) -> dict:
     show_sequence(tokenizer, solutions[stream[0]].sequence)
 
     model = load_reward_model(args.model, args, tokenizer, device)
+    model.config.reward_offset = 0.0  # of an outcome model that it may start from
     optimizer = make_optimizer(model, args)
     step, num_tokens = load_checkpoint(output_dir, model, optimizer) if args.resume else (0, 0)
     logger = Logger(args, output_dir, total_steps, step, COLUMNS)

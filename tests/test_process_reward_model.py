@@ -10,6 +10,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -500,12 +501,15 @@ def test_evaluation_by_hand(monkeypatch):
     monkeypatch.setattr(
         prm, "step_probabilities", lambda model, sequences, *_: [torch.tensor(p) for p in probabilities]
     )
-    found = prm.evaluate_steps(None, solutions, None, None)
+    model = SimpleNamespace(config=SimpleNamespace())
+    found = prm.evaluate_steps(model, solutions, None, None)
     # steps: 2 of 3, 2 of 2, 0 of 1, 1 of 2, 1 of 2; with an error 2 of 3 found, without 1 of 2
     assert found == pytest.approx(
         {"eval/step_accuracy": 6 / 10, "eval/first_error": 3 / 5, "eval/first_error_f1": 4 / 7}
     )
-    assert prm.evaluate_steps(None, [], None, None) == {}
+    assert prm.evaluate_steps(model, [], None, None) == {}
+    model.config.reward_offset = 0.1  # of an outcome model: what is said 0.5 is above average
+    assert prm.evaluate_steps(model, solutions, None, None)["eval/step_accuracy"] == pytest.approx(5 / 10)
 
 
 def test_evaluation_of_a_run_is_that_of_the_stock_model(train, folders):
@@ -590,7 +594,7 @@ def test_best_of_n_by_hand(search, tmp_path):
 
 
 def test_best_of_n_without_an_outcome_model_has_no_column_for_it(search):
-    table, metrics, _ = search()
+    table, metrics, _ = search(dataset=("other.jsonl",))
     assert set(table[0]) == {"n", "single", "any", "majority", "prm"} and "search/orm" not in metrics
 
 
@@ -712,6 +716,10 @@ def test_what_is_completed_is_exactly_the_tokens_up_to_the_end_of_each_step(anno
         assert annotate.prefixes[4 * n] == whole.input_ids[: end + 1].tolist()
 
 
+def said(text):
+    return [{"role": "assistant", "content": text}]
+
+
 def test_verifier_reads_the_steps_before_a_completion_too(annotate, tmp_path):
     path = tmp_path / "spy.py"
     path.write_text(
@@ -721,17 +729,18 @@ def test_verifier_reads_the_steps_before_a_completion_too(annotate, tmp_path):
         "        for row in zip(prompts, completions, answer, kept, strict=True):\n"
         "            file.write(repr(row) + '\\n')\n"
         "    assert not kwargs, kwargs\n"
-        "    return [None if c.endswith('3') else len(c) - 20 for c in completions]\n"
+        "    texts = [messages[0]['content'] for messages in completions]  # as the prompts are messages\n"
+        "    return [None if text.endswith('3') else len(text) - 20 for text in texts]\n"
     )
     annotate.answers = iter(ANSWERS)
     rows, _ = annotate(SOLUTIONS, reward=f"{path}:judge")
     seen = [eval(line) for line in (tmp_path / "spy.py.txt").read_text().splitlines()]
     assert len(seen) == 12 + 3
     one, two = SOLUTIONS[:2]
-    assert seen[0] == (one["prompt"], "3 + 4 = 7\nthen\n#### 8", "8", 1)
-    assert seen[4] == (one["prompt"], "3 + 4 = 7\n7 + 1 = 8\nthen\n#### 8", "8", 1)
-    assert seen[8] == (two["prompt"], "1 + 1 = 3\nthen\n#### 3", "2", 2)
-    assert [row[1] for row in seen[12:]] == ["\n".join(row["completions"]) for row in SOLUTIONS]
+    assert seen[0] == (one["prompt"], said("3 + 4 = 7\nthen\n#### 8"), "8", 1)
+    assert seen[4] == (one["prompt"], said("3 + 4 = 7\n7 + 1 = 8\nthen\n#### 8"), "8", 1)
+    assert seen[8] == (two["prompt"], said("1 + 1 = 3\nthen\n#### 3"), "2", 2)
+    assert [row[1] for row in seen[12:]] == [said("\n".join(row["completions"])) for row in SOLUTIONS]
     # above 0 is right: 21, 31 and 26 characters; None is not; the solutions have 26 and 6
     assert [row["labels"] for row in rows] == [[1.0, 1.0, 1.0], [0.0, 0.0], [0.0]]
 

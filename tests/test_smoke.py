@@ -231,7 +231,8 @@ def assert_close_metrics(lines, others, keys=("loss", "grad_norm"), rel=1e-5):
     for line, other in zip(lines, others, strict=True):
         for key in keys:
             if key in line or key in other:
-                assert line[key] == pytest.approx(other[key], rel=rel), (line["step"], key)
+                # abs: the loss of an online script is 0 at ratio 1, up to rounding
+                assert line[key] == pytest.approx(other[key], rel=rel, abs=1e-7), (line["step"], key)
 
 
 def test_every_script_has_a_fast_run():
@@ -294,7 +295,7 @@ def test_every_trainable_parameter_changes(script, run, tiny):
 
 
 @every_script
-@pytest.mark.parametrize("budget", [256, 8192])
+@pytest.mark.parametrize("budget", [200, 8192])
 def test_token_budget_is_memory_only(script, run, budget):
     quick = {"max_steps": 3, "save_every": 0} | NO_EVALUATION[script.name]
     for variant in VARIANTS[script.name]:
