@@ -379,28 +379,33 @@ def check_packed(model) -> None:
 
     It holds the whole path (attention, positions, head, scaling) against the model's own forward pass,
     whatever the architecture; a leak shows as an error of 0.1 nats and more, rounding as 1e-5 (bfloat16:
-    0.05).
+    0.05). Where rows can hold a prompt once for several sequences, that is held, too.
     """
     device, vocab_size = model.get_input_embeddings().weight.device, model.config.get_text_config().vocab_size
-    sequences = [torch.arange(1, n + 1) * 7919 % vocab_size for n in (9, 6)]
-    batch = collate([(ids, torch.arange(len(ids)) > 0) for ids in sequences], device)
+    one, other = (torch.arange(1, n + 1) * 7919 % vocab_size for n in (9, 6))
     name, attn = model.config.model_type, model.config._attn_implementation
-    try:
-        packed = token_logprobs(model, batch)  # (C,)
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(
-            f"{name}: --attn {attn} does not run on packed rows; try --attn sdpa ({error})"
-        ) from error
-    alone = []
-    for ids in sequences:
-        logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0, :-1]  # (length - 1, V)
-        tolerance = 1e-3 if logits.dtype == torch.float32 else 0.25
-        alone.append(logits.float().log_softmax(-1).gather(-1, ids[1:, None].to(device)).squeeze(-1))
-    error = (packed - torch.cat(alone)).abs().max().item()
-    if not error < tolerance:
-        raise ValueError(
-            f"{name}: packed log-probs differ from the model's by {error:.2g} nats under --attn {attn}"
-        )
+    rows = {"packed": ([one, other], 1, None)}  # sequences, tokens before the first trained one, shared
+    if attn == "packed":
+        rows["shared"] = ([one, torch.cat([one[:4], other])], 4, [0, 4])
+    for what, (sequences, untrained, shared) in rows.items():
+        batch = collate([(ids, torch.arange(len(ids)) >= untrained) for ids in sequences], device, shared)
+        try:
+            packed = token_logprobs(model, batch)  # (C,)
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(
+                f"{name}: --attn {attn} does not run on packed rows; try --attn sdpa ({error})"
+            ) from error
+        alone = []
+        for ids in sequences:
+            logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0, :-1]  # (length - 1, V)
+            tolerance = 1e-3 if logits.dtype == torch.float32 else 0.25
+            logps = logits.float().log_softmax(-1).gather(-1, ids[1:, None].to(device)).squeeze(-1)
+            alone.append(logps[untrained - 1 :])
+        error = (packed - torch.cat(alone)).abs().max().item()
+        if not error < tolerance:
+            raise ValueError(
+                f"{name}: {what} log-probs differ from the model's by {error:.2g} nats under --attn {attn}"
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------

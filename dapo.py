@@ -120,7 +120,7 @@ class Args:
     """Order of the sequences within an epoch; `length` goes from short to long (a curriculum)."""
     max_prompt_length: int = 512
     """Longest prompt in tokens; longer ones are dropped and counted."""
-    share_prompt: bool = False
+    share_prompt: bool = True
     """Put a prompt into the row once, seen by all its answers (arXiv:2410.20305): the same result."""
 
     # Reward
@@ -242,6 +242,8 @@ class Args:
         ):
             if getattr(self, name) < 1:
                 fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.attn != "packed":
+            self.share_prompt = False
         if self.num_generations < 2:
             fail(f"--num-generations {self.num_generations}: a group needs at least 2 to compare")
         if self.batch_size % self.num_generations:

@@ -125,7 +125,7 @@ class Args:
     """Order of the sequences within an epoch; `length` goes from short to long (a curriculum)."""
     max_prompt_length: int = 512
     """Longest prompt in tokens; longer ones are dropped and counted."""
-    share_prompt: bool = False
+    share_prompt: bool = True
     """Put a prompt into the row once, seen by all its answers (arXiv:2410.20305): the same result."""
 
     # Reward
@@ -247,6 +247,8 @@ class Args:
         ):
             if getattr(self, name) < 1:
                 fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.attn != "packed":
+            self.share_prompt = False
         if self.num_generations < (2 if self.algorithm in ("rloo", "reinforce_pp_baseline") else 1):
             fail(
                 f"--num-generations {self.num_generations}: --algorithm {self.algorithm} compares at least 2"

@@ -344,7 +344,7 @@ def assert_same_metrics(one, other, rel=1e-5, abs_=1e-6, without=()):
     assert len(one) == len(other)
     for line, wanted in zip(one, other, strict=True):
         assert line.keys() == wanted.keys()
-        for key in wanted.keys() - CLOCK - set(without):
+        for key in wanted.keys() - CLOCK - {"packing/fill"} - set(without):
             assert line[key] == pytest.approx(wanted[key], rel=rel, abs=abs_), (key, wanted["step"])
 
 
@@ -360,7 +360,7 @@ def ratios(monkeypatch):
 def test_first_pass_has_ratios_of_exactly_1_and_a_gradient(train, ratios):
     flags = {"loss_agg": "seq_mean_token_mean"}  # under which advantages cancel
     _, lines = train(max_tokens_per_micro_batch=256, **flags)
-    assert len(ratios) > 4 and all((ratio == 1).all() for ratio in ratios)
+    assert len(ratios) >= 4 and all((ratio == 1).all() for ratio in ratios)
     for line in lines:
         assert abs(line["loss"]) < 1e-6 and line["grad_norm"] > 0.1
         assert line["clip_ratio/low_mean"] == line["clip_ratio/high_mean"] == 0

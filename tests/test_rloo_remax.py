@@ -367,7 +367,7 @@ def assert_same_metrics(one, other, rel=1e-5, abs_=1e-6, without=()):
     assert len(one) == len(other)
     for line, wanted in zip(one, other, strict=True):
         assert line.keys() == wanted.keys()
-        for key in wanted.keys() - CLOCK - set(without):
+        for key in wanted.keys() - CLOCK - {"packing/fill"} - set(without):
             assert line[key] == pytest.approx(wanted[key], rel=rel, abs=abs_), (key, wanted["step"])
 
 
@@ -513,7 +513,7 @@ def test_measuring_the_variance_changes_nothing_else(train):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_first_pass_has_ratios_of_exactly_1_and_a_gradient(train, ratios, algorithm):
     _, lines = train(algorithm=algorithm, max_tokens_per_micro_batch=256)
-    assert len(ratios) > 4 and all((ratio == 1).all() for ratio in ratios)
+    assert len(ratios) >= 4 and all((ratio == 1).all() for ratio in ratios)
     for line in lines:
         assert line["grad_norm"] > 0.01
         assert line["clip_ratio/low_mean"] == line["clip_ratio/high_mean"] == 0
