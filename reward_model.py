@@ -136,7 +136,7 @@ class Args:
     """Largest gradient norm over all parameters; larger gradients are scaled down to it (TRL: 1.0)."""
     batch_size: int = 32
     """Sequences, or pairs of them, per optimizer step over all processes."""
-    max_tokens_per_micro_batch: int = 2048
+    max_tokens_per_micro_batch: int = 512
     """Tokens of a packed row: memory only, never the result. A longer sequence gets its own row."""
     num_epochs: float = 2.0
     """Passes over the training set (TRL: 3)."""

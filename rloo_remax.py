@@ -197,7 +197,7 @@ class Args:
     """Largest gradient norm over all parameters; larger gradients are scaled down to it (TRL: 1.0)."""
     batch_size: int = 128
     """Sequences, or pairs of them, per optimizer step over all processes."""
-    max_tokens_per_micro_batch: int = 2048
+    max_tokens_per_micro_batch: int = 1024
     """Tokens of a packed row: memory only, never the result. A longer sequence gets its own row."""
     num_epochs: float = 1.0
     """Passes over the training set (TRL: 3)."""
