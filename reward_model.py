@@ -112,7 +112,7 @@ class Args:
     """Longest sequence in tokens (TRL: 1024)."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to longer sequences; both are counted in the log."""
-    share_prompt: bool = False
+    share_prompt: bool = True
     """Put a prompt into the row once, seen by all its answers (arXiv:2410.20305): the same result."""
 
     # Loss
@@ -190,8 +190,8 @@ class Args:
         for name in ("eval_fraction", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 fail(f"--{name.replace('_', '-')} must lie in [0, 1), not {getattr(self, name)}")
-        if self.share_prompt and self.objective == "outcome":
-            fail("--share-prompt is for pairs; --objective outcome has single answers")
+        if self.attn != "packed" or self.objective == "outcome":  # single answers share nothing
+            self.share_prompt = False
         if self.eval_fraction and self.eval_dataset:
             fail("--eval-fraction and --eval-dataset both name the held-out answers: give one of them")
         if self.resume and not self.output_dir:
@@ -1119,17 +1119,23 @@ def load_reward_model(name: str, args, tokenizer, device):
 
 @torch.no_grad()
 def check_rewards(model, name: str):
-    """End the run unless two answers in one packed row score as each does alone in the stock model."""
+    """End the run unless two answers in one packed row score as each does alone in the stock model.
+
+    Also where their prompt stands in the row once, if --attn packed lets it.
+    """
     device, vocab_size = model.get_input_embeddings().weight.device, model.config.get_text_config().vocab_size
-    sequences = [torch.arange(1, n + 1) * 7919 % (vocab_size - 1) + 1 for n in (9, 6)]
-    batch = collate([(ids, torch.arange(len(ids)) == len(ids) - 1) for ids in sequences], device)
-    pad, model.config.pad_token_id = model.config.pad_token_id, None  # stock reads the last token then
-    alone = [model(input_ids=ids[None].to(device), use_cache=False).logits[0, 0].float() for ids in sequences]
-    model.config.pad_token_id = pad
-    error = (answer_rewards(model, batch) - torch.stack(alone)).abs().max().item()
-    if not error < (1e-3 if alone[0].dtype == torch.float32 and device.type == "cpu" else 0.1):
-        attn = model.config._attn_implementation
-        fail(f"{name}: packed rewards differ from the model's by {error:.2g} under --attn {attn}")
+    one, other = (torch.arange(1, n + 1) * 7919 % (vocab_size - 1) + 1 for n in (9, 6))
+    attn = model.config._attn_implementation
+    rows = [([one, other], None)] + [([one, torch.cat([one[:4], other])], [0, 4])] * (attn == "packed")
+    for sequences, shared in rows:
+        ends = [(ids, torch.arange(len(ids)) == len(ids) - 1) for ids in sequences]
+        pad, model.config.pad_token_id = model.config.pad_token_id, None  # stock reads the last token then
+        logits = [model(input_ids=ids[None].to(device), use_cache=False).logits[0, 0] for ids in sequences]
+        model.config.pad_token_id = pad
+        rewards = answer_rewards(model, collate(ends, device, shared))
+        error = (rewards - torch.stack(logits).float()).abs().max().item()
+        if not error < (1e-3 if logits[0].dtype == torch.float32 and device.type == "cpu" else 0.1):
+            fail(f"{name}: packed rewards differ from the model's by {error:.2g} under --attn {attn}")
 
 
 @torch.no_grad()

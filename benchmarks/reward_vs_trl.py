@@ -6,7 +6,7 @@ padding token is not the end token: TRL would read the reward one token too earl
 (CONTENDERS has the settings):
 
     cleanpost        reward_model.py as it is, with the centring loss off: `--center-coef 0`, TRL's default
-    cleanpost_share  the same with --share-prompt, for information
+    cleanpost_whole  the same with --no-share-prompt, for information
     trl_shipped      TRL with its defaults: bfloat16 autocast, gradient checkpointing
     trl_tuned        the same, float32, no gradient checkpointing: the batches and the arithmetic of
                      reward_model.py, so that the losses of both can be compared, step by step
@@ -37,7 +37,7 @@ from sft_vs_trl import ROOT
 CENTER_COEF = 0.0  # of both: TRL's default
 CONTENDERS = {  # name: label, settings of reward_model.Args or RewardConfig beside those that all share
     "cleanpost": ("CleanPost", {}),
-    "cleanpost_share": ("CleanPost, shared prompt", {"share_prompt": True}),
+    "cleanpost_whole": ("CleanPost, whole sequences", {"share_prompt": False}),
     "trl_shipped": ("TRL as shipped", {}),
     "trl_tuned": ("TRL tuned", {"bf16": False, "gradient_checkpointing": False}),
 }
@@ -126,10 +126,10 @@ def run_trl(args: Args, folder: Path) -> dict:
 
 
 def run(args: Args, folder: Path) -> dict:
-    """One contender; its tokens are counted as all but --share-prompt process them."""
+    """One contender; its tokens are counted as all but those that share prompts process them."""
     result = (run_cleanpost if args.only.startswith("cleanpost") else run_trl)(args, folder)
     tokens = json.loads((folder / "prepare.json").read_text())["tokens_up_to_step"]
-    assert args.only == "cleanpost_share" or result["total_tokens"] == tokens, result["total_tokens"]
+    assert args.only == "cleanpost" or result["total_tokens"] == tokens, result["total_tokens"]
     return result | {"total_tokens": tokens}
 
 
@@ -179,8 +179,8 @@ def main(args: Args):
     same_batches = ("cleanpost", "trl_tuned")
     compared = shared.compare(rounds, runs, CONTENDERS, TARGETS, COMPARED, same_batches, "pairs_per_second")
     result = {"benchmark": "reward_vs_trl", "conditions": conditions} | compared
-    if {"cleanpost", "cleanpost_share"} <= set(runs):
-        gaps = shared.loss_gaps(runs, "cleanpost", "cleanpost_share")
+    if {"cleanpost", "cleanpost_whole"} <= set(runs):
+        gaps = shared.loss_gaps(runs, "cleanpost", "cleanpost_whole")
         result["loss_difference_shared_prompt"] = gaps
     result["losses"] = {name: of_name[0]["losses"] for name, of_name in runs.items()}
     panels = {
