@@ -190,7 +190,7 @@ class Args:
         for name in ("eval_fraction", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 fail(f"--{name.replace('_', '-')} must lie in [0, 1), not {getattr(self, name)}")
-        if self.attn != "packed" or self.objective == "outcome":  # single answers share nothing
+        if self.attn != "packed" or self.objective == "outcome" or self.score:  # single answers share nothing
             self.share_prompt = False
         if self.eval_fraction and self.eval_dataset:
             fail("--eval-fraction and --eval-dataset both name the held-out answers: give one of them")
