@@ -493,7 +493,8 @@ def judge(models, tmp_path):
 )
 def test_a_reward_model_step_is_that_of_trl(center_coef, margins, our_step, trl_step, judge):
     rows = [row | ({"margin": margins[n]} if margins else {}) for n, row in enumerate(talks())]
-    ours = our_step("reward_model", rows, model=str(judge), center_coef=center_coef)
+    flags = {"center_coef": center_coef, "share_prompt": False}  # what is compared is whole sequences
+    ours = our_step("reward_model", rows, model=str(judge), **flags)
     settings = {"center_rewards_coefficient": center_coef} if center_coef else {}
     theirs = trl_step(trl.RewardTrainer, trl.RewardConfig, rows, policy=judge, **settings)
     # What is read for the training set's mean comes last: the same sequences. TRL has no marks.
