@@ -284,10 +284,8 @@ def group_advantages(
     count = known.sum(1, keepdim=True).clamp(min=1)  # (P, 1)
     mean = rewards.nansum(1, keepdim=True) / count  # (P, 1)
     centred = torch.where(known, rewards - mean, 0.0)  # (P, G)
-    spread = rewards.nan_to_num(-math.inf).amax(1) > rewards.nan_to_num(math.inf).amin(
-        1
-    )  # (P,) else rounding
-    centred = centred * spread[:, None]
+    highest, lowest = rewards.nan_to_num(-math.inf).amax(1), rewards.nan_to_num(math.inf).amin(1)  # (P,) each
+    centred = centred * (highest > lowest)[:, None]  # else only the rounding of the mean
     if scale == "none":
         return centred.float()
     if scale == "batch":
@@ -316,7 +314,9 @@ def dapo_loss(
     return -torch.minimum(ratio * advantages, clipped * advantages)  # (C,)
 
 
-def soft_overlong(lengths: torch.Tensor, *, max_completion_length: int, overlong_buffer: int) -> torch.Tensor:
+def overlong_punishment(
+    lengths: torch.Tensor, *, max_completion_length: int, overlong_buffer: int
+) -> torch.Tensor:
     """Punishment (B,) of completions of `lengths` (B,) tokens: 0 at first, -1 at the end (Eq. 13).
 
     It falls linearly over the last `overlong_buffer` tokens before `max_completion_length`
@@ -514,7 +514,7 @@ def main(args: Args) -> dict:
 
         # 2. Reward (B,): the functions', and the punishment of long completions
         counts = torch.tensor([len(completion.token_ids) for completion in rollout])  # (B,)
-        punishments = soft_overlong(
+        punishments = overlong_punishment(
             counts, max_completion_length=args.max_completion_length, overlong_buffer=args.overlong_buffer
         )  # (B,)
         rewards = weigh(scores, args.reward_weights) + punishments  # (B,)
@@ -556,10 +556,8 @@ def main(args: Args) -> dict:
                     policy, batch, temperature=args.temperature, return_entropy=True
                 )  # (C,) each
                 old = joined(old_logps, mine, device) if old_logps else logprobs.detach()  # (C,)
-                ref, sampler = (
-                    joined(ref_logps, mine, device),
-                    joined(sampler_logps, mine, device),
-                )  # (C,) each
+                ref = joined(ref_logps, mine, device)  # (C,)
+                sampler = joined(sampler_logps, mine, device)  # (C,)
                 of_token = batch.sequence_index  # (C,)
                 advantage, weight = (x[mine].to(device)[of_token] for x in (advantages, weights))  # (C,) each
                 losses = dapo_loss(

@@ -285,10 +285,8 @@ def group_advantages(
     count = known.sum(1, keepdim=True).clamp(min=1)  # (P, 1)
     mean = rewards.nansum(1, keepdim=True) / count  # (P, 1)
     centred = torch.where(known, rewards - mean, 0.0)  # (P, G)
-    spread = rewards.nan_to_num(-math.inf).amax(1) > rewards.nan_to_num(math.inf).amin(
-        1
-    )  # (P,) else rounding
-    centred = centred * spread[:, None]
+    highest, lowest = rewards.nan_to_num(-math.inf).amax(1), rewards.nan_to_num(math.inf).amin(1)  # (P,) each
+    centred = centred * (highest > lowest)[:, None]  # else only the rounding of the mean
     if scale == "none":
         return centred.float()
     if scale == "batch":
@@ -545,10 +543,8 @@ def main(args: Args) -> dict:
                     policy, batch, temperature=args.temperature, return_entropy=True
                 )  # (C,) each
                 old = joined(old_logps, mine, device) if old_logps else logprobs.detach()  # (C,)
-                ref, sampler = (
-                    joined(ref_logps, mine, device),
-                    joined(sampler_logps, mine, device),
-                )  # (C,) each
+                ref = joined(ref_logps, mine, device)  # (C,)
+                sampler = joined(sampler_logps, mine, device)  # (C,)
                 of_token = batch.sequence_index  # (C,)
                 advantage, weight = (x[mine].to(device)[of_token] for x in (advantages, weights))  # (C,) each
                 of_sequences = of_token if args.importance_sampling == "sequence" else None

@@ -65,7 +65,9 @@ def test_loss_at_ratio_1_has_the_gradient_of_the_weighted_log_probs():
 def test_punishment_of_length_by_hand():
     # Eq. 13: 20 tokens at most, the last 5 of them the buffer; (15 - 18) / 5 = -0.6
     lengths = torch.tensor([1, 10, 15, 16, 18, 20, 25])
-    punish = lambda buffer: dapo.soft_overlong(lengths, max_completion_length=20, overlong_buffer=buffer)
+    punish = lambda buffer: dapo.overlong_punishment(
+        lengths, max_completion_length=20, overlong_buffer=buffer
+    )
     assert punish(5).tolist() == pytest.approx([0, 0, 0, -0.2, -0.6, -1, -1])
     assert punish(20).tolist() == pytest.approx([-0.05, -0.5, -0.75, -0.8, -0.9, -1, -1])
     assert punish(1).tolist() == [0, 0, 0, 0, 0, -1, -1]

@@ -1,6 +1,6 @@
 """Makes everything in tiny/ from seeds: data, tokenizer, and the two checkpoints every script starts from.
 
-    python tiny/make.py                  all of it, under 12 minutes on 2 CPU cores, offline
+    python tiny/make.py                  all of it, about half an hour on 2 CPU cores, offline
     python tiny/make.py --only data      the JSONL files alone, within seconds; the same bytes every time
 
 **The task** is worded arithmetic of one and two steps, answered and closed as GSM8K closes its answers, so
