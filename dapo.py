@@ -133,7 +133,7 @@ class Args:
     reward_aggregation: Literal["mean", "min", "mean_minus_std"] = "mean"
     """One reward from those of several reward models (arXiv:2310.02743)."""
     std_coef: float = 1.0
-    """Standard deviations that mean_minus_std takes off (arXiv:2310.02743: uncertainty-weighted)."""
+    """Standard deviations that mean_minus_std takes off (arXiv:2310.02743 takes off variances)."""
     eval_reward: tuple[str, ...] = ()
     """Gold rewards, file.py:function: logged and evaluated on, never optimised."""
     allow_code_execution: bool = False
@@ -411,15 +411,18 @@ def self_bleu(group: list[list[int]], n: int = 4) -> float:
 
 def symptoms(first: dict, last: dict) -> list[str]:
     """What has commonly gone wrong, from metrics averaged over the first steps and over the last."""
-    found = []
-    if last["entropy"] < 0.5 * first["entropy"]:
+    found, names = [], (("entropy", "objective/entropy"), ("reward", "objective/scores"))  # others', PPO's
+    entropy, reward = (next(name for name in pair if name in last) for pair in names)
+    if last[entropy] < 0.5 * first[entropy]:
         found.append("entropy has halved: samples are getting alike (--epsilon-high, a lower learning rate)")
     if last["completions/mean_length"] > 2 * first["completions/mean_length"]:
         found.append("completions are twice as long: does the reward pay for length?")
     if "gold_reward" in last:
-        rise, fall = last["reward"] - first["reward"], first["gold_reward"] - last["gold_reward"]
+        rise, fall = last[reward] - first[reward], first["gold_reward"] - last["gold_reward"]
         if rise > 0 and fall > 0.02:
-            found.append("reward rises and gold reward falls: the reward is being hacked (--beta, --max-kl)")
+            found.append(
+                "reward rises and gold reward falls: it is being hacked (a weight for the KL, --max-kl)"
+            )
     return found
 
 
@@ -635,7 +638,7 @@ def main(args: Args) -> dict:
         logger.log(metrics, samples)
         if args.save_rollouts and recorded is None:
             save_rollout(output_dir, step, rollout, rewards)
-        if stopping or (args.save_every and (step == total_steps or step % args.save_every == 0)):
+        if stopping or (args.save_every and (step == total_steps or spent or step % args.save_every == 0)):
             save_checkpoint(output_dir, policy, optimizer, step, num_tokens, args.keep_checkpoints)
         if stopping and step < total_steps:
             logger.close(f"stopped; continue with --resume --output-dir {output_dir}")
@@ -869,14 +872,16 @@ def load_tokenizer(args):
         ends = np.atleast_1d(GenerationConfig.from_pretrained(path).eos_token_id or []).tolist()
     except OSError:
         ends = []
+    turn_ends = []
     try:  # and what the template writes behind a reply: Qwen2.5's base models have another EOS
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!")[2]
         behind_ids = tokenizer(behind, add_special_tokens=False).input_ids
-        ends += [i for i in behind_ids if i in tokenizer.added_tokens_decoder][:1]
+        turn_ends = [i for i in behind_ids if i in tokenizer.added_tokens_decoder][:1]
     except Exception:  # no template, or one that wants another conversation: `render` says so, with the row
         pass
-    tokenizer.end_ids = sorted({int(i) for i in [tokenizer.eos_token_id, *ends] if i is not None})
+    tokenizer.turn_end_id = (turn_ends or [tokenizer.eos_token_id])[0]
+    tokenizer.end_ids = sorted({int(i) for i in [tokenizer.eos_token_id, *ends, *turn_ends] if i is not None})
     return tokenizer
 
 
@@ -886,6 +891,7 @@ def use_chatml(tokenizer):
     tokenizer.chat_template = CHATML
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     tokenizer.eos_token = "<|im_end|>"
+    tokenizer.turn_end_id = tokenizer.eos_token_id
     tokenizer.end_ids = sorted({*tokenizer.end_ids, tokenizer.eos_token_id})
 
 
@@ -1081,13 +1087,7 @@ def load_model(name: str, args, tokenizer, device):
     path = locate(name)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=args.attn)
     model.auto_class, model.stored_dtype = AutoModelForCausalLM, AutoConfig.from_pretrained(path).dtype
-    if len(tokenizer) > len(model.get_input_embeddings().weight):  # Qwen's tables have spare rows
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    new = slice(tokenizer.known_size, len(tokenizer))
-    for table in (
-        {model.get_input_embeddings(), model.get_output_embeddings()} if new.stop > new.start else ()
-    ):
-        table.weight.data[new] = table.weight.data[: new.start].mean(0)
+    embed_new_tokens(model, tokenizer)
     prepare_model(model, args, device)
     try:
         with unsharded(model):  # sharded again behind it: an optimizer over whole parameters updates copies
@@ -1097,6 +1097,16 @@ def load_model(name: str, args, tokenizer, device):
     size = sum(p.numel() for p in model.parameters())
     say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, attention {args.attn}")
     return model
+
+
+def embed_new_tokens(model, tokenizer):
+    """Start the embeddings of tokens that the tokenizer has been given at the mean of the known ones."""
+    if len(tokenizer) > len(model.get_input_embeddings().weight):  # Qwen's tables have spare rows
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    new = slice(tokenizer.known_size, len(tokenizer))
+    tables = {model.get_input_embeddings(), model.get_output_embeddings()} - {None}
+    for table in tables if new.stop > new.start else ():
+        table.weight.data[new] = table.weight.data[: new.start].mean(0)
 
 
 def prepare_model(model, args, device):
@@ -1135,6 +1145,7 @@ def load_reward_model(name: str, args, tokenizer, device):
     except ValueError:
         fail(f"{name}: transformers has no sequence classification for {config.model_type}")
     model.auto_class, model.stored_dtype = AutoModelForSequenceClassification, config.dtype
+    embed_new_tokens(model, tokenizer)
     if not any("SequenceClassification" in kind for kind in config.architectures or ()):
         generator = torch.Generator().manual_seed(args.seed)
         std = 1 / math.sqrt(model.score.in_features + 1)
@@ -1228,7 +1239,11 @@ def judge_rewards(model, tokenizer, rollout: list[Completion], args, device) -> 
 
 def judged(tokenizer, completion: Completion) -> Sequence:
     """A completion as a reward model reads it: with its own tokenizer and template, its last token marked."""
-    row, ending = completion.prompt.row, [tokenizer.eos_token_id] * completion.ended
+    row = completion.prompt.row
+    if isinstance(row["prompt"], list) and tokenizer.chat_template is None:
+        fail("--reward-model: prompts are messages, and its tokenizer has no chat template to read them with")
+    end = tokenizer.turn_end_id if isinstance(row["prompt"], list) else tokenizer.eos_token_id
+    ending = [end] * (completion.ended and end is not None)
     prompt_ids = prompt_tokens(tokenizer, row["prompt"], row)
     answer_ids = tokenizer(completion.text, add_special_tokens=False).input_ids
     input_ids = np.array(prompt_ids + answer_ids + ending, np.int32)
@@ -1236,10 +1251,10 @@ def judged(tokenizer, completion: Completion) -> Sequence:
 
 
 def combine(rewards: torch.Tensor, *, reward_aggregation: str, std_coef: float) -> torch.Tensor:
-    """One reward from those of several models, (members, ...) -> (...) (arXiv:2310.02743, Eq. 3 to 5).
+    """One reward from those of several models, (members, ...) -> (...), after arXiv:2310.02743.
 
     A policy that is trained against the mean finds where single members err; `min` and `mean_minus_std`
-    distrust answers on which they differ.
+    distrust answers on which they differ. The paper takes off variances, in another unit.
     """
     if reward_aggregation == "min":
         return rewards.amin(0)

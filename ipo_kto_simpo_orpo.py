@@ -668,14 +668,16 @@ def load_tokenizer(args):
         ends = np.atleast_1d(GenerationConfig.from_pretrained(path).eos_token_id or []).tolist()
     except OSError:
         ends = []
+    turn_ends = []
     try:  # and what the template writes behind a reply: Qwen2.5's base models have another EOS
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!")[2]
         behind_ids = tokenizer(behind, add_special_tokens=False).input_ids
-        ends += [i for i in behind_ids if i in tokenizer.added_tokens_decoder][:1]
+        turn_ends = [i for i in behind_ids if i in tokenizer.added_tokens_decoder][:1]
     except Exception:  # no template, or one that wants another conversation: `render` says so, with the row
         pass
-    tokenizer.end_ids = sorted({int(i) for i in [tokenizer.eos_token_id, *ends] if i is not None})
+    tokenizer.turn_end_id = (turn_ends or [tokenizer.eos_token_id])[0]
+    tokenizer.end_ids = sorted({int(i) for i in [tokenizer.eos_token_id, *ends, *turn_ends] if i is not None})
     return tokenizer
 
 
@@ -685,6 +687,7 @@ def use_chatml(tokenizer):
     tokenizer.chat_template = CHATML
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     tokenizer.eos_token = "<|im_end|>"
+    tokenizer.turn_end_id = tokenizer.eos_token_id
     tokenizer.end_ids = sorted({*tokenizer.end_ids, tokenizer.eos_token_id})
 
 
@@ -1137,13 +1140,7 @@ def load_model(name: str, args, tokenizer, device):
     path = locate(name)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=args.attn)
     model.auto_class, model.stored_dtype = AutoModelForCausalLM, AutoConfig.from_pretrained(path).dtype
-    if len(tokenizer) > len(model.get_input_embeddings().weight):  # Qwen's tables have spare rows
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    new = slice(tokenizer.known_size, len(tokenizer))
-    for table in (
-        {model.get_input_embeddings(), model.get_output_embeddings()} if new.stop > new.start else ()
-    ):
-        table.weight.data[new] = table.weight.data[: new.start].mean(0)
+    embed_new_tokens(model, tokenizer)
     prepare_model(model, args, device)
     try:
         with unsharded(model):  # sharded again behind it: an optimizer over whole parameters updates copies
@@ -1153,6 +1150,16 @@ def load_model(name: str, args, tokenizer, device):
     size = sum(p.numel() for p in model.parameters())
     say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, attention {args.attn}")
     return model
+
+
+def embed_new_tokens(model, tokenizer):
+    """Start the embeddings of tokens that the tokenizer has been given at the mean of the known ones."""
+    if len(tokenizer) > len(model.get_input_embeddings().weight):  # Qwen's tables have spare rows
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    new = slice(tokenizer.known_size, len(tokenizer))
+    tables = {model.get_input_embeddings(), model.get_output_embeddings()} - {None}
+    for table in tables if new.stop > new.start else ():
+        table.weight.data[new] = table.weight.data[: new.start].mean(0)
 
 
 def prepare_model(model, args, device):

@@ -155,7 +155,7 @@ class Args:
     reward_aggregation: Literal["mean", "min", "mean_minus_std"] = "mean"
     """One reward from those of several reward models (arXiv:2310.02743)."""
     std_coef: float = 1.0
-    """Standard deviations that mean_minus_std takes off (arXiv:2310.02743: uncertainty-weighted)."""
+    """Standard deviations that mean_minus_std takes off (arXiv:2310.02743 takes off variances)."""
     seed: int = 1
     """Seed of the data order, the noise and the sampling."""
     output_dir: str | None = None
@@ -231,10 +231,10 @@ def center_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) ->
 
 
 def combine(rewards: torch.Tensor, *, reward_aggregation: str, std_coef: float) -> torch.Tensor:
-    """One reward from those of several models, (members, ...) -> (...) (arXiv:2310.02743, Eq. 3 to 5).
+    """One reward from those of several models, (members, ...) -> (...), after arXiv:2310.02743.
 
     A policy that is trained against the mean finds where single members err; `min` and `mean_minus_std`
-    distrust answers on which they differ.
+    distrust answers on which they differ. The paper takes off variances, in another unit.
     """
     if reward_aggregation == "min":
         return rewards.amin(0)
@@ -640,14 +640,16 @@ def load_tokenizer(args):
         ends = np.atleast_1d(GenerationConfig.from_pretrained(path).eos_token_id or []).tolist()
     except OSError:
         ends = []
+    turn_ends = []
     try:  # and what the template writes behind a reply: Qwen2.5's base models have another EOS
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!")[2]
         behind_ids = tokenizer(behind, add_special_tokens=False).input_ids
-        ends += [i for i in behind_ids if i in tokenizer.added_tokens_decoder][:1]
+        turn_ends = [i for i in behind_ids if i in tokenizer.added_tokens_decoder][:1]
     except Exception:  # no template, or one that wants another conversation: `render` says so, with the row
         pass
-    tokenizer.end_ids = sorted({int(i) for i in [tokenizer.eos_token_id, *ends] if i is not None})
+    tokenizer.turn_end_id = (turn_ends or [tokenizer.eos_token_id])[0]
+    tokenizer.end_ids = sorted({int(i) for i in [tokenizer.eos_token_id, *ends, *turn_ends] if i is not None})
     return tokenizer
 
 
@@ -657,6 +659,7 @@ def use_chatml(tokenizer):
     tokenizer.chat_template = CHATML
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     tokenizer.eos_token = "<|im_end|>"
+    tokenizer.turn_end_id = tokenizer.eos_token_id
     tokenizer.end_ids = sorted({*tokenizer.end_ids, tokenizer.eos_token_id})
 
 
@@ -1065,6 +1068,16 @@ def load_labelled(tokenizer, args):
     return answers, labels, rows, held_out, held_out_labels, held_out_rows
 
 
+def embed_new_tokens(model, tokenizer):
+    """Start the embeddings of tokens that the tokenizer has been given at the mean of the known ones."""
+    if len(tokenizer) > len(model.get_input_embeddings().weight):  # Qwen's tables have spare rows
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    new = slice(tokenizer.known_size, len(tokenizer))
+    tables = {model.get_input_embeddings(), model.get_output_embeddings()} - {None}
+    for table in tables if new.stop > new.start else ():
+        table.weight.data[new] = table.weight.data[: new.start].mean(0)
+
+
 def prepare_model(model, args, device):
     """Dropout off, checkpointing and compiling as the flags say, onto the device, sharded over processes."""
     for module in model.modules():
@@ -1101,6 +1114,7 @@ def load_reward_model(name: str, args, tokenizer, device):
     except ValueError:
         fail(f"{name}: transformers has no sequence classification for {config.model_type}")
     model.auto_class, model.stored_dtype = AutoModelForSequenceClassification, config.dtype
+    embed_new_tokens(model, tokenizer)
     if not any("SequenceClassification" in kind for kind in config.architectures or ()):
         generator = torch.Generator().manual_seed(args.seed)
         std = 1 / math.sqrt(model.score.in_features + 1)

@@ -8,6 +8,7 @@ script.
 """
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -72,10 +73,14 @@ def draw(result: dict, path: Path):
     import matplotlib.pyplot as plt
 
     curves = result["curves"]
+    columns = min(4, len(curves))
+    rows = math.ceil(len(curves) / columns)
     figure, panels = plt.subplots(
-        1, len(curves), figsize=(4 * len(curves), 3), squeeze=False, layout="constrained"
+        rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False, layout="constrained"
     )
-    for panel, (key, curve) in zip(panels[0], curves.items(), strict=True):
+    for panel in panels.flat[len(curves) :]:
+        panel.axis("off")
+    for panel, (key, curve) in zip(panels.flat, curves.items(), strict=False):
         values = np.array(curve["values"])  # (seeds, evaluations)
         panel.plot(curve["steps"], values.T, color="tab:blue", alpha=0.35, linewidth=1)
         panel.plot(curve["steps"], values.mean(0), color="tab:blue", linewidth=2, marker="o", markersize=3)

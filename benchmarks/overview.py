@@ -20,10 +20,14 @@ PANELS = {  # result: title, metric
     "orpo": ("--algorithm orpo", "eval/reward"),
     "reward_model": ("reward_model.py", "eval/accuracy"),
     "process_reward_model": ("process_reward_model.py", "eval/first_error"),
+    "ppo_rlhf": ("ppo_rlhf.py", "eval/reward"),
     "grpo": ("grpo.py", "eval/reward"),
     "dapo": ("dapo.py", "eval/reward"),
     "rloo": ("--algorithm rloo", "eval/reward"),
     "remax": ("--algorithm remax", "eval/reward"),
+    "distill_token_kd_forward": ("distill.py", "eval/greedy_accuracy"),
+    "distill_seq_kd": ("--mode seq_kd", "eval/greedy_accuracy"),
+    "distill_on_policy": ("--mode on_policy", "eval/greedy_accuracy"),
 }
 
 
@@ -39,7 +43,7 @@ def main(args: Args):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(3, 4, figsize=(11, 6.6), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(4, 4, figsize=(11, 8.6), sharey=True, layout="constrained")
     for panel, (name, (title, metric)) in zip(panels.flat, PANELS.items(), strict=True):
         result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
         curve = result["curves"][metric]

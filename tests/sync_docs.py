@@ -72,10 +72,11 @@ def flag_table(script: Path) -> str:
     for flag in flags(script):
         if not flag.init:
             continue
-        name = flag.name.replace("_", "-")
+        name = flag.name.rstrip("_").replace("_", "-")  # lambda_ is --lambda
         names = f"`--{name}`, `--no-{name}`" if flag.annotation == "bool" else f"`--{name}`"
         choices = re.fullmatch(r"(?:typing\.)?Literal\[(.*)\]", flag.annotation)
         type_text = choices[1].replace("'", "").replace('"', "") if choices else flag.annotation
+        type_text = re.sub(r"^Annotated\[(.*?), .*\]$", r"\1", type_text)  # what follows is for tyro
         default = "required" if flag.default is None else f"`{' '.join(flag.default.split())}`"
         cells = [text.replace("|", r"\|") for text in (names, f"`{type_text}`", default, flag.help)]
         rows.append(f"| {' | '.join(cells)} |")

@@ -298,6 +298,16 @@ needs_readme = pytest.mark.skipif(not README.exists(), reason="no README yet")
 
 
 @needs_readme
+def test_commands_of_learning_curves_measure_all_that_their_results_hold():
+    found = [words for words in commands(README.read_text()) if "benchmarks/learning.py" in words]
+    assert len(found) > 8
+    for words in found:
+        name = words[words.index("--name") + 1] if "--name" in words else words[2].removesuffix(".py")
+        result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        assert set(words[words.index("--metrics") + 1 :]) == result["curves"].keys(), name
+
+
+@needs_readme
 def test_readme_lists_every_script_on_disk():
     assert not readme_problems(ROOT)
 

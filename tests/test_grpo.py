@@ -966,13 +966,36 @@ def test_reward_models_score_as_the_stock_model_does(train, judges, rewards, agg
 
 
 def test_reward_models_read_an_end_only_where_there_is_one(judges):
-    tokenizer = AutoTokenizer.from_pretrained(judges[0])
+    tokenizer = grpo.own_tokenizer(judges[0], grpo.Args())
     for ended in (True, False):
         [completion] = completions_of("1 + 1 = 2", ended=ended, prompt=tiny_rows()[0]["prompt"])
         sequence = grpo.judged(tokenizer, completion)
         assert (sequence.input_ids[-1] == END) == ended
         assert sequence.trained.tolist() == [False] * (len(sequence.input_ids) - 1) + [True]
         assert tokenizer.decode(sequence.input_ids).endswith("assistant\n1 + 1 = 2" + "<|im_end|>" * ended)
+
+
+def test_reward_models_read_the_end_that_their_template_writes_where_it_is_not_the_eos(judges, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(judges[0])
+    tokenizer.eos_token = "<|endoftext|>"  # as Qwen2.5's base models have it
+    shutil.copytree(judges[0], tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    tokenizer = grpo.own_tokenizer(str(tmp_path / "judge"), grpo.Args())
+    assert tokenizer.eos_token_id != END and tokenizer.eos_token_id is not None
+    for prompt, end in ((tiny_rows()[0]["prompt"], END), ("1 + 1", tokenizer.eos_token_id)):
+        [completion] = completions_of("2", ended=True, prompt=prompt)
+        assert grpo.judged(tokenizer, completion).input_ids[-1] == end
+
+
+def test_reward_model_without_a_template_for_messages_ends_the_run_with_one_line(judges, tmp_path, capsys):
+    shutil.copytree(judges[0], tmp_path / "judge")
+    (tmp_path / "judge" / "chat_template.jinja").unlink()
+    tokenizer = grpo.own_tokenizer(str(tmp_path / "judge"), grpo.Args())
+    [completion] = completions_of("2", prompt=tiny_rows()[0]["prompt"])
+    with pytest.raises(SystemExit) as stop:
+        grpo.judged(tokenizer, completion)
+    [line] = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "--reward-model" in line and "chat template" in line
 
 
 def test_language_model_is_refused_as_a_reward_model(train):

@@ -1,17 +1,19 @@
 """One optimizer step of our scripts and of TRL 1.16, on the same models and tokens: the same numbers.
 
-TRL is in benchmarks/requirements.txt only; without it, or with another version, this file is skipped.
+And merged models of merge.py and of mergekit 0.1.5. Both are in benchmarks/requirements.txt only; without
+TRL, or with another version, this file is skipped, and without mergekit its part.
 """
 
 import importlib
 import json
+import shutil
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import datasets
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import dpo
@@ -503,3 +505,82 @@ def test_a_reward_model_step_is_that_of_trl(center_coef, margins, our_step, trl_
     assert abs(ours.metrics["margin"]) > 1e-2
     assert_same_step(ours._replace(sequences=theirs.sequences), theirs, *metrics)
     assert weight_differences(ours.weights, theirs.weights).max() < WEIGHTS
+
+
+# Merging ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def merged_by_both(models, tmp_path, one_cpu):
+    """merged_by_both(method, settings of mergekit, **flags) -> the tensors of both; base: models[0]."""
+    mergekit = pytest.importorskip("mergekit.merge")
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+    import merge
+
+    folders, change = [models[0]], torch.Generator().manual_seed(5)
+    for i in (1, 2):  # fine-tuned from the base: as far from it as it is long
+        tensors = load_file(models[0] / "model.safetensors")
+        folders.append(tmp_path / f"tuned{i}")
+        shutil.copytree(models[0], folders[-1])
+        moved = {
+            k: x + x.std().clamp(min=0.1) * torch.randn(x.shape, generator=change) for k, x in tensors.items()
+        }
+        save_file(moved, folders[-1] / "model.safetensors", {"format": "pt"})
+
+    def run(method: str, parameters: list[dict], shared: dict, **flags) -> tuple[dict, dict]:
+        base = {} if method == "linear" else {"base_model": str(folders[0])}
+        chosen = folders[1 : len(parameters) + 1]
+        named = [{"model": str(f), "parameters": p} for f, p in zip(chosen, parameters, strict=True)]
+        if method == "slerp":
+            named.insert(0, {"model": str(folders[0])})
+        config = {"merge_method": method, "models": named, "parameters": shared, "dtype": "float32"} | base
+        theirs = tmp_path / "theirs"
+        options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False)
+        mergekit.run_merge(MergeConfiguration.model_validate(config), str(theirs), options)
+        args = merge.Args(
+            method=method,
+            compat="mergekit",
+            base=base.get("base_model"),
+            models=tuple(map(str, chosen)),
+            output_dir=str(tmp_path / "ours"),
+            report=False,
+            **flags,
+        )
+        merge.main(args)
+        files = sorted(theirs.glob("*.safetensors"))
+        tensors = {name: x for path in files for name, x in load_file(path).items()}
+        return load_file(tmp_path / "ours" / "model" / "model.safetensors"), tensors
+
+    return run
+
+
+TWO = [{"weight": 1.0, "density": 0.4}, {"weight": 0.6, "density": 0.4}]
+WEIGHTS_OF_TWO = {"weights": (1.0, 0.6)}
+LAYERS = [{"filter": "mlp", "value": [0.1, 0.9]}, {"filter": "self_attn", "value": 0.7}, {"value": 0.3}]
+MERGES = [
+    ("linear", [{"weight": 1.0}, {"weight": 0.6}], {}, WEIGHTS_OF_TWO),
+    ("slerp", [{}], {"t": 0.3}, {"t": 0.3}),
+    ("slerp", [{}], {"t": LAYERS}, {"t": 0.3, "rule": ("mlp.*:t=0.1,0.9", "self_attn.*:t=0.7")}),
+    (
+        "task_arithmetic",
+        [{"weight": 1.0}, {"weight": 0.6}],
+        {"lambda": 0.8},
+        WEIGHTS_OF_TWO | {"lambda_": 0.8},
+    ),
+    ("ties", TWO, {"lambda": 0.8}, WEIGHTS_OF_TWO | {"lambda_": 0.8, "density": 0.4}),
+    ("breadcrumbs", TWO, {"gamma": 0.1}, WEIGHTS_OF_TWO | {"outliers": 0.1, "density": 0.4}),
+    ("model_stock", [{}, {}], {}, {}),
+    ("dare_linear", [{"weight": 0.7, "density": 1.0}], {}, {"weights": (0.7,), "density": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("method", "parameters", "shared", "flags"), MERGES, ids=[m[0] for m in MERGES])
+def test_a_merge_is_that_of_mergekit(method, parameters, shared, flags, merged_by_both, models):
+    ours, theirs = merged_by_both(method, parameters, shared, **flags)
+    assert ours.keys() == theirs.keys()
+    gaps = {name: (ours[name] - theirs[name]).abs().max().item() for name in ours}
+    assert {name: gap for name, gap in gaps.items() if not gap < 1e-5} == {}
+    base = load_file(models[0] / "model.safetensors")
+    assert all((ours[name] - base[name]).abs().max() > 1e-3 for name in ours)

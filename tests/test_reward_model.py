@@ -363,6 +363,19 @@ def test_trained_head_is_kept(folders, one_cpu):
         assert torch.equal(loaded(folders["qwen3"], seed=seed).score.weight, saved)
 
 
+def test_tokens_that_the_tokenizer_has_been_given_start_at_the_mean_embedding(folders, one_cpu):
+    args = rm.Args(model=str(folders["qwen3"]))
+    tokenizer = rm.load_tokenizer(args)
+    known = stock(folders["qwen3"]).get_input_embeddings().weight[: len(tokenizer)]
+    size = len(stock(folders["qwen3"]).get_input_embeddings().weight)
+    tokenizer.add_tokens([f"<new {n}>" for n in range(size - len(tokenizer) + 1)], special_tokens=True)
+    table = (
+        rm.load_reward_model(args.model, args, tokenizer, torch.device("cpu")).get_input_embeddings().weight
+    )
+    assert len(table) == len(tokenizer) > size
+    torch.testing.assert_close(table[-1], known.mean(0))
+
+
 def test_attention_that_mixes_the_answers_of_a_row_is_refused(folders, monkeypatch, capsys, one_cpu):
     def leaky(model, batch):
         return answer_rewards(model, batch) + 0.01 * torch.arange(batch.num_sequences)

@@ -1,4 +1,4 @@
-"""Every script on disk, for a few steps on tiny/: it runs, it is reproducible, it survives being stopped.
+"""Every script on disk that trains, for a few steps on tiny/: it runs, is reproducible and survives a stop.
 
 A new script adds its entry to `RUN`, and to `VARIANTS` what else must not depend on the token budget.
 """
@@ -6,6 +6,7 @@ A new script adds its entry to `RUN`, and to `VARIANTS` what else must not depen
 import importlib
 import json
 import math
+import re
 import shutil
 import sys
 from functools import cache
@@ -71,6 +72,7 @@ RUN = {
     "grpo.py": ONLINE,
     "dapo.py": ONLINE | {"overlong_buffer": 20},
     "rloo_remax.py": ONLINE,
+    "ppo_rlhf.py": ONLINE | {"reward_model": ("tiny/reward",), "eval_reward": ("rewards.py:math_answer",)},
     "reward_model.py": {k: v for k, v in PAIRS.items() if k not in ("cache_dir", "max_completion_length")}
     | {"dataset": ("DATA/preference_train.jsonl",)},
     "process_reward_model.py": {k: v for k, v in PAIRS.items() if k != "cache_dir"}
@@ -81,6 +83,13 @@ RUN = {
         "policy": "tiny/sft",
         "num_prompts": 2,
         "num_samples": 2,
+    },
+    "distill.py": {k: v for k, v in PAIRS.items() if k != "eval_dataset"}
+    | {
+        "teacher": "tiny/base",  # other than the student, which thus keeps all its layers
+        "dataset": ("DATA/sft_train.jsonl",),
+        "prompt_dataset": "DATA/prompts_train.jsonl",
+        "eval_dataset": "DATA/sft_eval.jsonl",
     },
 }
 # Flags of the runs that must come out the same for every token budget.
@@ -110,6 +119,12 @@ VARIANTS = {
         {"objective": "outcome", "dataset": ("DATA/unpaired_train.jsonl",)},
     ),
     "process_reward_model.py": ({"batch_size": 13},),
+    "distill.py": (
+        {"ce_coef": 0.5},
+        {"divergence": "jsd", "kd_temperature": 2.0, "cache_top_k": 4},
+        {"mode": "on_policy", "divergence": "reverse_kl"},
+        {"mode": "seq_kd", "teacher_data": "DATA/sft_train.jsonl"},
+    ),
     "grpo.py": (
         {},
         {"num_iterations": 2, "num_minibatches": 2, "beta": 0.1},
@@ -121,8 +136,14 @@ VARIANTS = {
         {"algorithm": "remax"},
         {"algorithm": "reinforce_pp", "kl_coef": 0.1},
     ),
+    "ppo_rlhf.py": (
+        {},
+        {"num_ppo_epochs": 2, "num_minibatches": 2, "kl_controller": "adaptive", "normalize_reward": True},
+        {"truncated": "bootstrap", "whiten_rewards": True, "value_init": "policy"},
+    ),
 }
 NO_EVALUATION = {
+    "distill.py": {"eval_dataset": None},
     "sft.py": {"eval_dataset": None, "forgetting_dataset": None},
     "dpo.py": {"eval_dataset": None},
     "ipo_kto_simpo_orpo.py": {"eval_dataset": None},
@@ -131,10 +152,11 @@ NO_EVALUATION = {
     "grpo.py": {"eval_dataset": None},
     "dapo.py": {"eval_dataset": None},
     "rloo_remax.py": {"eval_dataset": None},
+    "ppo_rlhf.py": {"eval_dataset": None},
 }
 CLOCK = {"tokens_per_second", "step_time", "peak_memory_gb"}  # what no two runs share
 CLOCK |= {f"time/{stage}" for stage in ("rollout", "reward", "logprobs", "update")}
-SCRIPTS = scripts()
+SCRIPTS = [path for path in scripts() if any(flag.name == "max_steps" for flag in flags(path))]  # that train
 
 pytestmark = pytest.mark.usefixtures("one_cpu")  # as the subprocesses of `start`
 every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -294,7 +316,8 @@ def test_metrics_are_exactly_the_documented_ones(script, run):
 @every_script
 def test_every_trainable_parameter_changes(script, run, tiny):
     before = load_file(ROOT / importlib.import_module(script.stem).Args().model / "model.safetensors")
-    after = {k.removeprefix("model/"): v for k, v in state(run(script), 6).items() if k.startswith("model/")}
+    prefix = re.compile(r"model/(policy\.)?")  # ppo_rlhf.py saves its value model beside its policy
+    after = {prefix.sub("", k, 1): v for k, v in state(run(script), 6).items() if k.startswith("model/")}
     assert before.keys() <= after.keys()
     moved = {name: (after[name] != before[name].float()).float().mean().item() for name in before}
     # Without a language model head only the embeddings of tokens that were read have a gradient.

@@ -25,12 +25,16 @@ WIDTH = 110
 # Flags whose help and type may differ between scripts, because the method gives the name its meaning:
 # beta is the weight of the KL in the loss, DPO's inverse temperature, IPO's tau, ORPO's lambda (None: by
 # method); loss, loss_agg and algorithm choose among what a script has; label_smoothing has a default by loss
-# in dpo.py; a process reward model has one verifier, an online script several rewards.
-METHOD_FLAGS = {"beta", "loss", "loss_agg", "algorithm", "label_smoothing", "reward"}
+# in dpo.py; a process reward model has one verifier, an online script several rewards; CISPO has another
+# upper clip than its siblings; of rloo_remax.py's estimators only one discounts.
+METHOD_FLAGS = {"beta", "loss", "loss_agg", "algorithm", "label_smoothing", "reward", "epsilon_high", "gamma"}
 
 # Names with another name in this house, or with none that says what they hold.
 UNUSED_NAMES = re.compile(r"(loss|tmp|temp)\d+|tmp|data|mask")
 OTHERS_NAMES = {"per_token_logps", "response_ids", "action_mask", "cliprange", "clip_coef"}
+
+# The third section is named by what the script does: merge.py trains nothing.
+WORK = ("Training", "Merging")
 
 # What a function of the Algorithm section does not know of.
 IMPURE = re.compile(r"args|print|open|(logging|logger|wandb|tqdm|dist|torch\.(cuda|distributed))(\..*)?")
@@ -81,7 +85,9 @@ def layout(path):
     source = path.read_text()
     tree, found = ast.parse(source), sections(source)
     titles = [title for title, _ in found]
-    problems = [] if titles == SECTIONS else [f"sections are {titles}, not {SECTIONS}"]
+    work = titles[2] if len(titles) > 2 and titles[2] in WORK else SECTIONS[2]
+    wanted = [*SECTIONS[:2], work, SECTIONS[3]]
+    problems = [] if titles == wanted else [f"sections are {titles}, not {wanted}"]
     rules = [line for line in source.splitlines() if re.match(r"#\s*[-=*#]{20,}", line)]
     if rules != [RULE] * 2 * len(found):
         problems.append("a rule line that is not part of a section banner, or not the house's")
@@ -89,7 +95,7 @@ def layout(path):
         problems.append("no module docstring")
     for node in tree.body:
         section = section_of(source, node.lineno - 1)
-        home = {"Args": "Arguments", "main": "Training"}.get(getattr(node, "name", None), section)
+        home = {"Args": "Arguments", "main": work}.get(getattr(node, "name", None), section)
         if section != home:
             problems.append(f"{node.name} stands in {section or 'no section'}, not in {home}")
         if isinstance(node, ast.Import | ast.ImportFrom) and section:

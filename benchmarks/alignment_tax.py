@@ -1,0 +1,159 @@
+"""The alignment tax on tiny/: what a merged model can do, and what it has forgotten.
+
+    python benchmarks/alignment_tax.py --model tiny/sft       # one model: a JSON object, half a minute
+    python benchmarks/alignment_tax.py                        # all below, ten minutes on one core
+
+With --model it is an --eval-command of merge.py: the last line is a JSON object with `accuracy` (sampled
+answers that are right, of the questions of prompts_eval.jsonl, at temperature 1), `greedy_accuracy`, and
+`perplexity` (of the stories of text_eval.jsonl, as they were in pre-training). Without it
+
+    sweep    merge.py goes from tiny/base to tiny/sft in steps of 0.1 (WiSE-FT): merge_sweep.json and .png
+    methods  sft.py trains tiny/base on stories, 63 steps, and merge.py merges that and tiny/sft by every
+             method; the report of the two task vectors: merge_methods.json and .png
+
+in benchmarks/results/ and docs/img/.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import tyro
+from learning import ROOT, cpu_name
+
+sys.path.insert(0, str(ROOT))
+
+
+STORIES = "--dataset tiny/data/text_train.jsonl --num-epochs 2 --eval-every 0"
+METHODS = {  # name: flags of merge.py beside the models; all but linear and slerp have tiny/base as --base
+    "linear": {"method": "linear", "base": None},
+    "slerp": {"method": "slerp", "base": None},
+    "task_arithmetic": {"method": "task_arithmetic"},
+    "task_arithmetic --lambda 0.5": {"method": "task_arithmetic", "lambda_": 0.5},
+    "ties": {"method": "ties"},
+    "ties --density 0.8": {"method": "ties", "density": 0.8},
+    "dare_linear --density 0.5": {"method": "dare_linear", "density": 0.5},
+    "dare_ties --density 0.5": {"method": "dare_ties", "density": 0.5},
+    "breadcrumbs --density 0.8": {"method": "breadcrumbs", "density": 0.8},
+    "model_stock": {"method": "model_stock"},
+}
+
+
+@dataclass
+class Args:
+    model: str | None = None
+    """Folder of the model to score; without one the sweep is run."""
+    num_eval: int = 256
+    """Questions and stories that are used; 0 uses all."""
+    seed: int = 1
+    """Seed of the sampled answers."""
+
+
+def score(args: Args) -> dict[str, float]:
+    """Accuracy on questions and perplexity on stories."""
+    import rewards
+    import sft
+
+    _, _, device = sft.setup_distributed()
+    settings = sft.Args(model=args.model, seed=args.seed, num_eval=args.num_eval)
+    tokenizer = sft.load_tokenizer(settings)
+    model = sft.load_model(settings.model, settings, tokenizer, device)
+    stories = sft.load_sequences(tokenizer, "tiny/data/text_eval.jsonl", "test", settings, args.num_eval)
+    rows = sft.load_rows("tiny/data/prompts_eval.jsonl", "test", None)[: args.num_eval or None]
+    prompts = [row["prompt"] for row in rows]
+    ids = [
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        for prompt in prompts
+    ]
+    found = {}
+    for name, temperature in (("accuracy", 1.0), ("greedy_accuracy", 0.0)):
+        sampling = replace(settings, temperature=temperature)
+        completions = tokenizer.batch_decode(
+            sft.generate(model, tokenizer, ids, sampling, device), skip_special_tokens=True
+        )
+        right = rewards.math_answer(prompts, completions, [row["answer"] for row in rows])
+        found[name] = sum(right) / len(right)
+    return found | {"perplexity": sft.perplexity(sft.held_out_loss(model, stories, settings, device)[0])}
+
+
+def sweep(args: Args):
+    """Score the models between base and sft, and keep the numbers and the figure."""
+    import merge
+
+    command = f"{sys.executable} {Path(__file__).resolve()} --num-eval {args.num_eval} --seed {args.seed}"
+    with tempfile.TemporaryDirectory() as temporary:
+        started, folder = time.perf_counter(), Path(temporary) / "run"
+        settings = merge.Args(
+            method="wise_ft",
+            base="tiny/base",
+            models=("tiny/sft",),
+            sweep="t=0:1:0.1",
+            eval_command=f"{command} --model {{model}}",
+            eval_metrics=("perplexity", "accuracy"),
+            output_dir=str(folder),
+        )
+        merge.main(settings)
+        points = json.loads((folder / "sweep.json").read_text())["points"]
+        shutil.copy(folder / "sweep.png", ROOT / "docs" / "img" / "merge_sweep.png")
+    write("merge_sweep", args, {"seconds": time.perf_counter() - started, "points": points})
+
+
+def methods(args: Args):
+    """Score what every method makes of tiny/sft and of a model of stories, and keep the report of the two."""
+    import merge
+
+    scores = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        flags = [*STORIES.split(), "--output-dir", str(folder / "stories")]
+        subprocess.run([sys.executable, "sft.py", *flags], cwd=ROOT, check=True)
+        stories = str(folder / "stories" / "model")
+        for name, path in (("tiny/base", "tiny/base"), ("tiny/sft", "tiny/sft"), ("stories", stories)):
+            scores[name] = score(replace(args, model=path))
+        for i, (name, settings) in enumerate(METHODS.items()):
+            output = folder / f"merged{i}"
+            pair = {
+                "base": "tiny/base",
+                "models": ("tiny/sft", stories),
+                "output_dir": str(output),
+            } | settings
+            merge.main(merge.Args(**pair, seed=args.seed))
+            scores[name] = score(replace(args, model=str(output / "model")))
+            print(name, scores[name], flush=True)
+            if name == "task_arithmetic":
+                report = json.loads((output / "report.json").read_text())
+                shutil.copy(output / "report.png", ROOT / "docs" / "img" / "merge_methods.png")
+    report = {key: report[key] for key in ("whole", "kinds")}
+    write("merge_methods", args, {"scores": scores, "report": report, "trained": f"python sft.py {STORIES}"})
+
+
+def write(name: str, args: Args, result: dict):
+    """A file of results, with what the numbers depend on."""
+    conditions = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "versions": {package: version(package) for package in ("torch", "transformers")},
+        "num_eval": args.num_eval,
+        "seed": args.seed,
+    }
+    command = "python benchmarks/alignment_tax.py"
+    result = {"benchmark": name, "command": command, "conditions": conditions} | result
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parsed = tyro.cli(Args)
+    if parsed.model:
+        print(json.dumps(score(parsed)))
+    else:
+        sweep(parsed)
+        methods(parsed)
