@@ -28,6 +28,7 @@ Shapes: N tokens in a row, B pairs, C trained (completion) tokens, H hidden size
 """
 
 import ctypes
+import gc
 import hashlib
 import inspect
 import json
@@ -167,25 +168,25 @@ class Args:
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Shape of the learning rate after warm-up; linear and cosine end at 0."""
     warmup_steps: int = 10
-    """Optimizer steps over which the learning rate rises linearly from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's two moments (TRL: 0.9, 0.999)."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, on matrices only (TRL: 0)."""
     max_grad_norm: float = 1.0
-    """Largest gradient norm over all parameters; larger gradients are scaled down to it (TRL: 1.0)."""
+    """Largest norm of a model's gradient; larger ones are scaled down to it (TRL: 1.0); inf is no end."""
     batch_size: int = 32
-    """Sequences, or pairs of them, per optimizer step over all processes."""
+    """Sequences, or pairs of them, per step over all processes; online, completions of a rollout."""
     max_tokens_per_micro_batch: int = 2048
     """Tokens of a packed row: memory only, never the result. A longer sequence gets its own row."""
     num_epochs: float = 1.0
     """Passes over the training set (TRL: 3)."""
     max_steps: int = 0
-    """Optimizer steps; 0 derives them from --num-epochs."""
+    """Steps (optimizer updates; online, rollouts); 0 derives them from --num-epochs."""
 
     # Evaluation and output
     eval_every: int = 50
-    """Optimizer steps between evaluations; 0 evaluates only before and after."""
+    """Steps between evaluations; 0 evaluates only before and after."""
     num_eval: int = 256
     """Rows of the evaluation sets that are used; 0 uses all."""
     max_completion_length: int = 128
@@ -193,7 +194,7 @@ class Args:
     generation_batch_size: int = 64
     """Prompts that are sampled at once."""
     temperature: float = 1.0
-    """Sampling temperature; 0 is greedy."""
+    """Sampling temperature; 0, where samples are not trained on, is greedy."""
     seed: int = 1
     """Seed of the data order, the noise and the sampling."""
     output_dir: str | None = None
@@ -201,11 +202,11 @@ class Args:
     resume: bool = False
     """Continue the run in --output-dir from its last checkpoint."""
     save_every: int = 500
-    """Optimizer steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C."""
+    """Steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C."""
     keep_checkpoints: int = 2
     """How many of the last checkpoints stay on disk."""
     log_every: int = 10
-    """Optimizer steps between lines on the terminal; metrics.jsonl has one line a step."""
+    """Steps between lines on the terminal; metrics.jsonl has one line a step."""
     wandb: bool = False
     """Log to Weights & Biases as well (WANDB_MODE=offline works)."""
 
@@ -214,19 +215,8 @@ class Args:
         self.eval_dataset = self.eval_dataset or ("tiny/data/preference_eval.jsonl" if on_tiny else None)
         if self.label_smoothing is None:
             self.label_smoothing = 1e-3 if self.loss == "exo" else 0.0
-        for name in (
-            "max_length",
-            "max_tokens_per_micro_batch",
-            "batch_size",
-            "keep_checkpoints",
-            "log_every",
-        ):
-            if getattr(self, name) < 1:
-                fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("eval_fraction", "ches_filter_fraction", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                fail(f"--{name.replace('_', '-')} must lie in [0, 1), not {getattr(self, name)}")
-        if self.beta <= 0:
+        check_flags(self)
+        if not self.beta > 0:
             fail(f"--beta must be above 0, not {self.beta}")
         if self.loss == "robust" and self.label_smoothing >= 0.5:
             fail("--loss robust divides by 1 - 2 x --label-smoothing, which must therefore be below 0.5")
@@ -240,8 +230,6 @@ class Args:
             fail("--sync-ref-every moves the reference, so its log-probs cannot be cached: add --ref live")
         if self.eval_fraction and self.eval_dataset:
             fail("--eval-fraction and --eval-dataset both name the held-out pairs: give one of them")
-        if self.resume and not self.output_dir:
-            fail("--resume needs --output-dir: which run should continue?")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -710,6 +698,46 @@ def fail(message: str):
     raise SystemExit(2)
 
 
+def check_flags(args):
+    """End the run over what no run can have, NaN included: flags that scripts share, with their ranges."""
+    ranges = (
+        (
+            "be at least 1",
+            lambda x: x >= 1,
+            "batch_size max_tokens_per_micro_batch max_length max_prompt_length max_completion_length"
+            " generation_batch_size num_generations num_iterations num_ppo_epochs num_minibatches num_members"
+            " num_samples num_rollouts answers_per_prompt eval_samples keep_checkpoints log_every",
+        ),
+        (
+            "be above 0",
+            lambda x: x > 0,
+            "max_grad_norm num_epochs epsilon epsilon_high kl_target kl_horizon target_kl max_kl reward_clip"
+            " cliprange_value kd_temperature desirable_weight undesirable_weight",
+        ),
+        (
+            "be at least 0",
+            lambda x: x >= 0,
+            "learning_rate value_learning_rate weight_decay warmup_steps value_warmup_steps max_steps kl_coef"
+            " vf_coef std_coef missing_eos_penalty temperature num_eval eval_every save_every",
+        ),
+        ("lie in [0, 1]", lambda x: 0 <= x <= 1, "gamma lam kl_discount"),
+        (
+            "lie in [0, 1)",
+            lambda x: 0 <= x < 1,
+            "eval_fraction label_smoothing replay_fraction ches_filter_fraction",
+        ),
+    )
+    for words, holds, names in ranges:
+        for name in names.split():
+            value = getattr(args, name, None)
+            if value is not None and not holds(value):
+                fail(f"--{name.replace('_', '-')} must {words}, not {value}")
+    if "{prompt}" not in (getattr(args, "prompt_template", None) or "{prompt}"):
+        fail("--prompt-template has no {prompt} in it, where the question goes")
+    if args.resume and not args.output_dir:
+        fail("--resume needs --output-dir: which run should continue?")
+
+
 def process() -> tuple[int, int]:
     """Rank and number of the processes that torchrun started, (0, 1) without it."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -736,6 +764,13 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     elif cuda and not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     return *process(), device
+
+
+def leave_distributed():
+    """Leave the process group at a clean end: threads of gloo that outlive the interpreter abort it."""
+    gc.collect()  # sharded models hold the group
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
@@ -770,23 +805,23 @@ def choose_output_dir(args, script: str) -> Path:
     return folder
 
 
-def load_tokenizer(args):
+def load_tokenizer(args, flag: str = "--model"):
     """The tokenizer of --model, its chat template, and `end_ids`: what may end a turn.
 
     The architecture is checked here as well, before anything slow is loaded.
     """
     path = locate(args.model)
     if path.startswith((".", "/")) and not Path(path).is_dir():
-        fail(f"--model {args.model}: no such folder")
+        fail(f"{flag} {args.model}: no such folder")
     try:
         config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         check_attention(config, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], args.attn)
     except KeyError:
-        fail(f"--model {args.model}: {config.model_type} is not a causal language model")
+        fail(f"{flag} {args.model}: {config.model_type} is not a causal language model")
     except (OSError, ValueError) as error:
-        fail(f"--model {args.model}: {str(error).splitlines()[0]}")
+        fail(f"{flag} {args.model}: {str(error).splitlines()[0]}")
     if not tokenizer.is_fast:
-        fail(f"--model {args.model}: its tokenizer reports no character offsets; only fast tokenizers do")
+        fail(f"{flag} {args.model}: its tokenizer reports no character offsets; only fast tokenizers do")
     if args.chat_template:
         if not Path(args.chat_template).is_file():
             fail(f"--chat-template {args.chat_template}: no such file")
@@ -1628,6 +1663,7 @@ class Logger:
     def log(self, metrics: dict, samples: list[dict] = ()):
         if process()[0] > 0:
             return
+        metrics = {key: value for key, value in metrics.items() if value == value}  # NaN: nothing is known
         step, total = metrics["step"], self.total_steps
         for name, rows in {
             "metrics": [metrics],
@@ -1640,7 +1676,8 @@ class Logger:
         self.bar.update(step - self.bar.n)
         if step and (step % self.args.log_every == 0 or step == total):
             left = round((time.perf_counter() - self.started) / (step - self.first_step) * (total - step))
-            shown = "  ".join(f"{name} {metrics[name]:{form}}" for name, form in self.columns.items())
+            shown = {name: form for name, form in self.columns.items() if name in metrics}
+            shown = "  ".join(f"{name} {metrics[name]:{form}}" for name, form in shown.items())
             say(f"step {step:>{len(str(total))}}/{total}  {shown}  left {left // 60}:{left % 60:02}")
         evaluated = [
             f"{k.removeprefix('eval/')} {v:.4g}" for k, v in metrics.items() if k.startswith("eval/")
@@ -1670,3 +1707,4 @@ class Logger:
 
 if __name__ == "__main__":
     main(tyro.cli(Args))
+    leave_distributed()

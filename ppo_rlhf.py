@@ -41,6 +41,7 @@ hidden size, F reward functions.
 """
 
 import ctypes
+import gc
 import importlib.util
 import inspect
 import json
@@ -102,7 +103,7 @@ class Args:
     ref_model: str | None = None
     """Reference model: a hub id or a folder; by default --model as it is before training."""
     value_init: Literal["reward", "policy"] | None = None
-    """Start of the value model: the first reward model (arXiv:2203.02155), or --model under a head of 0."""
+    """Start of the value model: the first reward model, if there is one (InstructGPT), or --model, head 0."""
     offload: bool = False
     """Keep reference and reward models on the CPU between uses: less device memory, the same result."""
     chat_template: str | None = None
@@ -176,7 +177,7 @@ class Args:
     max_completion_length: int = 128
     """Longest sampled answer in tokens."""
     temperature: float = 1.0
-    """Sampling temperature; 0 is greedy."""
+    """Sampling temperature; 0, where samples are not trained on, is greedy."""
     top_p: float = 1.0
     """Share of the probability mass to sample from: 1, for log-probs are those of the whole distribution."""
     generation_batch_size: int = 256
@@ -220,29 +221,29 @@ class Args:
     value_learning_rate: float = 3e-4
     """Peak learning rate of the value model (OpenRLHF: 9e-6, nine times the policy's)."""
     value_warmup_steps: int = 0
-    """Rollouts at first on which the policy's learning rate is 0: the value model alone learns (verl)."""
+    """Rollouts at first from which the value model alone learns; the policy's schedule follows (verl)."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "constant"
     """Shape of the learning rate after warm-up; linear and cosine end at 0."""
     warmup_steps: int = 5
-    """Optimizer steps over which the learning rate rises linearly from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's two moments (TRL: 0.9, 0.999)."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, on matrices only (TRL: 0)."""
     max_grad_norm: float = 1.0
-    """Largest gradient norm over all parameters; larger gradients are scaled down to it (TRL: 1.0)."""
+    """Largest norm of a model's gradient; larger ones are scaled down to it (TRL: 1.0); inf is no end."""
     batch_size: int = 128
-    """Sequences, or pairs of them, per optimizer step over all processes."""
+    """Sequences, or pairs of them, per step over all processes; online, completions of a rollout."""
     max_tokens_per_micro_batch: int = 1024
     """Tokens of a packed row: memory only, never the result. A longer sequence gets its own row."""
     num_epochs: float = 1.0
     """Passes over the training set (TRL: 3)."""
     max_steps: int = 60
-    """Optimizer steps; 0 derives them from --num-epochs."""
+    """Steps (optimizer updates; online, rollouts); 0 derives them from --num-epochs."""
 
     # Evaluation and output
     eval_every: int = 20
-    """Optimizer steps between evaluations; 0 evaluates only before and after."""
+    """Steps between evaluations; 0 evaluates only before and after."""
     num_eval: int = 256
     """Rows of the evaluation sets that are used; 0 uses all."""
     eval_samples: int = 4
@@ -254,11 +255,11 @@ class Args:
     resume: bool = False
     """Continue the run in --output-dir from its last checkpoint."""
     save_every: int = 500
-    """Optimizer steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C."""
+    """Steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C."""
     keep_checkpoints: int = 2
     """How many of the last checkpoints stay on disk."""
     log_every: int = 5
-    """Optimizer steps between lines on the terminal; metrics.jsonl has one line a step."""
+    """Steps between lines on the terminal; metrics.jsonl has one line a step."""
     wandb: bool = False
     """Log to Weights & Biases as well (WANDB_MODE=offline works)."""
 
@@ -272,35 +273,8 @@ class Args:
             self.value_init = "reward" if self.reward_model else "policy"
         if self.epsilon_high is None:
             self.epsilon_high = self.epsilon
-        for name in (
-            "max_prompt_length",
-            "max_completion_length",
-            "max_tokens_per_micro_batch",
-            "batch_size",
-            "num_generations",
-            "generation_batch_size",
-            "num_ppo_epochs",
-            "num_minibatches",
-            "eval_samples",
-            "keep_checkpoints",
-            "log_every",
-        ):
-            if getattr(self, name) < 1:
-                fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("epsilon", "epsilon_high", "kl_target", "kl_horizon"):
-            if getattr(self, name) <= 0:
-                fail(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
-        for name in ("reward_clip", "cliprange_value", "target_kl", "max_kl"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                fail(f"--{name.replace('_', '-')} must be above 0 or not given, not {getattr(self, name)}")
-        not_negative = ("max_steps", "value_warmup_steps", "vf_coef", "kl_coef", "missing_eos_penalty")
-        for name in (*not_negative, "learning_rate", "value_learning_rate"):
-            if getattr(self, name) < 0:
-                fail(f"--{name.replace('_', '-')} must not be below 0: {getattr(self, name)}")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                fail(f"--{name} must lie in [0, 1], not {getattr(self, name)}")
-        if self.dual_clip is not None and self.dual_clip <= 1:
+        check_flags(self)
+        if self.dual_clip is not None and not self.dual_clip > 1:
             fail(f"--dual-clip must be above 1, not {self.dual_clip}: below it every ratio would be cut")
         if self.attn != "packed":
             self.share_prompt = False
@@ -316,10 +290,6 @@ class Args:
             if len(getattr(self, name)) not in (0, self.num_rewards):
                 flag, given = f"--{name.replace('_', '-')}", len(getattr(self, name))
                 fail(f"{flag} has {given} numbers for {self.num_rewards} rewards")
-        if self.prompt_template and "{prompt}" not in self.prompt_template:
-            fail("--prompt-template has no {prompt} in it, where the question goes")
-        if self.resume and not self.output_dir:
-            fail("--resume needs --output-dir: which run should continue?")
 
     @property
     def num_rewards(self) -> int:
@@ -329,6 +299,23 @@ class Args:
 # ------------------------------------------------------------------------------------------------------------
 # Algorithm
 # ------------------------------------------------------------------------------------------------------------
+def shaped_scores(
+    scores: torch.Tensor,
+    ended: torch.Tensor,
+    *,
+    reward_clip: float | None,
+    missing_eos_penalty: float,
+    bootstrapped: torch.Tensor,
+) -> torch.Tensor:
+    """Scores (B,) as the policy is to earn them: clipped, then less a penalty where a completion was cut off.
+
+    0 comes in the place of a score that is NaN, and of one that is `bootstrapped` (B,): a value stands there.
+    """
+    if reward_clip is not None:
+        scores = scores.clamp(-reward_clip, reward_clip)
+    return scores.nan_to_num(0.0).masked_fill(bootstrapped, 0.0) - missing_eos_penalty * ~ended
+
+
 def shaped_rewards(
     scores: torch.Tensor, ref_log_ratio: torch.Tensor, sequence_index: torch.Tensor, *, kl_coef: float
 ) -> torch.Tensor:
@@ -505,14 +492,13 @@ def self_bleu(group: list[list[int]], n: int = 4) -> float:
 
 def symptoms(first: dict, last: dict) -> list[str]:
     """What has commonly gone wrong, from metrics averaged over the first steps and over the last."""
-    found, names = [], (("entropy", "objective/entropy"), ("reward", "objective/scores"))  # others', PPO's
-    entropy, reward = (next(name for name in pair if name in last) for pair in names)
-    if last[entropy] < 0.5 * first[entropy]:
+    found, both = [], first.keys() & last.keys()
+    if "entropy" in both and last["entropy"] < 0.5 * first["entropy"]:
         found.append("entropy has halved: samples are getting alike (--epsilon-high, a lower learning rate)")
     if last["completions/mean_length"] > 2 * first["completions/mean_length"]:
         found.append("completions are twice as long: does the reward pay for length?")
-    if "gold_reward" in last:
-        rise, fall = last[reward] - first[reward], first["gold_reward"] - last["gold_reward"]
+    if {"reward", "gold_reward"} <= both:
+        rise, fall = last["reward"] - first["reward"], first["gold_reward"] - last["gold_reward"]
         if rise > 0 and fall > 0.02:
             found.append(
                 "reward rises and gold reward falls: it is being hacked (a weight for the KL, --max-kl)"
@@ -544,7 +530,7 @@ COLUMNS = {  # of the terminal's lines
 }
 
 
-SUMS = (  # of a minibatch, over its tokens
+SUMS = (  # of a minibatch, over its tokens that are trained on
     *("tokens", "approxkl", "policy_loss", "value_loss"),
     *("ratio", "clip_low", "clip_high", "value_clip", "entropy", "sampler_gap"),
 )
@@ -563,8 +549,9 @@ def main(args: Args) -> dict:
     sources = [tokenize_prompts(tokenizer, name, args.dataset_split, args) for name in args.dataset]
     prompts = [prompt for source in sources for prompt in source]
     held_out = tokenize_prompts(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
+    readers = judge_tokenizers(judge_names, prompts + held_out, args)
     value_source = judge_names[0] if args.value_init == "reward" else args.model
-    value_tokenizer = own_tokenizer(value_source, args) if args.value_init == "reward" else tokenizer
+    value_tokenizer = readers[value_source] if args.value_init == "reward" else tokenizer
     check_value_model(value_source, value_tokenizer, tokenizer)
     recorded = load_rollouts(args, tokenizer) if args.replay_rollouts else None
     epoch_size, prompt_lengths = len(prompts), np.array([len(prompt.input_ids) for prompt in prompts])
@@ -579,21 +566,20 @@ def main(args: Args) -> dict:
     if args.value_init == "policy":
         value_model.score.weight.data.zero_()  # lm-human-preferences
     ref_policy = load_model(args.ref_model or args.model, args, tokenizer, device).requires_grad_(False)
-    judges = [load_judge(name, args, device) for name in judge_names]
+    judges = [load_judge(name, reader, args, device) for name, reader in readers.items()]
     frozen = [ref_policy] + [judge for judge, _ in judges]
     for model in frozen if args.offload else ():
         model.to("cpu")
     adaptive = Adaptive(args.kl_coef)
     moving = torch.nn.ModuleDict({"policy": policy, "value_model": value_model, "adaptive": adaptive})
-    trained_models, peaks = (policy, value_model), (args.learning_rate, args.value_learning_rate)
-    optimizers = tuple(
-        make_optimizer(model, replace(args, learning_rate=peak))
-        for model, peak in zip(trained_models, peaks, strict=True)
-    )
+    optimizers = make_optimizer(policy, args), make_optimizer(value_model, args)
     step, num_tokens = load_checkpoint(output_dir, moving, optimizers) if args.resume else (0, 0)
     columns = COLUMNS | ({"gold_reward": ".3f"} if gold else {})
     logger = Logger(args, output_dir, total_steps, step, columns)
     metrics, spent, monitor = {}, False, Monitor(output_dir, step)
+    shaping = {"reward_clip": args.reward_clip, "missing_eos_penalty": args.missing_eos_penalty}
+    clip = {"epsilon": args.epsilon, "epsilon_high": args.epsilon_high, "dual_clip": args.dual_clip}
+    schedule = {"warmup_steps": args.warmup_steps, "lr_schedule": args.lr_schedule}
     judging = (gold, [], ()) if gold else (functions, judges, args.reward_weights)
     scorers = [] if gold else frozen[1:]  # what an evaluation runs
     evaluation = (policy, tokenizer, held_out, *judging, args, device)
@@ -619,12 +605,10 @@ def main(args: Args) -> dict:
         proxy = weigh(terms.minimum(caps[:, None]), args.reward_weights)  # (B,)
         gold_scores = score(gold, [], rollout, args, device)  # (gold, B)
         ended = torch.tensor([completion.ended for completion in rollout])  # (B,)
-        known = ~proxy.isnan() & (ended | (args.truncated != "drop"))  # (B,): which are trained on
         bootstrapped = ~ended & (args.truncated == "bootstrap")  # (B,): a value in place of their score
-        scores = adaptive.normalized(proxy, known & ~bootstrapped) if args.normalize_reward else proxy  # (B,)
-        if args.reward_clip is not None:
-            scores = scores.clamp(-args.reward_clip, args.reward_clip)
-        scores = scores.nan_to_num(0.0).masked_fill(bootstrapped, 0.0) - args.missing_eos_penalty * ~ended
+        kept = bootstrapped | ~proxy.isnan() & (ended | (args.truncated != "drop"))  # (B,): are trained on
+        scores = adaptive.normalized(proxy, kept & ~bootstrapped) if args.normalize_reward else proxy  # (B,)
+        scores = shaped_scores(scores, ended, bootstrapped=bootstrapped, **shaping)  # (B,)
         scored = time.perf_counter()
 
         # 3. Look: what the models say of each token, on the rows of the first pass, so that its ratio is
@@ -632,15 +616,7 @@ def main(args: Args) -> dict:
         sequences = [Sequence(completion.input_ids, completion.trained) for completion in rollout]
         counts = torch.tensor([len(completion.token_ids) for completion in rollout])  # (B,)
         sequence_index = torch.arange(len(rollout)).repeat_interleave(counts)  # (C,)
-        minibatches, fills = [], []
-        for epoch in range(args.num_ppo_epochs):
-            rng = np.random.default_rng((args.seed, step, epoch))
-            shuffled = rng.permutation(len(rollout) // group_size)
-            for groups in np.array_split(shuffled, args.num_minibatches):
-                ids = (groups[:, None] * group_size + np.arange(group_size)).flatten()
-                rows, fill = rows_of(sequences, ids, args, world_size)
-                minibatches.append((ids, rows))
-                fills.append(fill)
+        minibatches, fills = plan_updates(sequences, step, args, world_size)
         first_pass = [row for _, rows in minibatches[: args.num_minibatches] for row in rows]
         looking = partial(look, sequences=sequences, rows=first_pass, counts=counts, args=args, device=device)
         with_entropy = partial(token_logprobs, temperature=args.temperature, return_entropy=True)
@@ -655,91 +631,108 @@ def main(args: Args) -> dict:
         kl = segment_sum(ref_log_ratio, sequence_index, len(rollout)).mean().item()  # per completion
         kl_coef = adaptive.kl_coef.item() if args.kl_controller == "adaptive" else args.kl_coef
         token_rewards = shaped_rewards(scores, ref_log_ratio, sequence_index, kl_coef=kl_coef)  # (C,)
-        trained = known[sequence_index]  # (C,)
-        rlhf_reward = token_rewards[trained].sum() / known.sum()  # (): of a completion
+        trained = kept[sequence_index]  # (C,): tokens of what is trained on
+        rlhf_reward = token_rewards[trained].sum() / kept.sum()  # (): of a completion
         if args.whiten_rewards:
             token_rewards[trained] = whiten(token_rewards[trained], shift_mean=False)
         end_values = values_behind[counts.cumsum(0) - 1] * bootstrapped  # (B,)
         advantages, returns = gae(
             token_rewards, old_values, sequence_index, gamma=args.gamma, lam=args.lam, end_values=end_values
         )  # (C,) each
-        advantage_std, explained = (
-            nan_std(advantages[trained]),
-            explained_variance(old_values[trained], returns[trained]),
-        )
+        explained = explained_variance(old_values[trained], returns[trained])
+        advantage_std = nan_std(advantages[trained])
         if args.whiten_advantages:
             advantages[trained] = whiten(advantages[trained])
         advantages = advantages * trained
-        if args.kl_controller == "adaptive":
-            adaptive.steer(kl, args)
+        if args.kl_controller == "adaptive" and step > args.value_warmup_steps:  # until then the KL is 0
+            adaptive.steer(kl, target=args.kl_target, horizon=args.kl_horizon, num_episodes=args.batch_size)
 
         # 5. Update: `num_ppo_epochs` passes over the rollout, `num_minibatches` updates each
         policy.train()
         value_model.train()
         sampler_logps = torch.cat([torch.from_numpy(completion.logprobs) for completion in rollout])  # (C,)
-        fixed = [old_logprobs, advantages, old_values, returns, sampler_logps.double()]
-        fixed = torch.stack(fixed, 1).float()  # (C, 5)
+        of_rollout = [old_logprobs, advantages, old_values, returns, sampler_logps.double()]
+        of_rollout = torch.stack(of_rollout, 1).float()  # (C, 5)
         sums = torch.zeros(len(minibatches), len(SUMS), dtype=torch.float64, device=device)
-        norms, done = torch.zeros(2, device=device), 0
-        clip = {"epsilon": args.epsilon, "epsilon_high": args.epsilon_high, "dual_clip": args.dual_clip}
-        schedule = {"warmup_steps": args.warmup_steps, "lr_schedule": args.lr_schedule}
-        factor = lr_factor(step, total_steps=total_steps, **schedule)
+        norms, done = torch.zeros(2, device=device), 0  # of the gradients of policy and value model
+        waits = args.value_warmup_steps  # the policy's schedule begins behind them
+        policy_share = lr_factor(max(1, step - waits), total_steps=total_steps - waits, **schedule)
+        rates = (
+            args.learning_rate * policy_share if step > waits else 0.0,
+            args.value_learning_rate * lr_factor(step, total_steps=total_steps, **schedule),
+        )
         for n, (ids, rows) in enumerate(minibatches):
-            weights = known.float() / max(1, int(counts[ids][known[ids]].sum()))  # (B,): a mean over tokens
+            num_tokens_trained = int(counts[ids][kept[ids]].sum())
+            if not num_tokens_trained:
+                continue
+            weights = kept.float() / num_tokens_trained  # (B,): a mean over tokens
             for mine in rows[rank::world_size]:
                 batch = collate_answers([sequences[i] for i in mine], args, device)
-                numbers = fixed[positions(mine, counts)].to(device)  # (C, 5)
-                old, advantage, old_value, return_, sampler = numbers.unbind(1)
+                per_token = of_rollout[positions(mine, counts)].to(device)  # (C, 5)
+                old, advantage, old_value, return_, sampler = per_token.unbind(1)
                 weight = weights[mine].to(device)[batch.sequence_index]  # (C,)
                 logprobs, entropy = token_logprobs(
                     policy, batch, temperature=args.temperature, return_entropy=True
                 )  # (C,) each
-                losses = ppo_policy_loss(logprobs, old, advantage, **clip)  # (C,)
+                policy_losses = ppo_policy_loss(logprobs, old, advantage, **clip)  # (C,)
                 bonus = args.entropy_coef * entropy if args.entropy_coef else 0.0
                 share = weight * world_size  # FSDP2 averages over processes what is to be summed
-                ((losses - bonus) * share).sum().backward()
+                ((policy_losses - bonus) * share).sum().backward()
                 values = token_values(value_model, batch)[:, 0]  # (C,)
-                errors = value_loss(values, old_value, return_, cliprange_value=args.cliprange_value)  # (C,)
-                (args.vf_coef * errors * share).sum().backward()
+                value_losses = value_loss(values, old_value, return_, cliprange_value=args.cliprange_value)
+                (args.vf_coef * value_losses * share).sum().backward()
                 with torch.no_grad():
                     ratio = torch.exp(logprobs - old)  # (C,)
-                    clipped = clip_shares(ratio, advantage, args.epsilon, args.epsilon_high)  # (2, C)
-                    held = errors > (values - return_).square() / 2  # (C,): by the clip around the old value
-                    of_tokens = [
-                        torch.ones_like(ratio),
-                        kl_k3(old, logprobs),
-                        losses * weight,
-                        errors * weight,
-                    ]
-                    of_tokens += [ratio, *clipped, held, entropy, (old - sampler).abs()]
-                    sums[n] += torch.stack(of_tokens).double().sum(1)  # (SUMS,)
-            num, moved = all_reduce(sums[n, :2].clone()) if args.target_kl is not None else (1, 0)
-            if args.target_kl is not None and moved > args.target_kl * num:
-                for optimizer in optimizers:
-                    optimizer.zero_grad()
-                break
-            for which, (model, optimizer, peak) in enumerate(
-                zip(trained_models, optimizers, peaks, strict=True)
-            ):
-                norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
-                if not torch.isfinite(norm):
-                    loss = sums[n, SUMS.index("policy_loss") + which].item()
-                    stop_on_nonfinite(output_dir, step, [sequences[i] for i in ids], loss, norm.item())
-                waits = model is policy and step <= args.value_warmup_steps
+                    clip_low, clip_high = clip_shares(ratio, advantage, args.epsilon, args.epsilon_high)
+                    of_tokens = {
+                        "tokens": torch.ones_like(ratio),
+                        "approxkl": kl_k3(old, logprobs),
+                        "policy_loss": policy_losses,
+                        "value_loss": value_losses,
+                        "ratio": ratio,
+                        "clip_low": clip_low,
+                        "clip_high": clip_high,
+                        "value_clip": value_losses > (values - return_).square() / 2,  # the clip holds them
+                        "entropy": entropy,
+                        "sampler_gap": (old - sampler).abs(),
+                    }  # (C,) each
+                    told = torch.stack([of_tokens[name].double() for name in SUMS])  # (SUMS, C)
+                    sums[n] += torch.where(weight > 0, told, 0.0).sum(1)
+            if args.target_kl is not None:
+                num, moved = all_reduce(sums[n, :2].clone())  # tokens, approxkl
+                if moved > args.target_kl * num:
+                    for optimizer in optimizers:
+                        optimizer.zero_grad()
+                    break
+            clipped = [
+                torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                for model in (policy, value_model)
+            ]
+            grad_norms = torch.stack([full(norm) for norm in clipped])  # (2,)
+            if not torch.isfinite(grad_norms).all():
+                loss, norm = (sums[n, 2:4].sum() / sums[n, 0]).item(), grad_norms.sum().item()
+                stop_on_nonfinite(output_dir, step, [sequences[i] for i in ids], loss, norm)
+            for optimizer, rate in zip(optimizers, rates, strict=True):
                 for group in optimizer.param_groups:
-                    group["lr"] = 0.0 if waits else peak * factor
+                    group["lr"] = rate
                 optimizer.step()
                 optimizer.zero_grad()
-                norms[which] += norm
+            norms += grad_norms
             done += 1
         stopping = all_reduce(torch.tensor(float(logger.stopping), device=device)).item()
         table = all_reduce(sums).cpu()  # (minibatches, SUMS)
         table = table[table[:, 0] > 0]  # those that were looked at
-        policy_loss, regression = table[:, 2:4].mean(0).tolist()  # each a mean over tokens already
-        averages, first, last = (
-            dict(zip(SUMS, (line / line[0]).tolist(), strict=True))
-            for line in (table.sum(0), table[0], table[-1])
-        )  # per token: of all minibatches, of the first, of the last
+        table = table if len(table) else torch.full((1, len(SUMS)), math.nan)  # nothing was trained on
+        of_minibatches = table / table[:, :1]  # means over the tokens of each
+        averages, losses, first, last = (
+            dict(zip(SUMS, line.tolist(), strict=True))
+            for line in (
+                table.sum(0) / table[:, 0].sum(),  # over all tokens
+                of_minibatches.mean(0),  # as they were minimised, one by one
+                of_minibatches[0],
+                of_minibatches[-1],
+            )
+        )
         seconds = time.perf_counter() - started
 
         # 6. Evaluate, log, save
@@ -750,11 +743,13 @@ def main(args: Args) -> dict:
             "step": step,
             "epoch": step * num_prompts / epoch_size,
             "episode": step * args.batch_size,
-            "loss": policy_loss + args.vf_coef * regression - args.entropy_coef * averages["entropy"],
-            "loss/policy_avg": policy_loss,
-            "loss/value_avg": regression,
-            "learning_rate": optimizers[0].param_groups[0]["lr"],
-            "learning_rate/value": optimizers[1].param_groups[0]["lr"],
+            "loss": losses["policy_loss"]
+            + args.vf_coef * losses["value_loss"]
+            - args.entropy_coef * losses["entropy"],
+            "loss/policy_avg": losses["policy_loss"],
+            "loss/value_avg": losses["value_loss"],
+            "learning_rate": rates[0],
+            "learning_rate/value": rates[1],
             "grad_norm": norms[0].item() / max(1, done),
             "grad_norm/value": norms[1].item() / max(1, done),
             "objective/scores": proxy.nanmean().item(),
@@ -830,9 +825,8 @@ class Adaptive(torch.nn.Module):
         count, mean, squares = self.moments
         return (scores - mean) / ((squares / (count - 1).clamp(min=1)).sqrt() + 1e-8)  # + 1e-8: as in whiten
 
-    def steer(self, kl: float, args):
+    def steer(self, kl: float, **settings):
         """Adapt the KL weight after a rollout of this KL per completion."""
-        settings = {"target": args.kl_target, "horizon": args.kl_horizon, "num_episodes": args.batch_size}
         self.kl_coef.fill_(adapted_kl_coef(self.kl_coef.item(), kl, **settings))
 
 
@@ -949,6 +943,46 @@ def fail(message: str):
     raise SystemExit(2)
 
 
+def check_flags(args):
+    """End the run over what no run can have, NaN included: flags that scripts share, with their ranges."""
+    ranges = (
+        (
+            "be at least 1",
+            lambda x: x >= 1,
+            "batch_size max_tokens_per_micro_batch max_length max_prompt_length max_completion_length"
+            " generation_batch_size num_generations num_iterations num_ppo_epochs num_minibatches num_members"
+            " num_samples num_rollouts answers_per_prompt eval_samples keep_checkpoints log_every",
+        ),
+        (
+            "be above 0",
+            lambda x: x > 0,
+            "max_grad_norm num_epochs epsilon epsilon_high kl_target kl_horizon target_kl max_kl reward_clip"
+            " cliprange_value kd_temperature desirable_weight undesirable_weight",
+        ),
+        (
+            "be at least 0",
+            lambda x: x >= 0,
+            "learning_rate value_learning_rate weight_decay warmup_steps value_warmup_steps max_steps kl_coef"
+            " vf_coef std_coef missing_eos_penalty temperature num_eval eval_every save_every",
+        ),
+        ("lie in [0, 1]", lambda x: 0 <= x <= 1, "gamma lam kl_discount"),
+        (
+            "lie in [0, 1)",
+            lambda x: 0 <= x < 1,
+            "eval_fraction label_smoothing replay_fraction ches_filter_fraction",
+        ),
+    )
+    for words, holds, names in ranges:
+        for name in names.split():
+            value = getattr(args, name, None)
+            if value is not None and not holds(value):
+                fail(f"--{name.replace('_', '-')} must {words}, not {value}")
+    if "{prompt}" not in (getattr(args, "prompt_template", None) or "{prompt}"):
+        fail("--prompt-template has no {prompt} in it, where the question goes")
+    if args.resume and not args.output_dir:
+        fail("--resume needs --output-dir: which run should continue?")
+
+
 def process() -> tuple[int, int]:
     """Rank and number of the processes that torchrun started, (0, 1) without it."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -975,6 +1009,13 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     elif cuda and not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     return *process(), device
+
+
+def leave_distributed():
+    """Leave the process group at a clean end: threads of gloo that outlive the interpreter abort it."""
+    gc.collect()  # sharded models hold the group
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
@@ -1044,8 +1085,13 @@ class Monitor:
     def __init__(self, output_dir: Path, step: int):
         path = output_dir / "metrics.jsonl"
         lines = path.read_text().splitlines() if step and process()[0] == 0 else []
-        self.history = [metrics for metrics in map(json.loads, lines) if 0 < metrics["step"] <= step]
+        self.history = [self.known(line) for line in map(json.loads, lines) if 0 < line["step"] <= step]
         self.warned = set()
+
+    def known(self, metrics: dict) -> dict:
+        """Metrics without those that are NaN, under the names that `symptoms` reads: PPO has others."""
+        alike = {"objective/entropy": "entropy", "objective/scores": "reward"}
+        return {alike.get(key, key): value for key, value in metrics.items() if value == value}
 
     def before(self, name: str) -> float:
         """What a metric was at the last step before a --resume, on every process; 0 at the start."""
@@ -1055,9 +1101,9 @@ class Monitor:
         return value[0]
 
     def __call__(self, metrics: dict):
-        self.history.append(metrics)
+        self.history.append(self.known(metrics))
         first, last = self.history[:5], self.history[-5:]
-        keys = [key for key in metrics if all(key in m for m in first + last)]
+        keys = [key for key in self.history[-1] if all(key in m for m in first + last)]
         means = [{key: sum(m[key] for m in steps) / len(steps) for key in keys} for steps in (first, last)]
         for symptom in symptoms(*means) if len(self.history) >= 10 else ():
             if symptom not in self.warned:
@@ -1065,23 +1111,23 @@ class Monitor:
                 self.warned.add(symptom)
 
 
-def load_tokenizer(args):
+def load_tokenizer(args, flag: str = "--model"):
     """The tokenizer of --model, its chat template, and `end_ids`: what may end a turn.
 
     The architecture is checked here as well, before anything slow is loaded.
     """
     path = locate(args.model)
     if path.startswith((".", "/")) and not Path(path).is_dir():
-        fail(f"--model {args.model}: no such folder")
+        fail(f"{flag} {args.model}: no such folder")
     try:
         config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         check_attention(config, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], args.attn)
     except KeyError:
-        fail(f"--model {args.model}: {config.model_type} is not a causal language model")
+        fail(f"{flag} {args.model}: {config.model_type} is not a causal language model")
     except (OSError, ValueError) as error:
-        fail(f"--model {args.model}: {str(error).splitlines()[0]}")
+        fail(f"{flag} {args.model}: {str(error).splitlines()[0]}")
     if not tokenizer.is_fast:
-        fail(f"--model {args.model}: its tokenizer reports no character offsets; only fast tokenizers do")
+        fail(f"{flag} {args.model}: its tokenizer reports no character offsets; only fast tokenizers do")
     if args.chat_template:
         if not Path(args.chat_template).is_file():
             fail(f"--chat-template {args.chat_template}: no such file")
@@ -1219,6 +1265,8 @@ def load_functions(specs: tuple[str, ...], args) -> list[tuple[str, object]]:
     for spec in specs:
         function = load_function(spec)
         named = inspect.signature(function).parameters
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in named.values()):
+            fail(f"{spec}: without **kwargs it cannot take prompts, completions and the dataset's columns")
         name = spec.rpartition(":")[2]
         if name in (known for known, _ in found):
             name = f"{name}_{len(found)}"
@@ -1410,15 +1458,23 @@ def find_judges(names: tuple[str, ...]) -> list[str]:
     return found
 
 
-def load_judge(name: str, args, device) -> tuple:
+def judge_tokenizers(names: list[str], prompts: list[Prompt], args) -> dict:
+    """The own tokenizer of each reward model, which must have a template if prompts are messages."""
+    found = {name: own_tokenizer(name, args, "--reward-model") for name in names}
+    for name, tokenizer in found.items():
+        if tokenizer.chat_template is None and any(isinstance(p.row["prompt"], list) for p in prompts):
+            fail(f"--reward-model {name}: prompts are messages, and its tokenizer has no chat template")
+    return found
+
+
+def load_judge(name: str, tokenizer, args, device) -> tuple:
     """A frozen reward model and its own tokenizer."""
-    tokenizer = own_tokenizer(name, args)
     return load_reward_model(name, args, tokenizer, device).requires_grad_(False), tokenizer
 
 
-def own_tokenizer(name: str, args):
-    """The tokenizer of the policy or of the outcome model, whatever that of --model is."""
-    return load_tokenizer(replace(args, model=name, chat_template=None))
+def own_tokenizer(name: str, args, flag: str):
+    """The tokenizer of another model than --model, which `flag` gives, with its own chat template."""
+    return load_tokenizer(replace(args, model=name, chat_template=None), flag)
 
 
 @fsdp_forward
@@ -1447,8 +1503,6 @@ def judge_rewards(model, tokenizer, rollout: list[Completion], args, device) -> 
 def judged(tokenizer, completion: Completion) -> Sequence:
     """A completion as a reward model reads it: with its own tokenizer and template, its last token marked."""
     row = completion.prompt.row
-    if isinstance(row["prompt"], list) and tokenizer.chat_template is None:
-        fail("--reward-model: prompts are messages, and its tokenizer has no chat template to read them with")
     end = tokenizer.turn_end_id if isinstance(row["prompt"], list) else tokenizer.eos_token_id
     ending = [end] * (completion.ended and end is not None)
     prompt_ids = prompt_tokens(tokenizer, row["prompt"], row)
@@ -1613,6 +1667,23 @@ def load_rollouts(args, tokenizer) -> list[list[Completion]]:
             f"--replay-rollouts {args.replay_rollouts}: groups are not of {args.num_generations} completions"
         )
     return [steps[step] for step in sorted(steps)]
+
+
+def plan_updates(sequences: list[Sequence], step: int, args, world_size: int) -> tuple[list, list[float]]:
+    """The minibatches of all passes over a rollout, (ids, packed rows) each; how full the rows are.
+
+    A minibatch takes whole groups, shuffled anew in every pass.
+    """
+    minibatches, fills = [], []
+    for epoch in range(args.num_ppo_epochs):
+        rng = np.random.default_rng((args.seed, step, epoch))
+        shuffled = rng.permutation(len(sequences) // args.num_generations)
+        for groups in np.array_split(shuffled, args.num_minibatches):
+            ids = (groups[:, None] * args.num_generations + np.arange(args.num_generations)).flatten()
+            rows, fill = rows_of(sequences, ids, args, world_size)
+            minibatches.append((ids, rows))
+            fills.append(fill)
+    return minibatches, fills
 
 
 def rows_of(sequences: list[Sequence], ids: np.ndarray, args, world_size: int) -> tuple[list, float]:
@@ -1826,6 +1897,7 @@ class Logger:
     def log(self, metrics: dict, samples: list[dict] = ()):
         if process()[0] > 0:
             return
+        metrics = {key: value for key, value in metrics.items() if value == value}  # NaN: nothing is known
         step, total = metrics["step"], self.total_steps
         for name, rows in {
             "metrics": [metrics],
@@ -1838,7 +1910,8 @@ class Logger:
         self.bar.update(step - self.bar.n)
         if step and (step % self.args.log_every == 0 or step == total):
             left = round((time.perf_counter() - self.started) / (step - self.first_step) * (total - step))
-            shown = "  ".join(f"{name} {metrics[name]:{form}}" for name, form in self.columns.items())
+            shown = {name: form for name, form in self.columns.items() if name in metrics}
+            shown = "  ".join(f"{name} {metrics[name]:{form}}" for name, form in shown.items())
             say(f"step {step:>{len(str(total))}}/{total}  {shown}  left {left // 60}:{left % 60:02}")
         evaluated = [
             f"{k.removeprefix('eval/')} {v:.4g}" for k, v in metrics.items() if k.startswith("eval/")
@@ -1868,3 +1941,4 @@ class Logger:
 
 if __name__ == "__main__":
     main(tyro.cli(Args))
+    leave_distributed()

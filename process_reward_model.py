@@ -28,6 +28,7 @@ Shapes: N tokens in a row, B solutions, C their steps, H hidden size, G samples 
 """
 
 import ctypes
+import gc
 import importlib.util
 import json
 import math
@@ -113,21 +114,21 @@ class Args:
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Shape of the learning rate after warm-up; linear and cosine end at 0."""
     warmup_steps: int = 10
-    """Optimizer steps over which the learning rate rises linearly from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's two moments (TRL: 0.9, 0.999)."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, on matrices only (TRL: 0)."""
     max_grad_norm: float = 1.0
-    """Largest gradient norm over all parameters; larger gradients are scaled down to it (TRL: 1.0)."""
+    """Largest norm of a model's gradient; larger ones are scaled down to it (TRL: 1.0); inf is no end."""
     batch_size: int = 32
-    """Sequences, or pairs of them, per optimizer step over all processes."""
+    """Sequences, or pairs of them, per step over all processes; online, completions of a rollout."""
     max_tokens_per_micro_batch: int = 2048
     """Tokens of a packed row: memory only, never the result. A longer sequence gets its own row."""
     num_epochs: float = 3.0
     """Passes over the training set (TRL: 3)."""
     max_steps: int = 0
-    """Optimizer steps; 0 derives them from --num-epochs."""
+    """Steps (optimizer updates; online, rollouts); 0 derives them from --num-epochs."""
 
     # Search: best of N
     policy: str | None = None
@@ -157,7 +158,7 @@ class Args:
 
     # Evaluation and output
     eval_every: int = 100
-    """Optimizer steps between evaluations; 0 evaluates only before and after."""
+    """Steps between evaluations; 0 evaluates only before and after."""
     num_eval: int = 0
     """Rows of the evaluation sets that are used; 0 uses all."""
     max_completion_length: int = 128
@@ -165,7 +166,7 @@ class Args:
     generation_batch_size: int = 256
     """Prompts that are sampled at once."""
     temperature: float = 1.0
-    """Sampling temperature; 0 is greedy."""
+    """Sampling temperature; 0, where samples are not trained on, is greedy."""
     seed: int = 1
     """Seed of the data order, the noise and the sampling."""
     output_dir: str | None = None
@@ -173,11 +174,11 @@ class Args:
     resume: bool = False
     """Continue the run in --output-dir from its last checkpoint."""
     save_every: int = 500
-    """Optimizer steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C."""
+    """Steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C."""
     keep_checkpoints: int = 2
     """How many of the last checkpoints stay on disk."""
     log_every: int = 10
-    """Optimizer steps between lines on the terminal; metrics.jsonl has one line a step."""
+    """Steps between lines on the terminal; metrics.jsonl has one line a step."""
     wandb: bool = False
     """Log to Weights & Biases as well (WANDB_MODE=offline works)."""
 
@@ -189,27 +190,13 @@ class Args:
             self.policy = self.policy or "tiny/sft"
             self.search_dataset = self.search_dataset or "tiny/data/prompts_eval.jsonl"
             self.outcome_model = self.outcome_model or "tiny/reward"
-        for name in (
-            "max_length",
-            "max_tokens_per_micro_batch",
-            "batch_size",
-            "keep_checkpoints",
-            "log_every",
-            "num_samples",
-            "num_rollouts",
-        ):
-            if getattr(self, name) < 1:
-                fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.eval_fraction < 1:
-            fail(f"--eval-fraction must lie in [0, 1), not {self.eval_fraction}")
+        check_flags(self)
         if self.eval_fraction and self.eval_dataset:
             fail("--eval-fraction and --eval-dataset both name the held-out solutions: give one of them")
         if self.annotate and not self.policy:
             fail("--annotate samples from a --policy: which one?")
         if self.annotate and self.temperature == 0:
             fail("--annotate samples completions: --temperature must be above 0")
-        if self.resume and not self.output_dir:
-            fail("--resume needs --output-dir: which run should continue?")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -305,8 +292,9 @@ def main(args: Args) -> dict:
     verify = load_verifier(args)
     solutions, held_out = load_solutions(tokenizer, args)
     prompts = load_prompts(args) if args.search_dataset and args.policy else []
-    for name in filter(None, (args.policy, args.outcome_model)) if prompts else ():
-        own_tokenizer(name, args)  # before anything slow: are they there?
+    for flag, name in (("--policy", args.policy), ("--outcome-model", args.outcome_model)):
+        if prompts and name:  # before anything slow: are they there?
+            own_tokenizer(name, args, flag)
     epoch_size, lengths = len(solutions), np.array([len(s.sequence.input_ids) for s in solutions])  # (P,)
     total_steps = args.max_steps or max(1, math.ceil(args.num_epochs * epoch_size / args.batch_size))
     num_epochs = math.ceil(total_steps * args.batch_size / epoch_size)
@@ -383,7 +371,7 @@ def main(args: Args) -> dict:
             results, samples = best_of_n(model, tokenizer, prompts, verify, output_dir, args, device)
             metrics |= results
             if args.outcome_model and args.eval_dataset:  # asked at the end of every step, what does it find?
-                reader = own_tokenizer(args.outcome_model, args)
+                reader = own_tokenizer(args.outcome_model, args, "--outcome-model")
                 judge = load_reward_model(args.outcome_model, args, reader, device)
                 asked = load_steps(reader, args.eval_dataset, args.eval_split, args, args.num_eval)
                 results = evaluate_steps(judge, asked, args, device)
@@ -423,7 +411,7 @@ def best_of_n(model, tokenizer, prompts, verify, output_dir, args, device) -> tu
     As N grows, in best_of_n.json and best_of_n.png: the PRM's favourite, the outcome model's, the majority's,
     one sample, and the share of prompts with any right one.
     """
-    speller, judge_name = own_tokenizer(args.policy, args), args.outcome_model
+    speller, judge_name = own_tokenizer(args.policy, args, "--policy"), args.outcome_model
     policy = load_model(args.policy, args, speller, device)
     repeated = [row for row in prompts for _ in range(args.num_samples)]
     prompt_ids = [prompt_tokens(speller, row["prompt"], row) for row in repeated]
@@ -442,7 +430,7 @@ def best_of_n(model, tokenizer, prompts, verify, output_dir, args, device) -> tu
     chance = step_probabilities(model, read(tokenizer), args, device)
     scores = {"prm": np.array([aggregate_steps(p, step_aggregation=args.step_aggregation) for p in chance])}
     if judge_name:
-        reader = own_tokenizer(judge_name, args)
+        reader = own_tokenizer(judge_name, args, "--outcome-model")
         judge = load_reward_model(judge_name, args, reader, device)
         scores["orm"] = outcome_rewards(judge, read(reader), args, device).cpu().numpy()
         del judge
@@ -468,14 +456,14 @@ def best_of_n(model, tokenizer, prompts, verify, output_dir, args, device) -> tu
     return {f"search/{name}": table[-1][name] for name in names}, samples
 
 
-def own_tokenizer(name: str, args):
-    """The tokenizer of the policy or of the outcome model, whatever that of --model is."""
-    return load_tokenizer(replace(args, model=name, chat_template=None))
+def own_tokenizer(name: str, args, flag: str):
+    """The tokenizer of another model than --model, which `flag` gives, with its own chat template."""
+    return load_tokenizer(replace(args, model=name, chat_template=None), flag)
 
 
 def annotate(args, device) -> dict:
     """Math-Shepherd: label every step of a dataset's solutions by what completions behind it come to."""
-    tokenizer = own_tokenizer(args.policy, args)
+    tokenizer = own_tokenizer(args.policy, args, "--policy")
     verify, rows = load_verifier(args), load_rows(args.annotate, args.dataset_split, args.dataset_config)
     for n, row in enumerate(rows, 1):
         if not isinstance(row, dict):
@@ -582,6 +570,46 @@ def fail(message: str):
     raise SystemExit(2)
 
 
+def check_flags(args):
+    """End the run over what no run can have, NaN included: flags that scripts share, with their ranges."""
+    ranges = (
+        (
+            "be at least 1",
+            lambda x: x >= 1,
+            "batch_size max_tokens_per_micro_batch max_length max_prompt_length max_completion_length"
+            " generation_batch_size num_generations num_iterations num_ppo_epochs num_minibatches num_members"
+            " num_samples num_rollouts answers_per_prompt eval_samples keep_checkpoints log_every",
+        ),
+        (
+            "be above 0",
+            lambda x: x > 0,
+            "max_grad_norm num_epochs epsilon epsilon_high kl_target kl_horizon target_kl max_kl reward_clip"
+            " cliprange_value kd_temperature desirable_weight undesirable_weight",
+        ),
+        (
+            "be at least 0",
+            lambda x: x >= 0,
+            "learning_rate value_learning_rate weight_decay warmup_steps value_warmup_steps max_steps kl_coef"
+            " vf_coef std_coef missing_eos_penalty temperature num_eval eval_every save_every",
+        ),
+        ("lie in [0, 1]", lambda x: 0 <= x <= 1, "gamma lam kl_discount"),
+        (
+            "lie in [0, 1)",
+            lambda x: 0 <= x < 1,
+            "eval_fraction label_smoothing replay_fraction ches_filter_fraction",
+        ),
+    )
+    for words, holds, names in ranges:
+        for name in names.split():
+            value = getattr(args, name, None)
+            if value is not None and not holds(value):
+                fail(f"--{name.replace('_', '-')} must {words}, not {value}")
+    if "{prompt}" not in (getattr(args, "prompt_template", None) or "{prompt}"):
+        fail("--prompt-template has no {prompt} in it, where the question goes")
+    if args.resume and not args.output_dir:
+        fail("--resume needs --output-dir: which run should continue?")
+
+
 def process() -> tuple[int, int]:
     """Rank and number of the processes that torchrun started, (0, 1) without it."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -608,6 +636,13 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     elif cuda and not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     return *process(), device
+
+
+def leave_distributed():
+    """Leave the process group at a clean end: threads of gloo that outlive the interpreter abort it."""
+    gc.collect()  # sharded models hold the group
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
@@ -642,23 +677,23 @@ def choose_output_dir(args, script: str) -> Path:
     return folder
 
 
-def load_tokenizer(args):
+def load_tokenizer(args, flag: str = "--model"):
     """The tokenizer of --model, its chat template, and `end_ids`: what may end a turn.
 
     The architecture is checked here as well, before anything slow is loaded.
     """
     path = locate(args.model)
     if path.startswith((".", "/")) and not Path(path).is_dir():
-        fail(f"--model {args.model}: no such folder")
+        fail(f"{flag} {args.model}: no such folder")
     try:
         config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         check_attention(config, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], args.attn)
     except KeyError:
-        fail(f"--model {args.model}: {config.model_type} is not a causal language model")
+        fail(f"{flag} {args.model}: {config.model_type} is not a causal language model")
     except (OSError, ValueError) as error:
-        fail(f"--model {args.model}: {str(error).splitlines()[0]}")
+        fail(f"{flag} {args.model}: {str(error).splitlines()[0]}")
     if not tokenizer.is_fast:
-        fail(f"--model {args.model}: its tokenizer reports no character offsets; only fast tokenizers do")
+        fail(f"{flag} {args.model}: its tokenizer reports no character offsets; only fast tokenizers do")
     if args.chat_template:
         if not Path(args.chat_template).is_file():
             fail(f"--chat-template {args.chat_template}: no such file")
@@ -1374,6 +1409,7 @@ class Logger:
     def log(self, metrics: dict, samples: list[dict] = ()):
         if process()[0] > 0:
             return
+        metrics = {key: value for key, value in metrics.items() if value == value}  # NaN: nothing is known
         step, total = metrics["step"], self.total_steps
         for name, rows in {
             "metrics": [metrics],
@@ -1386,7 +1422,8 @@ class Logger:
         self.bar.update(step - self.bar.n)
         if step and (step % self.args.log_every == 0 or step == total):
             left = round((time.perf_counter() - self.started) / (step - self.first_step) * (total - step))
-            shown = "  ".join(f"{name} {metrics[name]:{form}}" for name, form in self.columns.items())
+            shown = {name: form for name, form in self.columns.items() if name in metrics}
+            shown = "  ".join(f"{name} {metrics[name]:{form}}" for name, form in shown.items())
             say(f"step {step:>{len(str(total))}}/{total}  {shown}  left {left // 60}:{left % 60:02}")
         evaluated = [
             f"{k.removeprefix('eval/')} {v:.4g}" for k, v in metrics.items() if k.startswith("eval/")
@@ -1416,3 +1453,4 @@ class Logger:
 
 if __name__ == "__main__":
     main(tyro.cli(Args))
+    leave_distributed()

@@ -36,6 +36,7 @@ F reward functions.
 """
 
 import ctypes
+import gc
 import importlib.util
 import inspect
 import json
@@ -150,7 +151,7 @@ class Args:
     max_completion_length: int = 128
     """Longest sampled answer in tokens."""
     temperature: float = 1.0
-    """Sampling temperature; 0 is greedy."""
+    """Sampling temperature; 0, where samples are not trained on, is greedy."""
     top_p: float = 1.0
     """Share of the probability mass to sample from: 1, for log-probs are those of the whole distribution."""
     generation_batch_size: int = 256
@@ -188,25 +189,25 @@ class Args:
     lr_schedule: Literal["linear", "cosine", "constant"] = "constant"
     """Shape of the learning rate after warm-up; linear and cosine end at 0."""
     warmup_steps: int = 5
-    """Optimizer steps over which the learning rate rises linearly from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's two moments (TRL: 0.9, 0.999)."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, on matrices only (TRL: 0)."""
     max_grad_norm: float = 1.0
-    """Largest gradient norm over all parameters; larger gradients are scaled down to it (TRL: 1.0)."""
+    """Largest norm of a model's gradient; larger ones are scaled down to it (TRL: 1.0); inf is no end."""
     batch_size: int = 128
-    """Sequences, or pairs of them, per optimizer step over all processes."""
+    """Sequences, or pairs of them, per step over all processes; online, completions of a rollout."""
     max_tokens_per_micro_batch: int = 1024
     """Tokens of a packed row: memory only, never the result. A longer sequence gets its own row."""
     num_epochs: float = 1.0
     """Passes over the training set (TRL: 3)."""
     max_steps: int = 120
-    """Optimizer steps; 0 derives them from --num-epochs."""
+    """Steps (optimizer updates; online, rollouts); 0 derives them from --num-epochs."""
 
     # Evaluation and output
     eval_every: int = 40
-    """Optimizer steps between evaluations; 0 evaluates only before and after."""
+    """Steps between evaluations; 0 evaluates only before and after."""
     num_eval: int = 256
     """Rows of the evaluation sets that are used; 0 uses all."""
     eval_samples: int = 4
@@ -218,11 +219,11 @@ class Args:
     resume: bool = False
     """Continue the run in --output-dir from its last checkpoint."""
     save_every: int = 500
-    """Optimizer steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C."""
+    """Steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C."""
     keep_checkpoints: int = 2
     """How many of the last checkpoints stay on disk."""
     log_every: int = 5
-    """Optimizer steps between lines on the terminal; metrics.jsonl has one line a step."""
+    """Steps between lines on the terminal; metrics.jsonl has one line a step."""
     wandb: bool = False
     """Log to Weights & Biases as well (WANDB_MODE=offline works)."""
 
@@ -233,40 +234,19 @@ class Args:
             self.reward = ("rewards.py:math_answer",)
         if self.epsilon_high is None:
             self.epsilon_high = self.epsilon
-        for name in (
-            "max_prompt_length",
-            "max_completion_length",
-            "max_tokens_per_micro_batch",
-            "batch_size",
-            "generation_batch_size",
-            "num_iterations",
-            "num_minibatches",
-            "eval_samples",
-            "keep_checkpoints",
-            "log_every",
-        ):
-            if getattr(self, name) < 1:
-                fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        check_flags(self)
         if self.attn != "packed":
             self.share_prompt = False
         if self.num_generations < (2 if self.algorithm in ("rloo", "reinforce_pp_baseline") else 1):
             fail(
                 f"--num-generations {self.num_generations}: --algorithm {self.algorithm} compares at least 2"
             )
-        if not 0 <= self.gamma <= 1:
-            fail(f"--gamma must lie in [0, 1], not {self.gamma}")
         if self.batch_size % self.num_generations:
             fail(f"--batch-size {self.batch_size} is no multiple of --num-generations {self.num_generations}")
         if self.batch_size // self.num_generations < self.num_minibatches:
             fail(f"--num-minibatches {self.num_minibatches}: more than the prompts of a step")
-        if self.epsilon <= 0 or self.max_steps < 0:
-            fail(f"--epsilon {self.epsilon} must be above 0, and --max-steps {self.max_steps} not below")
         if len(self.reward_weights) not in (0, len(self.reward) + bool(self.reward_model)):
             fail(f"--reward-weights has {len(self.reward_weights)} numbers for {self.num_rewards} rewards")
-        if self.prompt_template and "{prompt}" not in self.prompt_template:
-            fail("--prompt-template has no {prompt} in it, where the question goes")
-        if self.resume and not self.output_dir:
-            fail("--resume needs --output-dir: which run should continue?")
 
     @property
     def num_rewards(self) -> int:
@@ -423,14 +403,13 @@ def self_bleu(group: list[list[int]], n: int = 4) -> float:
 
 def symptoms(first: dict, last: dict) -> list[str]:
     """What has commonly gone wrong, from metrics averaged over the first steps and over the last."""
-    found, names = [], (("entropy", "objective/entropy"), ("reward", "objective/scores"))  # others', PPO's
-    entropy, reward = (next(name for name in pair if name in last) for pair in names)
-    if last[entropy] < 0.5 * first[entropy]:
+    found, both = [], first.keys() & last.keys()
+    if "entropy" in both and last["entropy"] < 0.5 * first["entropy"]:
         found.append("entropy has halved: samples are getting alike (--epsilon-high, a lower learning rate)")
     if last["completions/mean_length"] > 2 * first["completions/mean_length"]:
         found.append("completions are twice as long: does the reward pay for length?")
-    if "gold_reward" in last:
-        rise, fall = last[reward] - first[reward], first["gold_reward"] - last["gold_reward"]
+    if {"reward", "gold_reward"} <= both:
+        rise, fall = last["reward"] - first["reward"], first["gold_reward"] - last["gold_reward"]
         if rise > 0 and fall > 0.02:
             found.append(
                 "reward rises and gold reward falls: it is being hacked (a weight for the KL, --max-kl)"
@@ -475,6 +454,7 @@ def main(args: Args) -> dict:
     sources = [tokenize_prompts(tokenizer, name, args.dataset_split, args) for name in args.dataset]
     prompts = [prompt for source in sources for prompt in source]
     held_out = tokenize_prompts(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
+    readers = judge_tokenizers(judge_names, prompts + held_out, args)
     recorded = load_rollouts(args, tokenizer) if args.replay_rollouts else None
     epoch_size, prompt_lengths = len(prompts), np.array([len(prompt.input_ids) for prompt in prompts])
     group_size, num_prompts = args.num_generations, args.batch_size // args.num_generations
@@ -485,7 +465,7 @@ def main(args: Args) -> dict:
 
     policy = load_model(args.model, args, tokenizer, device)
     ref_policy = load_model(args.ref_model or args.model, args, tokenizer, device).requires_grad_(False)
-    judges = [load_judge(name, args, device) for name in judge_names]
+    judges = [load_judge(name, reader, args, device) for name, reader in readers.items()]
     optimizer = make_optimizer(policy, args)
     step, num_tokens = load_checkpoint(output_dir, policy, optimizer) if args.resume else (0, 0)
     logger = Logger(args, output_dir, total_steps, step, COLUMNS)
@@ -758,6 +738,46 @@ def fail(message: str):
     raise SystemExit(2)
 
 
+def check_flags(args):
+    """End the run over what no run can have, NaN included: flags that scripts share, with their ranges."""
+    ranges = (
+        (
+            "be at least 1",
+            lambda x: x >= 1,
+            "batch_size max_tokens_per_micro_batch max_length max_prompt_length max_completion_length"
+            " generation_batch_size num_generations num_iterations num_ppo_epochs num_minibatches num_members"
+            " num_samples num_rollouts answers_per_prompt eval_samples keep_checkpoints log_every",
+        ),
+        (
+            "be above 0",
+            lambda x: x > 0,
+            "max_grad_norm num_epochs epsilon epsilon_high kl_target kl_horizon target_kl max_kl reward_clip"
+            " cliprange_value kd_temperature desirable_weight undesirable_weight",
+        ),
+        (
+            "be at least 0",
+            lambda x: x >= 0,
+            "learning_rate value_learning_rate weight_decay warmup_steps value_warmup_steps max_steps kl_coef"
+            " vf_coef std_coef missing_eos_penalty temperature num_eval eval_every save_every",
+        ),
+        ("lie in [0, 1]", lambda x: 0 <= x <= 1, "gamma lam kl_discount"),
+        (
+            "lie in [0, 1)",
+            lambda x: 0 <= x < 1,
+            "eval_fraction label_smoothing replay_fraction ches_filter_fraction",
+        ),
+    )
+    for words, holds, names in ranges:
+        for name in names.split():
+            value = getattr(args, name, None)
+            if value is not None and not holds(value):
+                fail(f"--{name.replace('_', '-')} must {words}, not {value}")
+    if "{prompt}" not in (getattr(args, "prompt_template", None) or "{prompt}"):
+        fail("--prompt-template has no {prompt} in it, where the question goes")
+    if args.resume and not args.output_dir:
+        fail("--resume needs --output-dir: which run should continue?")
+
+
 def process() -> tuple[int, int]:
     """Rank and number of the processes that torchrun started, (0, 1) without it."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -784,6 +804,13 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     elif cuda and not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     return *process(), device
+
+
+def leave_distributed():
+    """Leave the process group at a clean end: threads of gloo that outlive the interpreter abort it."""
+    gc.collect()  # sharded models hold the group
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
@@ -847,8 +874,13 @@ class Monitor:
     def __init__(self, output_dir: Path, step: int):
         path = output_dir / "metrics.jsonl"
         lines = path.read_text().splitlines() if step and process()[0] == 0 else []
-        self.history = [metrics for metrics in map(json.loads, lines) if 0 < metrics["step"] <= step]
+        self.history = [self.known(line) for line in map(json.loads, lines) if 0 < line["step"] <= step]
         self.warned = set()
+
+    def known(self, metrics: dict) -> dict:
+        """Metrics without those that are NaN, under the names that `symptoms` reads: PPO has others."""
+        alike = {"objective/entropy": "entropy", "objective/scores": "reward"}
+        return {alike.get(key, key): value for key, value in metrics.items() if value == value}
 
     def before(self, name: str) -> float:
         """What a metric was at the last step before a --resume, on every process; 0 at the start."""
@@ -858,9 +890,9 @@ class Monitor:
         return value[0]
 
     def __call__(self, metrics: dict):
-        self.history.append(metrics)
+        self.history.append(self.known(metrics))
         first, last = self.history[:5], self.history[-5:]
-        keys = [key for key in metrics if all(key in m for m in first + last)]
+        keys = [key for key in self.history[-1] if all(key in m for m in first + last)]
         means = [{key: sum(m[key] for m in steps) / len(steps) for key in keys} for steps in (first, last)]
         for symptom in symptoms(*means) if len(self.history) >= 10 else ():
             if symptom not in self.warned:
@@ -868,23 +900,23 @@ class Monitor:
                 self.warned.add(symptom)
 
 
-def load_tokenizer(args):
+def load_tokenizer(args, flag: str = "--model"):
     """The tokenizer of --model, its chat template, and `end_ids`: what may end a turn.
 
     The architecture is checked here as well, before anything slow is loaded.
     """
     path = locate(args.model)
     if path.startswith((".", "/")) and not Path(path).is_dir():
-        fail(f"--model {args.model}: no such folder")
+        fail(f"{flag} {args.model}: no such folder")
     try:
         config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         check_attention(config, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], args.attn)
     except KeyError:
-        fail(f"--model {args.model}: {config.model_type} is not a causal language model")
+        fail(f"{flag} {args.model}: {config.model_type} is not a causal language model")
     except (OSError, ValueError) as error:
-        fail(f"--model {args.model}: {str(error).splitlines()[0]}")
+        fail(f"{flag} {args.model}: {str(error).splitlines()[0]}")
     if not tokenizer.is_fast:
-        fail(f"--model {args.model}: its tokenizer reports no character offsets; only fast tokenizers do")
+        fail(f"{flag} {args.model}: its tokenizer reports no character offsets; only fast tokenizers do")
     if args.chat_template:
         if not Path(args.chat_template).is_file():
             fail(f"--chat-template {args.chat_template}: no such file")
@@ -1022,6 +1054,8 @@ def load_functions(specs: tuple[str, ...], args) -> list[tuple[str, object]]:
     for spec in specs:
         function = load_function(spec)
         named = inspect.signature(function).parameters
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in named.values()):
+            fail(f"{spec}: without **kwargs it cannot take prompts, completions and the dataset's columns")
         name = spec.rpartition(":")[2]
         if name in (known for known, _ in found):
             name = f"{name}_{len(found)}"
@@ -1236,15 +1270,23 @@ def find_judges(names: tuple[str, ...]) -> list[str]:
     return found
 
 
-def load_judge(name: str, args, device) -> tuple:
+def judge_tokenizers(names: list[str], prompts: list[Prompt], args) -> dict:
+    """The own tokenizer of each reward model, which must have a template if prompts are messages."""
+    found = {name: own_tokenizer(name, args, "--reward-model") for name in names}
+    for name, tokenizer in found.items():
+        if tokenizer.chat_template is None and any(isinstance(p.row["prompt"], list) for p in prompts):
+            fail(f"--reward-model {name}: prompts are messages, and its tokenizer has no chat template")
+    return found
+
+
+def load_judge(name: str, tokenizer, args, device) -> tuple:
     """A frozen reward model and its own tokenizer."""
-    tokenizer = own_tokenizer(name, args)
     return load_reward_model(name, args, tokenizer, device).requires_grad_(False), tokenizer
 
 
-def own_tokenizer(name: str, args):
-    """The tokenizer of the policy or of the outcome model, whatever that of --model is."""
-    return load_tokenizer(replace(args, model=name, chat_template=None))
+def own_tokenizer(name: str, args, flag: str):
+    """The tokenizer of another model than --model, which `flag` gives, with its own chat template."""
+    return load_tokenizer(replace(args, model=name, chat_template=None), flag)
 
 
 @fsdp_forward
@@ -1273,8 +1315,6 @@ def judge_rewards(model, tokenizer, rollout: list[Completion], args, device) -> 
 def judged(tokenizer, completion: Completion) -> Sequence:
     """A completion as a reward model reads it: with its own tokenizer and template, its last token marked."""
     row = completion.prompt.row
-    if isinstance(row["prompt"], list) and tokenizer.chat_template is None:
-        fail("--reward-model: prompts are messages, and its tokenizer has no chat template to read them with")
     end = tokenizer.turn_end_id if isinstance(row["prompt"], list) else tokenizer.eos_token_id
     ending = [end] * (completion.ended and end is not None)
     prompt_ids = prompt_tokens(tokenizer, row["prompt"], row)
@@ -1663,6 +1703,7 @@ class Logger:
     def log(self, metrics: dict, samples: list[dict] = ()):
         if process()[0] > 0:
             return
+        metrics = {key: value for key, value in metrics.items() if value == value}  # NaN: nothing is known
         step, total = metrics["step"], self.total_steps
         for name, rows in {
             "metrics": [metrics],
@@ -1675,7 +1716,8 @@ class Logger:
         self.bar.update(step - self.bar.n)
         if step and (step % self.args.log_every == 0 or step == total):
             left = round((time.perf_counter() - self.started) / (step - self.first_step) * (total - step))
-            shown = "  ".join(f"{name} {metrics[name]:{form}}" for name, form in self.columns.items())
+            shown = {name: form for name, form in self.columns.items() if name in metrics}
+            shown = "  ".join(f"{name} {metrics[name]:{form}}" for name, form in shown.items())
             say(f"step {step:>{len(str(total))}}/{total}  {shown}  left {left // 60}:{left % 60:02}")
         evaluated = [
             f"{k.removeprefix('eval/')} {v:.4g}" for k, v in metrics.items() if k.startswith("eval/")
@@ -1705,3 +1747,4 @@ class Logger:
 
 if __name__ == "__main__":
     main(tyro.cli(Args))
+    leave_distributed()

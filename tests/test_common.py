@@ -6,6 +6,7 @@ arithmetic, or numbers worked by hand; only a setting that must change nothing i
 
 import copy
 import functools
+import gc
 import math
 from types import SimpleNamespace
 
@@ -839,9 +840,15 @@ def test_k3_is_accurate_for_tiny_log_ratios(sign):
 
 
 def sharded_worker(rank, folder):
-    """Two processes, each with its own sequences, against one that has them all; raises where they differ."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    compare_sharded(rank)
+    gc.collect()  # the models hold the group, whose threads must not outlive the interpreter
+    dist.destroy_process_group()
+
+
+def compare_sharded(rank):
+    """Two processes, each with its own sequences, against one that has them all; raises where they differ."""
     first, second, filler = make_sequences(seed=1), make_sequences((4, 11), seed=2), [([0], [0])]
     for family in ("llama", "gemma3"):  # with a head of its own, and tied
         whole = build(family)
@@ -870,7 +877,6 @@ def sharded_worker(rank, folder):
                 {name: p.grad.full_tensor() for name, p in sharded.named_parameters()},
                 {name: p.grad for name, p in whole.named_parameters()},
             )
-    dist.destroy_process_group()
 
 
 def test_two_sharded_processes_give_the_logprobs_and_gradients_of_one(tmp_path):
