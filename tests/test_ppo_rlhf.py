@@ -816,8 +816,11 @@ def test_values_behind_cut_off_completions_take_the_place_of_their_scores(train,
 
 @pytest.mark.parametrize(
     "scores, flags",
-    [((1.0, None, 3.0, None), {}), (SCORES, {"truncated": "drop"})],
-    ids=["without-a-score", "cut-off"],
+    [
+        ((1.0, None, 3.0, None), {}),
+        (SCORES, {"truncated": "drop", "reward_model": (JUDGE,), "reward_weights": (1.0, 0.0)}),
+    ],
+    ids=["without-a-score", "cut-off"],  # values are 0, and not
 )
 def test_completion_that_is_not_trained_on_takes_no_part_in_the_update(
     train, recorded, looked, losses, scores, flags

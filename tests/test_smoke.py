@@ -72,7 +72,8 @@ RUN = {
     "grpo.py": ONLINE,
     "dapo.py": ONLINE | {"overlong_buffer": 20},
     "rloo_remax.py": ONLINE,
-    "ppo_rlhf.py": ONLINE | {"reward_model": ("tiny/reward",), "eval_reward": ("rewards.py:math_answer",)},
+    "ppo_rlhf.py": ONLINE
+    | {"reward_model": ("tiny/reward",), "eval_reward": ("rewards.py:math_answer",), "target_kl": 0.01},
     "reward_model.py": {k: v for k, v in PAIRS.items() if k not in ("cache_dir", "max_completion_length")}
     | {"dataset": ("DATA/preference_train.jsonl",)},
     "process_reward_model.py": {k: v for k, v in PAIRS.items() if k != "cache_dir"}
@@ -253,8 +254,9 @@ def assert_close_metrics(lines, others, keys=("loss", "grad_norm"), rel=1e-5):
     for line, other in zip(lines, others, strict=True):
         for key in keys:
             if key in line or key in other:
-                # abs: the loss of an online script is 0 at ratio 1, up to rounding
-                assert line[key] == pytest.approx(other[key], rel=rel, abs=1e-7), (line["step"], key)
+                # AdamW makes a rounding larger from update to update; a loss at ratio 1 is 0
+                near = pytest.approx(other[key], rel=rel if line["step"] <= 1 else 10 * rel, abs=1e-7)
+                assert line[key] == near, (line["step"], key)
 
 
 def comparable(script, lines):
@@ -348,26 +350,32 @@ def test_gradient_checkpointing_is_memory_only(script, run):
 @every_script
 def test_two_processes_are_one(script, run, flags_of, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    folder = tmp_path / "two"
-    arguments = command_line(flags_of(script, output_dir=str(folder)))
+    whole, folder, replayed = run(script), tmp_path / "two", {}
+    if (
+        "num_generations" in RUN[script.name]
+    ):  # on the same samples: a rounding may move another to the next token
+        whole = run(script, save_rollouts=True)
+        replayed = {"replay_rollouts": str(whole / "rollouts.jsonl")}
+    arguments = command_line(flags_of(script, output_dir=str(folder), **replayed))
     done = start(*torchrun, script, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    lines, others = comparable(script, read(folder)), comparable(script, read(run(script)))
-    assert_close_metrics(lines, others, keys=("loss", "grad_norm", "eval/loss"))
-    one, two = state(run(script), 6), state(folder, 6)
+    keys = ("loss", "grad_norm", "grad_norm/value", "updates", "eval/loss")
+    assert_close_metrics(read(folder), read(whole), keys=keys)
+    first, wanted = read(folder)[0], read(whole)[0]  # what both sample before any update
+    assert {k: first[k] for k in first if "reward" in k} == pytest.approx(
+        {k: wanted[k] for k in wanted if "reward" in k}
+    )
+    one, two = state(whole, 6), state(folder, 6)
     weights = [name for name in one if name.startswith("model/")]
-    if len(comparable(script, read(folder))) > 2:  # not after other samples
-        assert {name: (one[name] - two[name]).abs().max().item() for name in weights} == pytest.approx(
-            dict.fromkeys(weights, 0), abs=1e-5
-        )
-    saved, expected = (load_file(path / "model" / "model.safetensors") for path in (folder, run(script)))
+    apart = sum(((one[name] - two[name]).abs() > 1e-5).sum().item() for name in weights)
+    assert apart <= 1e-4 * sum(one[name].numel() for name in weights)
+    saved, expected = (load_file(path / "model" / "model.safetensors") for path in (folder, whole))
     assert saved.keys() == expected.keys()
     # one process continues what two began
     for path in (folder / "model", folder / "checkpoints" / "step_00000006"):
         shutil.rmtree(path)
-    main(script, flags_of(script, output_dir=str(folder), resume=True))
-    lines, others = comparable(script, read(folder)), comparable(script, read(run(script)))
-    assert_close_metrics(lines, others, keys=("loss", "grad_norm", "eval/loss"))
+    main(script, flags_of(script, output_dir=str(folder), resume=True, **replayed))
+    assert_close_metrics(read(folder), read(whole), keys=keys)
 
 
 HOOKED = """
