@@ -561,6 +561,9 @@ def main(args: Args) -> dict:
     stream = data_order(prompt_lengths, [prompts], [1], epoch_size, num_epochs, args.order, args.seed)
     say(tokenizer.decode(prompts[stream[0]].input_ids))
 
+    roles = {"policy": args.model, "value model": value_source, "reference": args.ref_model or args.model}
+    roles |= {"reward": ", ".join([*args.reward, *judge_names]), "gold reward": ", ".join(args.eval_reward)}
+    say("; ".join(f"{role}: {name}" for role, name in roles.items() if name))
     policy = load_model(args.model, args, tokenizer, device)
     value_model = load_reward_model(value_source, args, value_tokenizer, device)
     if args.value_init == "policy":

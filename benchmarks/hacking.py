@@ -70,7 +70,7 @@ def draw(result: dict, path: Path):
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
-    panels[0].legend(loc="lower right", fontsize=7)
+    panels[2].legend(loc="upper left", fontsize=7)  # where no curve passes
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

@@ -297,6 +297,25 @@ def by_name(path):
 needs_readme = pytest.mark.skipif(not README.exists(), reason="no README yet")
 
 
+def test_hacking_is_shown_told_and_stopped_as_the_page_of_ppo_says():
+    result = json.loads((ROOT / "benchmarks" / "results" / "hacking.json").read_text())
+    told = {
+        guard: [any("hacked" in w for w in one["warnings"]) for one in runs]
+        for guard, runs in result["runs"].items()
+    }
+    assert told == {"off": [True] * 3, "kl": [False] * 3, "max_kl": [False] * 3}
+    assert [one["steps"] for one in result["runs"]["max_kl"]] == [4] * 3
+    moved = {
+        (guard, key): both["last"]["mean"] - both["first"]["mean"]
+        for guard, keys in result["summary"].items()
+        for key, both in keys.items()
+    }
+    assert moved["off", "objective/scores"] > 1 and moved["off", "gold_reward"] < -0.4
+    assert moved["off", "completions/mean_length"] > 50
+    for guard in ("kl", "max_kl"):
+        assert moved[guard, "gold_reward"] > -0.02 and abs(moved[guard, "completions/mean_length"]) < 5
+
+
 @needs_readme
 def test_commands_of_learning_curves_measure_all_that_their_results_hold():
     found = [words for words in commands(README.read_text()) if "benchmarks/learning.py" in words]

@@ -23,7 +23,7 @@ LEARNT = {
     "reward_model.py": [((), {"eval/accuracy": 0.9})],
     "distill.py": [((), {"eval/accuracy": 0.3, "eval/greedy_accuracy": 0.6})],
     "process_reward_model.py": [((), {"eval/step_accuracy": 0.85, "eval/first_error": 0.75})],
-    "ppo_rlhf.py": [((), {"eval/reward": 0.73, "eval/greedy_reward": 0.88})],
+    "ppo_rlhf.py": [((), {"eval/reward": 0.78, "eval/greedy_reward": 0.88, "objective/scores": 1.0})],
     "grpo.py": [((), {"eval/reward": 0.8, "eval/greedy_reward": 0.9})],
     "dapo.py": [((), {"eval/reward": 0.8, "eval/greedy_reward": 0.9})],
     "rloo_remax.py": [
