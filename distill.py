@@ -30,7 +30,14 @@ Deviations from the papers, each with its reason:
        batch is made of. The expectation is the same, and the gradient is quieter.
     2. A token counts alike in short and long answers, as in TRL; GKD's mean is
        `--loss-agg seq_mean_token_mean`.
-    3. The sampled loss leaves out MiniLLM's teacher-mixed sampling and its normalization by length.
+    3. The divergence has no weight of its own: `--ce-coef` weighs the likelihood beside it, where Hinton et
+       al. and DistillKit weigh both. A common factor is the learning rate's.
+    4. seq_kd learns from samples of the teacher; section 3.2 from the mode of its distribution, by beam
+       search. Of several samples a reward can keep the right ones; `--temperature 0` is the greedy mode.
+    5. Equal answers to a prompt count once, as any sequences (`--dedupe`), which flattens what the teacher
+       says often; `--no-dedupe` keeps its weights.
+    6. policy_gradient leaves out MiniLLM's single-step decomposition, teacher-mixed sampling, normalization
+       by length and language-modelling term: `--divergence` is the exact single step, `--ce-coef` the term.
 
     python distill.py                                          # CPU, offline, 2 minutes on two cores
     python distill.py --mode seq_kd --reward rewards.py:math_answer
@@ -44,6 +51,7 @@ sizes of student and teacher, k cached tokens.
 """
 
 import ctypes
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -171,17 +179,17 @@ class Args:
     teacher_data: str | None = None
     """Answers to learn from in seq_kd instead of sampling them: a dataset with completions."""
     answers_per_prompt: int = 4
-    """Answers that the teacher samples of each prompt in seq_kd."""
+    """Answers that the teacher samples of each prompt in seq_kd; at --temperature 0 one."""
     reward: tuple[str, ...] = ()
     """Functions file.py:function that score completions; seq_kd keeps those above --reward-threshold."""
     reward_threshold: float = 0.5
-    """Answers are kept if the mean of their rewards is above this."""
+    """Answers are kept if the mean of their rewards, without those that are None, is above this."""
     allow_code_execution: bool = False
     """Let reward functions run what the model writes (rewards.py:code_tests)."""
     max_completion_length: int = 128
     """Longest sampled answer in tokens."""
     temperature: float = 1.0
-    """Sampling temperature; 0 is greedy."""
+    """Sampling temperature; 0, where samples are not trained on, is greedy."""
     generation_batch_size: int = 256
     """Prompts that are sampled at once."""
 
@@ -193,25 +201,25 @@ class Args:
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Shape of the learning rate after warm-up; linear and cosine end at 0."""
     warmup_steps: int = 10
-    """Optimizer steps over which the learning rate rises linearly from 0."""
+    """Steps over which the learning rate rises linearly from 0."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's two moments (TRL: 0.9, 0.999)."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, on matrices only (TRL: 0)."""
     max_grad_norm: float = 1.0
-    """Largest gradient norm over all parameters; larger gradients are scaled down to it (TRL: 1.0)."""
+    """Largest norm of a model's gradient; larger ones are scaled down to it (TRL: 1.0); inf is no end."""
     batch_size: int = 32
-    """Sequences, or pairs of them, per optimizer step over all processes."""
+    """Sequences, or pairs of them, per step over all processes; online, completions of a rollout."""
     max_tokens_per_micro_batch: int = 2048
     """Tokens of a packed row: memory only, never the result. A longer sequence gets its own row."""
     num_epochs: float = 3.0
     """Passes over the training set (TRL: 3)."""
     max_steps: int = 400
-    """Optimizer steps; 0 derives them from --num-epochs."""
+    """Steps (optimizer updates; online, rollouts); 0 derives them from --num-epochs."""
 
     # Evaluation and output
     eval_every: int = 100
-    """Optimizer steps between evaluations; 0 evaluates only before and after."""
+    """Steps between evaluations; 0 evaluates only before and after."""
     num_eval: int = 256
     """Rows of the evaluation sets that are used; 0 uses all."""
     seed: int = 1
@@ -221,11 +229,11 @@ class Args:
     resume: bool = False
     """Continue the run in --output-dir from its last checkpoint."""
     save_every: int = 500
-    """Optimizer steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C."""
+    """Steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C."""
     keep_checkpoints: int = 2
     """How many of the last checkpoints stay on disk."""
     log_every: int = 10
-    """Optimizer steps between lines on the terminal; metrics.jsonl has one line a step."""
+    """Steps between lines on the terminal; metrics.jsonl has one line a step."""
     wandb: bool = False
     """Log to Weights & Biases as well (WANDB_MODE=offline works)."""
 
@@ -236,22 +244,9 @@ class Args:
         self.prompt_dataset = self.prompt_dataset or self.dataset[0]
         if self.keep_layers is None and self.model == self.teacher == "tiny/sft":
             self.keep_layers = (0, 1)
-        for name in (
-            "max_length",
-            "max_prompt_length",
-            "max_completion_length",
-            "max_tokens_per_micro_batch",
-            "batch_size",
-            "generation_batch_size",
-            "answers_per_prompt",
-            "keep_checkpoints",
-            "log_every",
-        ):
-            if getattr(self, name) < 1:
-                fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("kd_temperature", "temperature"):
-            if getattr(self, name) <= 0:
-                fail(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
+        check_flags(self)
+        if self.mode == "on_policy" and self.temperature == 0:
+            fail("--temperature 0: --mode on_policy trains on samples, which takes a temperature above 0")
         if not 0 < self.jsd_beta < 1:
             fail(
                 f"--jsd-beta {self.jsd_beta}: at 0 and 1 jsd is 0; take --divergence forward_kl or reverse_kl"
@@ -260,8 +255,6 @@ class Args:
             fail(f"--on-policy-fraction must lie in (0, 1], not {self.on_policy_fraction}")
         if self.mode == "on_policy" and round(self.on_policy_fraction * self.batch_size) < 1:
             fail(f"--on-policy-fraction {self.on_policy_fraction} is no sequence of {self.batch_size}")
-        if not 0 <= self.kl_discount <= 1:
-            fail(f"--kl-discount must lie in [0, 1], not {self.kl_discount}")
         if self.teacher is None and not (self.mode == "seq_kd" and self.teacher_data):
             fail("--teacher None: only --mode seq_kd with --teacher-data does without")
         for name in ("teacher_data", "reward"):
@@ -269,6 +262,8 @@ class Args:
                 fail(f"--{name.replace('_', '-')}: only --mode seq_kd reads it, not {self.mode}")
         if self.cache_top_k < 0 or self.cache_top_k and self.mode != "token_kd":
             fail(f"--cache-top-k {self.cache_top_k}: only --mode token_kd keeps tokens, and at least 1")
+        if not self.ce_coef >= 0:
+            fail(f"--ce-coef must be at least 0, not {self.ce_coef}")
         if self.ce_coef and (
             self.mode == "seq_kd" or self.mode == "on_policy" and self.on_policy_fraction == 1
         ):
@@ -277,10 +272,8 @@ class Args:
             fail(
                 f"--on-policy-loss policy_gradient: only --mode on_policy has samples for it, not {self.mode}"
             )
-        if self.prompt_template and "{prompt}" not in self.prompt_template:
-            fail("--prompt-template has no {prompt} in it, where the question goes")
-        if self.resume and not self.output_dir:
-            fail("--resume needs --output-dir: which run should continue?")
+        if self.kl_discount and self.on_policy_loss != "policy_gradient":
+            fail(f"--kl-discount {self.kl_discount}: only --on-policy-loss policy_gradient reads it")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -386,34 +379,44 @@ def chunk_divergence(logits, targets, teacher: TeacherChunk, divergence, tempera
     return divergence(logprobs, teacher.logprobs), of_targets, logprobs
 
 
+class TokenTerms(NamedTuple):
+    """What a loss and its metrics are made of, (C,) each, or the six sums over tokens.
+
+    The first two have a gradient, the others have none.
+    """
+
+    divergences: torch.Tensor  # of teacher and student, at --kd-temperature
+    logprobs: torch.Tensor  # of the token under the student, at temperature 1
+    kl_forward: torch.Tensor  # KL(teacher || student), at --kd-temperature
+    kl_reverse: torch.Tensor  # KL(student || teacher), at --kd-temperature
+    token_agreement: torch.Tensor  # 1 where both have the same likeliest token
+    teacher_logprobs: torch.Tensor  # of the token under the teacher, at temperature 1
+
+
 class _HeadDivergence(torch.autograd.Function):
-    """Both heads and their divergence in chunks of rows; the backward pass recomputes each, so only (C,) is
+    """`TokenTerms` from both heads in chunks of rows; the backward pass recomputes each, so only (C,) is
     kept."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, teacher, *settings):
         divergence, temperature, scale, softcap, chunk_size = settings
-        divergences = torch.empty(len(targets), device=hidden.device)  # (C,)
-        logprobs = torch.empty_like(divergences)  # (C,)
-        details = divergences.new_empty(4, len(targets))  # (4, C)
+        terms = TokenTerms(*(torch.empty(len(targets), device=hidden.device) for _ in TokenTerms._fields))
         for start in range(0, len(targets), chunk_size):
             c = slice(start, start + chunk_size)
             logits = head_logits(hidden[c], weight, bias, scale, softcap)  # (c, V)
             said = teacher.chunk(c, targets, temperature)
-            divergences[c], logprobs[c], own = chunk_divergence(
+            terms.divergences[c], terms.logprobs[c], own = chunk_divergence(
                 logits, targets[c], said, divergence, temperature
             )
-            agrees = (logits.argmax(-1) == said.top1).float()  # (c,)
-            kls = [
-                divergences[c] if divergence is kl else kl(own, said.logprobs)
-                for kl in (forward_kl, reverse_kl)
-            ]  # (c,) each
-            details[:, c] = torch.stack([*kls, agrees, said.target_logprobs])
+            for kl, kls in ((forward_kl, terms.kl_forward), (reverse_kl, terms.kl_reverse)):
+                kls[c] = terms.divergences[c] if divergence is kl else kl(own, said.logprobs)
+            terms.token_agreement[c] = (logits.argmax(-1) == said.top1).float()
+            terms.teacher_logprobs[c] = said.target_logprobs
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.teacher, ctx.settings = teacher, settings
-        ctx.mark_non_differentiable(details)
+        ctx.mark_non_differentiable(*terms[2:])
         ctx.set_materialize_grads(False)
-        return divergences, logprobs, details
+        return tuple(terms)
 
     @staticmethod
     @once_differentiable
@@ -461,23 +464,21 @@ def token_divergences(
     temperature: float,
     vocab_size: int,
     chunk_size: int | None = None,
-):
-    """Divergence from the teacher at each trained token of a row, log-prob of the token, and details.
+) -> TokenTerms:
+    """Divergence from the teacher at each trained token of a row, log-prob of the token, and what is logged.
 
-    `divergence` maps log-probs of student and teacher, (c, V) each, to (c,); both distributions are those of
-    the first `vocab_size` tokens. Returns the divergences (C,) at `temperature` and the log-probs (C,) at 1,
-    both with a gradient; and without one (4, C): KL(teacher || student) and KL(student || teacher) at
-    `temperature`, 1 where both have the same likeliest token, the teacher's log-prob of the token at 1.
-
-    Logits exist for `chunk_size` tokens at a time, of either model: 1,024 on CUDA, 256 elsewhere.
+    `divergence` maps log-probs of student and teacher at `temperature`, (c, V) each, to (c,); both
+    distributions are those of the first `vocab_size` tokens. Logits exist for `chunk_size` tokens at a time,
+    of either model: 1,024 on CUDA, 256 elsewhere.
     """
     hidden = completion_states(student, batch)  # (C, H)
     targets = batch.input_ids[0, batch.completion_index]  # (C,)
     weight, bias, scale, softcap = first_tokens(head_settings(student), vocab_size)
     chunk_size = chunk_size or (1024 if hidden.is_cuda else 256)
-    return _HeadDivergence.apply(
+    terms = _HeadDivergence.apply(
         hidden, weight, bias, targets, teacher, divergence, temperature, scale, softcap, chunk_size
     )
+    return TokenTerms(*terms)
 
 
 def reverse_kl_advantages(
@@ -487,7 +488,7 @@ def reverse_kl_advantages(
 
     At discount 0, -A log p_S has in expectation the gradient of KL(p_S || p_T) of every token, what comes
     before it held fixed (Thinking Machines 2025, On-policy distillation); at 1 that of KL(p_S || p_T) of
-    whole answers (MiniLLM, arXiv:2306.08543, section 2.2).
+    whole answers (MiniLLM, arXiv:2306.08543, section 2.2; deviation 6).
     """
     advantages = (teacher_logprobs - logprobs).detach()  # (C,)
     if discount == 0:
@@ -525,8 +526,6 @@ def lr_factor(step: int, *, total_steps: int, warmup_steps: int, lr_schedule: st
 # Training
 # ------------------------------------------------------------------------------------------------------------
 DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}
-# What needs the teacher's distribution, in the order of `token_divergences`.
-DETAILS = ("kl_forward", "kl_reverse", "token_agreement", "teacher_ce")
 COLUMNS = {  # of the terminal's lines
     "loss": ".4f",
     "kl_forward": ".4f",
@@ -544,21 +543,30 @@ def main(args: Args) -> dict:
     rank, world_size, device = setup_distributed()
     torch.manual_seed(args.seed)
     output_dir = choose_output_dir(args, "distill")
-    tokenizer = load_tokenizer(args)
+    with_teacher = args.mode != "seq_kd"  # whether the loss needs its distribution, not its answers alone
+    tokenizer, teacher_tokenizer = load_tokenizer(args), load_teacher_tokenizer(args)
+    if with_teacher:
+        share_template(args, tokenizer, teacher_tokenizer)
+        check_tokens(args, tokenizer, teacher_tokenizer)
     check_layers(args)
-    teacher_tokenizer = load_teacher_tokenizer(args)
-    check_tokens(args, tokenizer, teacher_tokenizer)
     check_sampled_loss(args)
+    check_cache_dir(args)
     functions = load_functions(args.reward, args)
+    held_out = load_sequences(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
+    questions, teacher_questions = (load_questions(x, args) for x in (tokenizer, teacher_tokenizer))
 
+    # Loaded when it is first asked something, which is never if all that it would say is on disk already;
+    # `load_teacher.cache_clear()` lets it go.
     @cache
     def load_teacher():
         return load_model(args.teacher, args, teacher_tokenizer, device).requires_grad_(False).eval()
 
-    # 0. Teacher: its answers (seq_kd), or its likeliest tokens (--cache-top-k)
+    # 0. Teacher: its answers are the data of seq_kd; what it says of other data is for `teacher_views`
     sources = args.dataset
-    if args.mode == "seq_kd":
+    if not with_teacher:
         sources = (teacher_answers(load_teacher, teacher_tokenizer, functions, args, output_dir, device),)
+
+    # Data: of each batch so many sequences are sampled by the student, answers to prompts, and so many given
     num_sampled = round(args.on_policy_fraction * args.batch_size) if args.mode == "on_policy" else 0
     num_given = args.batch_size - num_sampled
     sequences, prompts = [], []
@@ -566,9 +574,9 @@ def main(args: Args) -> dict:
         sequences = [s for name in sources for s in load_sequences(tokenizer, name, args.dataset_split, args)]
     if num_sampled:
         prompts = tokenize_prompts(tokenizer, args.prompt_dataset, args.dataset_split, args)
-    held_out = load_sequences(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
-    questions, teacher_questions = (load_questions(x, args) for x in (tokenizer, teacher_tokenizer))
-    check_tokens(args, tokenizer, teacher_tokenizer)  # again: data may have brought ChatML
+    if with_teacher:
+        share_chatml(tokenizer, teacher_tokenizer)
+        check_tokens(args, tokenizer, teacher_tokenizer)
     epoch_size, per_step = (len(prompts), num_sampled) if num_sampled else (len(sequences), num_given)
     total_steps = args.max_steps or max(1, math.ceil(args.num_epochs * epoch_size / per_step))
     given_stream = training_order(sequences, total_steps * num_given, args)
@@ -576,40 +584,50 @@ def main(args: Args) -> dict:
     if num_given:
         show_sequence(tokenizer, sequences[given_stream[0]])
 
+    # Student, and what it is compared with
     name = args.model if args.keep_layers is None else prune_layers(args, output_dir / "student")
     student = load_model(name, args, tokenizer, device)
     optimizer = make_optimizer(student, args)
     step, num_tokens = load_checkpoint(output_dir, student, optimizer) if args.resume else (0, 0)
-    settings = {
+    settings = {  # of `token_divergences`
         "divergence": DIVERGENCES[args.divergence],
         "temperature": args.kd_temperature,
         "vocab_size": len(tokenizer),
     }
     if args.divergence == "jsd":
         settings["divergence"] = partial(jsd, beta=args.jsd_beta)
-    ask, ask_held_out = (
-        teacher_views(load_teacher, found, wanted, tokenizer, teacher_tokenizer, args, device)
-        for found, wanted in ((sequences, np.unique(given_stream)), (held_out, np.arange(len(held_out))))
+    view_of, held_out_view_of = None, None  # row, numbers of its sequences -> what the teacher says of it
+    if with_teacher:
+        wanted = np.unique(given_stream)
+        view_of = teacher_views(load_teacher, sequences, wanted, len(tokenizer), args, device)
+    if held_out and same_tokens(tokenizer, teacher_tokenizer):
+        wanted = np.arange(len(held_out))
+        held_out_view_of = teacher_views(load_teacher, held_out, wanted, len(tokenizer), args, device)
+    evaluate = partial(
+        evaluate_student, student, tokenizer, held_out_view_of, held_out, questions, settings, args, device
     )
-    logger = Logger(args, output_dir, total_steps, step, columns_of(args.mode))
+    logger = Logger(args, output_dir, total_steps, step, columns_of(with_teacher))
     metrics = {}
-    evaluation = (student, tokenizer, ask_held_out, held_out, questions, settings, args, device)
     if step == 0:
-        results, samples = evaluate_student(*evaluation)
+        before, samples = evaluate()
         if teacher_questions:
             of_teacher, _ = answer_rates(load_teacher(), teacher_tokenizer, teacher_questions, args, device)
-            results |= {key.replace("eval/", "eval/teacher_"): value for key, value in of_teacher.items()}
-        logger.log({"step": 0} | results, samples)
-    if args.cache_top_k or not ask_held_out:
+            before |= {key.replace("eval/", "eval/teacher_"): value for key, value in of_teacher.items()}
+        logger.log({"step": 0} | before, samples)
+    if args.cache_top_k or not (view_of or held_out_view_of):
         load_teacher.cache_clear()  # it has said all that is asked of it
+
     while step < total_steps:
         # 1. Batch: given sequences and sampled answers, packed into rows that are dealt to the processes
         step, started = step + 1, time.perf_counter()
-        picks = given_stream[(step - 1) * num_given : step * num_given]
-        asked = [prompts[i] for i in prompt_stream[(step - 1) * num_sampled : step * num_sampled]]
-        seed = args.seed * 10**6 + step
-        rollout = roll_out(student, tokenizer, asked, args, device, seed=seed) if asked else []
-        batch_sequences = [sequences[i] for i in picks] + [as_sequence(c, len(tokenizer)) for c in rollout]
+        given_of_step = given_stream[(step - 1) * num_given : step * num_given]
+        prompts_of_step = [prompts[i] for i in prompt_stream[(step - 1) * num_sampled : step * num_sampled]]
+        rollout = []
+        if prompts_of_step:
+            seed = args.seed * 10**6 + step
+            rollout = roll_out(student, tokenizer, prompts_of_step, args, device, seed=seed)
+        batch_sequences = [sequences[i] for i in given_of_step]
+        batch_sequences += [as_sequence(completion, len(tokenizer)) for completion in rollout]
         batch_lengths = np.array([len(sequence.input_ids) for sequence in batch_sequences])
         rows = pack(batch_lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
         batch_tokens = sum(int(sequence.trained.sum()) for sequence in batch_sequences)
@@ -618,17 +636,18 @@ def main(args: Args) -> dict:
 
         # 2. Loss: each row adds its part of the mean over the whole optimizer batch
         student.train()
-        sums = torch.zeros(3 + len(DETAILS), device=device)  # told to stop, loss, log-probs, details
+        sums = torch.zeros(2 + len(TokenTerms._fields), device=device)  # told to stop, loss, every term
         for row in rows[rank::world_size]:
             batch = collate([batch_sequences[i] for i in row] or [FILLER], device)
             given = torch.tensor([i < num_given for i in row] or [True], device=device)[batch.sequence_index]
-            view = ask(batch, picks[row] if num_sampled == 0 else ()) if args.mode != "seq_kd" else None
-            divergences, logprobs, details = row_terms(student, batch, view, settings)
-            of_tokens = divergences, logprobs, details[3], given, batch.sequence_index  # (C,) each
-            losses = token_losses(*of_tokens, args)  # (C,)
+            teacher_view = None
+            if with_teacher:  # a cache goes by the numbers of sequences, which samples have none of
+                teacher_view = view_of(batch, given_of_step[row] if args.cache_top_k else ())
+            terms = row_terms(student, batch, teacher_view, settings)  # (C,) each
+            losses = token_losses(terms, given, batch.sequence_index, args)  # (C,)
             loss = aggregate(losses, batch, **counts, loss_agg=args.loss_agg)
             (loss * world_size).backward()  # FSDP2 averages over processes what is to be summed
-            sums[1:] += torch.cat([loss.detach()[None], logprobs.detach().sum()[None], details.sum(1)])
+            sums[1:] += torch.stack([loss, *(term.sum() for term in terms)]).detach()
 
         # 3. Update
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm)
@@ -637,8 +656,8 @@ def main(args: Args) -> dict:
                 step, total_steps=total_steps, warmup_steps=args.warmup_steps, lr_schedule=args.lr_schedule
             )
         sums[0] = logger.stopping
-        results = torch.cat([all_reduce(sums), full(grad_norm)[None]])
-        stopping, loss, logprob, *details, grad_norm = results.tolist()  # the one synchronisation of a step
+        sums = torch.cat([all_reduce(sums), full(grad_norm)[None]])
+        stopping, loss, *term_sums, grad_norm = sums.tolist()  # the one synchronisation of a step
         if not math.isfinite(loss + grad_norm):
             stop_on_nonfinite(output_dir, step, batch_sequences, loss, grad_norm)
         optimizer.step()
@@ -653,7 +672,7 @@ def main(args: Args) -> dict:
             "loss": loss,
             "learning_rate": optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm,
-            **describe(logprob, details, batch_tokens, args.mode != "seq_kd"),
+            **describe(term_sums, batch_tokens, with_teacher),
             "num_tokens": num_tokens,
             "tokens_per_second": int(batch_lengths.sum()) / seconds,
             "step_time": seconds,
@@ -670,8 +689,8 @@ def main(args: Args) -> dict:
             metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         samples = []
         if step == total_steps or (args.eval_every and step % args.eval_every == 0):
-            results, samples = evaluate_student(*evaluation)
-            metrics |= results
+            evaluated, samples = evaluate()
+            metrics |= evaluated
         logger.log(metrics, samples)
         if stopping or (args.save_every and (step == total_steps or step % args.save_every == 0)):
             save_checkpoint(output_dir, student, optimizer, step, num_tokens, args.keep_checkpoints)
@@ -683,59 +702,60 @@ def main(args: Args) -> dict:
     return metrics
 
 
-def token_losses(divergences, logprobs, teacher_logprobs, given, sequence_index, args) -> torch.Tensor:
+def token_losses(terms: TokenTerms, given, sequence_index, args) -> torch.Tensor:
     """Loss of each token (C,) as --mode has it; `given` (C,) is False for tokens that the student sampled."""
     if args.mode == "seq_kd":
-        return -logprobs
-    losses = divergences * (args.kd_temperature**2 if args.kd_temperature_squared else 1.0)  # (C,)
+        return -terms.logprobs
+    losses = terms.divergences * (args.kd_temperature**2 if args.kd_temperature_squared else 1.0)  # (C,)
     if args.mode == "on_policy" and args.on_policy_loss == "policy_gradient":
         advantages = reverse_kl_advantages(
-            logprobs.detach(), teacher_logprobs, sequence_index, discount=args.kl_discount
+            terms.logprobs, terms.teacher_logprobs, sequence_index, discount=args.kl_discount
         )  # (C,)
-        losses = torch.where(given, losses, -advantages * logprobs)
-    return losses - args.ce_coef * given * logprobs if args.ce_coef else losses
+        losses = torch.where(given, losses, -advantages * terms.logprobs)
+    return losses - args.ce_coef * given * terms.logprobs if args.ce_coef else losses
 
 
-def row_terms(student, batch, view, settings: dict):
+def row_terms(student, batch, teacher_view, settings: dict) -> TokenTerms:
     """`token_divergences` of a row; log-probs alone and zeros where there is no view of the teacher."""
-    if view is not None:
-        return token_divergences(student, batch, view, **settings)
+    if teacher_view is not None:
+        return token_divergences(student, batch, teacher_view, **settings)
     logprobs = token_logprobs(student, batch)  # (C,)
-    return torch.zeros_like(logprobs), logprobs, logprobs.new_zeros(len(DETAILS), len(logprobs))
+    zeros = torch.zeros_like(logprobs)  # (C,)
+    return TokenTerms(zeros, logprobs, zeros, zeros, zeros, zeros)
 
 
-def describe(logprob: float, details: list[float], count: int, with_teacher: bool) -> dict:
-    """Means over `count` tokens of the student's log-probs and the `DETAILS`, which are sums."""
-    kl_forward, kl_reverse, agreement, teacher_logprob = (value / count for value in details)
-    of_teacher = dict(zip(DETAILS, (kl_forward, kl_reverse, agreement, -teacher_logprob), strict=True))
-    return {"ce": -logprob / count} | (of_teacher if with_teacher else {})
+def describe(term_sums: list[float], count: int, with_teacher: bool) -> dict:
+    """Metrics from the sums of `TokenTerms` over `count` tokens; without a teacher the student's alone."""
+    means = TokenTerms(*(value / count for value in term_sums))
+    metrics = {"ce": -means.logprobs}
+    if with_teacher:
+        metrics |= {"kl_forward": means.kl_forward, "kl_reverse": means.kl_reverse}
+        metrics |= {"token_agreement": means.token_agreement, "teacher_ce": -means.teacher_logprobs}
+    return metrics
 
 
-def columns_of(mode: str) -> dict[str, str]:
-    """The terminal's columns, without those of the teacher's distribution where a mode asks for none."""
-    return {name: form for name, form in COLUMNS.items() if mode != "seq_kd" or name not in DETAILS}
+def columns_of(with_teacher: bool) -> dict[str, str]:
+    """The terminal's columns, without a teacher those that need none."""
+    return {k: v for k, v in COLUMNS.items() if with_teacher or k not in TokenTerms._fields}
 
 
 @torch.no_grad()
-def evaluate_student(student, tokenizer, ask, held_out, questions, settings, args, device):
+def evaluate_student(student, tokenizer, view_of, held_out, questions, settings, args, device):
     """Held-out loss and divergences; right answers, sampled and greedy -> metrics and samples."""
     metrics = {}
     if held_out:
         student.eval()
         rank, world_size = process()
-        sums = torch.zeros(2 + len(DETAILS), device=device)  # tokens, log-probs, details
+        sums = torch.zeros(1 + len(TokenTerms._fields), device=device)  # tokens, every term
         lengths = [len(sequence.input_ids) for sequence in held_out]
         rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
         for row in rows[rank::world_size]:
             batch = collate([held_out[i] for i in row] or [FILLER], device)
-            view = ask(batch, row) if ask else None
-            _, logprobs, details = row_terms(student, batch, view, settings)
-            sums += torch.cat(
-                [torch.stack([torch.ones_like(logprobs).sum(), logprobs.sum()]), details.sum(1)]
-            )
-        count, logprob, *details = all_reduce(sums).tolist()
-        found = describe(logprob, details, count, ask is not None)
-        metrics = {f"eval/{key}": value for key, value in found.items()}
+            terms = row_terms(student, batch, view_of(batch, row) if view_of else None, settings)
+            sums += torch.stack([torch.ones_like(terms.logprobs).sum(), *(term.sum() for term in terms)])
+        count, *term_sums = all_reduce(sums).tolist()
+        described = describe(term_sums, count, view_of is not None)
+        metrics = {f"eval/{key}": value for key, value in described.items()}
     rates, samples = answer_rates(student, tokenizer, questions, args, device)
     return metrics | rates, samples
 
@@ -744,8 +764,10 @@ def answer_rates(model, tokenizer, questions: list, args, device) -> tuple[dict,
     """Share of questions that a model answers right, sampled and greedy -> metrics and samples."""
     if not questions:
         return {}, []
-    sampled = roll_out(model, tokenizer, questions, args, device, seed=args.seed)
-    greedy = roll_out(model, tokenizer, questions, replace(args, temperature=1e-6), device, seed=args.seed)
+    sampled, greedy = (
+        roll_out(model, tokenizer, questions, replace(args, temperature=t), device, seed=args.seed)
+        for t in (max(args.temperature, GREEDY), GREEDY)
+    )
     right, right_greedily = (
         [final_answer(c.text) == final_answer(c.prompt.row["answer"]) for c in completions]
         for completions in (sampled, greedy)
@@ -800,6 +822,8 @@ class Completion(NamedTuple):
         return np.arange(len(self.prompt.input_ids) + len(self.token_ids)) >= len(self.prompt.input_ids)
 
 
+GREEDY = 1e-6  # temperature: division by 0 gives none
+BLOCK = 64  # prompts, or sequences, between two points at which a teacher's work is safe on disk
 FORMATS = "messages; prompt + completion; question + answer; text"
 
 
@@ -821,6 +845,46 @@ def fail(message: str):
     """End the run over a user's mistake: one line and exit code 2."""
     say(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def check_flags(args):
+    """End the run over what no run can have, NaN included: flags that scripts share, with their ranges."""
+    ranges = (
+        (
+            "be at least 1",
+            lambda x: x >= 1,
+            "batch_size max_tokens_per_micro_batch max_length max_prompt_length max_completion_length"
+            " generation_batch_size num_generations num_iterations num_ppo_epochs num_minibatches num_members"
+            " num_samples num_rollouts answers_per_prompt eval_samples keep_checkpoints log_every",
+        ),
+        (
+            "be above 0",
+            lambda x: x > 0,
+            "max_grad_norm num_epochs epsilon epsilon_high kl_target kl_horizon target_kl max_kl reward_clip"
+            " cliprange_value kd_temperature desirable_weight undesirable_weight",
+        ),
+        (
+            "be at least 0",
+            lambda x: x >= 0,
+            "learning_rate value_learning_rate weight_decay warmup_steps value_warmup_steps max_steps kl_coef"
+            " vf_coef std_coef missing_eos_penalty temperature num_eval eval_every save_every",
+        ),
+        ("lie in [0, 1]", lambda x: 0 <= x <= 1, "gamma lam kl_discount"),
+        (
+            "lie in [0, 1)",
+            lambda x: 0 <= x < 1,
+            "eval_fraction label_smoothing replay_fraction ches_filter_fraction",
+        ),
+    )
+    for words, holds, names in ranges:
+        for name in names.split():
+            value = getattr(args, name, None)
+            if value is not None and not holds(value):
+                fail(f"--{name.replace('_', '-')} must {words}, not {value}")
+    if "{prompt}" not in (getattr(args, "prompt_template", None) or "{prompt}"):
+        fail("--prompt-template has no {prompt} in it, where the question goes")
+    if args.resume and not args.output_dir:
+        fail("--resume needs --output-dir: which run should continue?")
 
 
 def process() -> tuple[int, int]:
@@ -849,6 +913,13 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     elif cuda and not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     return *process(), device
+
+
+def leave_distributed():
+    """Leave the process group at a clean end: threads of gloo that outlive the interpreter abort it."""
+    gc.collect()  # sharded models hold the group
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
@@ -883,23 +954,23 @@ def choose_output_dir(args, script: str) -> Path:
     return folder
 
 
-def load_tokenizer(args):
+def load_tokenizer(args, flag: str = "--model"):
     """The tokenizer of --model, its chat template, and `end_ids`: what may end a turn.
 
     The architecture is checked here as well, before anything slow is loaded.
     """
     path = locate(args.model)
     if path.startswith((".", "/")) and not Path(path).is_dir():
-        fail(f"--model {args.model}: no such folder")
+        fail(f"{flag} {args.model}: no such folder")
     try:
         config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         check_attention(config, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], args.attn)
     except KeyError:
-        fail(f"--model {args.model}: {config.model_type} is not a causal language model")
+        fail(f"{flag} {args.model}: {config.model_type} is not a causal language model")
     except (OSError, ValueError) as error:
-        fail(f"--model {args.model}: {str(error).splitlines()[0]}")
+        fail(f"{flag} {args.model}: {str(error).splitlines()[0]}")
     if not tokenizer.is_fast:
-        fail(f"--model {args.model}: its tokenizer reports no character offsets; only fast tokenizers do")
+        fail(f"{flag} {args.model}: its tokenizer reports no character offsets; only fast tokenizers do")
     if args.chat_template:
         if not Path(args.chat_template).is_file():
             fail(f"--chat-template {args.chat_template}: no such file")
@@ -934,21 +1005,12 @@ def use_chatml(tokenizer):
 
 def load_teacher_tokenizer(args):
     """The tokenizer of --teacher, None without one."""
-    if args.teacher is None:
-        return None
-    path = locate(args.teacher)
-    if path.startswith((".", "/")) and not Path(path).is_dir():
-        fail(f"--teacher {args.teacher}: no such folder")
-    try:
-        AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        fail(f"--teacher {args.teacher}: {str(error).splitlines()[0]}")
-    return own_tokenizer(args.teacher, args)
+    return args.teacher and own_tokenizer(args.teacher, args, "--teacher")
 
 
-def own_tokenizer(name: str, args):
-    """The tokenizer of the policy or of the outcome model, whatever that of --model is."""
-    return load_tokenizer(replace(args, model=name, chat_template=None))
+def own_tokenizer(name: str, args, flag: str):
+    """The tokenizer of another model than --model, which `flag` gives, with its own chat template."""
+    return load_tokenizer(replace(args, model=name, chat_template=None), flag)
 
 
 def same_tokens(tokenizer, teacher_tokenizer) -> bool:
@@ -958,7 +1020,7 @@ def same_tokens(tokenizer, teacher_tokenizer) -> bool:
 
 def check_tokens(args, tokenizer, teacher_tokenizer):
     """End the run where distributions over tokens are to be compared that are not the same tokens."""
-    if args.mode == "seq_kd" or same_tokens(tokenizer, teacher_tokenizer):
+    if same_tokens(tokenizer, teacher_tokenizer):
         return
     ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     token = next(t for t in [*ours, *theirs] if ours.get(t) != theirs.get(t))
@@ -966,6 +1028,39 @@ def check_tokens(args, tokenizer, teacher_tokenizer):
         f"--teacher {args.teacher} has other tokens than --model {args.model} ({token!r} is "
         f"{theirs.get(token)}, not {ours.get(token)}): --mode seq_kd learns from answers"
     )
+
+
+def share_template(args, tokenizer, teacher_tokenizer):
+    """Give the chat template of one model to the other where that has none: a base model and its teacher.
+
+    A conversation is then the same tokens to both, and the student learns to end a turn as its teacher does.
+    """
+    ours, theirs = tokenizer.chat_template, teacher_tokenizer.chat_template
+    if ours == theirs or not same_tokens(tokenizer, teacher_tokenizer):
+        return
+    if ours and theirs:
+        say(f"warning: {args.teacher} is asked in {args.model}'s chat template, which is not its own")
+        return
+    taker, giver = (teacher_tokenizer, tokenizer) if ours else (tokenizer, teacher_tokenizer)
+    taker.chat_template, taker.turn_end_id = giver.chat_template, giver.turn_end_id
+    taker.end_ids = sorted({*taker.end_ids, *giver.end_ids})
+    names = (args.teacher, args.model) if ours else (args.model, args.teacher)
+    say("{} has no chat template: using that of {}".format(*names))
+
+
+def share_chatml(tokenizer, teacher_tokenizer):
+    """Give the teacher ChatML, too, where neither had a template and data has brought it to the student."""
+    if tokenizer.chat_template == CHATML and teacher_tokenizer.chat_template is None:
+        use_chatml(teacher_tokenizer)
+
+
+def check_cache_dir(args):
+    """End the run where --cache-dir is needed and can be no folder."""
+    if args.cache_top_k or args.mode == "seq_kd" and not args.teacher_data:
+        try:
+            Path(args.cache_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--cache-dir {args.cache_dir}: no folder can be made there ({error.strerror})")
 
 
 def check_sampled_loss(args):
@@ -985,24 +1080,36 @@ def check_layers(args):
         fail(f"--keep-layers {kept}: not rising numbers of the layers 0 to {count - 1} of {args.model}")
 
 
+@torch.no_grad()
 def prune_layers(args, folder: Path) -> str:
     """Write --model with the layers --keep-layers alone into a folder, once a run -> its name.
 
     Depth pruning: a student that begins as a part of its teacher (DistilBERT, arXiv:1910.01108; Minitron,
-    arXiv:2407.14679).
+    arXiv:2407.14679). What is read back must say the same as the layers that were kept.
     """
     if process()[0] == 0 and not (args.resume and folder.exists()):
         model = AutoModelForCausalLM.from_pretrained(locate(args.model), dtype="auto")
         lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-        [layers] = [x for x in lists if len(x) and type(x[0]).__name__ in model._no_split_modules]
-        config, kept = model.config.get_text_config(), [layers[n] for n in args.keep_layers]
-        if getattr(config, "layer_types", None):
-            config.layer_types = [config.layer_types[n] for n in args.keep_layers]
+        found = [x for x in lists if len(x) and type(x[0]).__name__ in model._no_split_modules]
+        if len(found) != 1:
+            fail(f"--keep-layers: {args.model} has {len(found)} lists of layers, not 1")
+        [layers], config = found, model.config.get_text_config()
+        for name, value in config.to_dict().items():  # layer_types, SmolLM3's no_rope_layers: one a layer
+            if isinstance(value, list) and len(value) == len(layers) and not name.endswith("_token_id"):
+                setattr(config, name, [value[n] for n in args.keep_layers])
+        kept = [layers[n] for n in args.keep_layers]
         config.num_hidden_layers = len(kept)
         del layers[:]
         layers.extend(kept)
+        ids = torch.arange(12)[None] % config.vocab_size  # (1, 12)
+        wanted = model(ids, use_cache=False).logits  # (1, 12, V)
         partial_folder = folder.with_name(f"{folder.name}.partial")
         model.save_pretrained(partial_folder)
+        del model, layers, kept, found, lists  # one model in memory at a time
+        student = AutoModelForCausalLM.from_pretrained(partial_folder, dtype="auto")
+        difference = (student(ids, use_cache=False).logits - wanted).abs().max()
+        if not difference < 1e-3 * wanted.abs().max():
+            fail(f"--keep-layers: a config of {config.model_type} tells layers apart in a way not known here")
         shutil.rmtree(folder, ignore_errors=True)
         partial_folder.rename(folder)
     if dist.is_initialized():
@@ -1325,6 +1432,8 @@ def load_functions(specs: tuple[str, ...], args) -> list[tuple[str, object]]:
     for spec in specs:
         function = load_function(spec)
         named = inspect.signature(function).parameters
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in named.values()):
+            fail(f"{spec}: without **kwargs it cannot take prompts, completions and the dataset's columns")
         name = spec.rpartition(":")[2]
         if name in (known for known, _ in found):
             name = f"{name}_{len(found)}"
@@ -1334,10 +1443,12 @@ def load_functions(specs: tuple[str, ...], args) -> list[tuple[str, object]]:
 
 def teacher_answers(load_teacher, tokenizer, functions, args, output_dir: Path, device) -> str:
     """The dataset that seq_kd trains on: --teacher-data or the teacher's samples, what is right of them."""
+    path = output_dir / "answers" / "kept.jsonl"
+    if args.resume and functions and of_first(path.exists()):
+        return str(path)
     source = args.teacher_data or str(sample_teacher(load_teacher, tokenizer, args, device))
     if not functions:
         return source
-    path = output_dir / "answers" / "kept.jsonl"
     if process()[0] == 0:
         kept = right_rows(source, functions, args)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1347,13 +1458,32 @@ def teacher_answers(load_teacher, tokenizer, functions, args, output_dir: Path, 
     return str(path)
 
 
+def of_first(value):
+    """What the first process holds, on all of them: each may see a shared disk at another moment."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+OTHER_FORMS = "messages", "conversations"  # columns that are read in place of prompt and completion
+
+
 def right_rows(source: str, functions, args) -> list[dict]:
-    """Prompt, completion and columns of a dataset's answers whose mean reward is above --reward-threshold."""
+    """Prompt, completion and columns of a dataset's answers whose mean reward is above --reward-threshold.
+
+    A reward's None counts nothing; an answer of which no reward knows anything is dropped.
+    """
     examples = load_examples(source, args.dataset_split, args.dataset_config)
-    rows = [
-        {k: v for k, v in row.items() if k not in ("messages", "conversations")}
-        for row in load_rows(source, args.dataset_split, args.dataset_config)
-    ]
+    rows = load_rows(source, args.dataset_split, args.dataset_config)
+    for n, row in enumerate(rows, 1):  # the rule of `load_examples`
+        without_prompt = row.get("prompt") is None and not row.keys() & OTHER_FORMS
+        if without_prompt and {"question", "answer"} <= row.keys():
+            fail(
+                f"{source}, row {n}: `answer` is read as the completion, so --reward would compare it with "
+                "itself: give the columns prompt, completion and, with the right one, answer"
+            )
+    rows = [{k: v for k, v in row.items() if k not in OTHER_FORMS} for row in rows]
     prompts, texts = zip(*map(last_answer, examples), strict=True)
     completions = [
         [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
@@ -1363,69 +1493,92 @@ def right_rows(source: str, functions, args) -> list[dict]:
     columns = {key: [row.get(key) for row in rows] for key in names}
     scores = np.zeros((len(functions), len(rows)))
     for line, (name, function) in zip(scores, functions, strict=True):
-        values = list(function(prompts=list(prompts), completions=completions, **columns))
-        if len(values) != len(rows):
-            fail(f"reward {name} returned {len(values)} numbers for {len(rows)} completions")
-        line[:] = [math.nan if value is None else float(value) for value in values]
-    kept = [
-        row | {"prompt": prompt, "completion": text}
-        for row, prompt, text, right in zip(
-            rows, prompts, texts, scores.mean(0) > args.reward_threshold, strict=True
-        )
-        if right
-    ]
+        try:
+            values = list(function(prompts=list(prompts), completions=completions, **columns))
+            numbers = [math.nan if value is None else float(value) for value in values]
+        except Exception as error:  # whatever a user's function raises
+            fail(f"reward {name}: {type(error).__name__}: {error}".splitlines()[0])
+        if len(numbers) != len(rows):
+            fail(f"reward {name} returned {len(numbers)} numbers for {len(rows)} completions")
+        line[:] = numbers
+    known = ~np.isnan(scores)  # (F, B)
+    means = np.where(known, scores, 0.0).sum(0) / known.sum(0).clip(min=1)  # (B,)
+    right = known.any(0) & (means > args.reward_threshold)  # (B,)
+    chosen = np.flatnonzero(right).tolist()
+    kept = [rows[n] | {"prompt": prompts[n], "completion": texts[n]} for n in chosen]
     say(f"{source}: {len(kept):,} of {len(rows):,} answers have a reward above {args.reward_threshold}")
     if not kept:
         fail(f"{source}: no answer is left to learn from")
     return kept
 
 
-BLOCK = 64  # prompts, or sequences, between two points at which a teacher's work is safe on disk
-
-
 def sample_teacher(load_teacher, tokenizer, args, device) -> Path:
     """--answers-per-prompt samples of the teacher for every prompt that came to an end, in --cache-dir.
 
-    The file's name is a digest of all that they depend on; what an ended run has sampled is continued.
+    The file's name is a digest of all that they depend on; what an ended run has sampled is continued. Asked
+    are, in whole blocks, no more prompts than the steps have sequences: a short run need not wait for all.
     """
     prompts = tokenize_prompts(tokenizer, args.prompt_dataset, args.dataset_split, args)
-    flags = (args.temperature, args.max_completion_length, args.answers_per_prompt, args.seed, args.attn)
-    key = hashlib.sha256(f"{model_digest(args.teacher)} {flags} {device.type}".encode())
+    count = args.answers_per_prompt if args.temperature else 1  # greedy answers are all the same
+    flags = (args.temperature, args.max_completion_length, count, args.seed, args.attn)
+    key = hashlib.sha256(f"{teacher_digest(args.teacher)} {flags} {device.type}".encode())
     for prompt in prompts:
         key.update(json.dumps([prompt.input_ids, prompt.row]).encode())
     folder, rank = Path(args.cache_dir) / f"answers_{key.hexdigest()[:32]}", process()[0]
     blocks = [prompts[n : n + BLOCK] for n in range(0, len(prompts), BLOCK)]
+    blocks = blocks[: math.ceil(args.max_steps * args.batch_size / BLOCK) or None]
     files = [folder / f"block_{n:06}.jsonl" for n in range(len(blocks))]
-    missing = [[n for n, file in enumerate(files) if not file.exists()]]
-    if dist.is_initialized():
-        dist.broadcast_object_list(missing)  # as the first process sees it
+    missing = of_first([n for n, file in enumerate(files) if not file.exists()])
     folder.mkdir(parents=True, exist_ok=True)
-    for n in tqdm(missing[0], desc="teacher", leave=False, disable=None if rank == 0 else True):
-        asked = [prompt for prompt in blocks[n] for _ in range(args.answers_per_prompt)]
-        answers = roll_out(load_teacher(), tokenizer, asked, args, device, seed=args.seed * 10**6 + n)
+    asked = sum(map(len, blocks))
+    say(
+        f"{folder}: {count} answers of {args.teacher} to each of {asked:,} prompts, of which "
+        f"{len(missing):,} of {len(blocks):,} blocks are still to sample"
+    )
+    sampling = replace(args, temperature=max(args.temperature, GREEDY))
+    for n in with_progress(missing, "the teacher's answers"):
+        prompts_of_block = [prompt for prompt in blocks[n] for _ in range(count)]
+        seed = args.seed * 10**6 + n
+        answers = roll_out(load_teacher(), tokenizer, prompts_of_block, sampling, device, seed=seed)
         if rank == 0:
             ended = [answer for answer in answers if answer.ended and answer.text.strip()]
             rows = [answer.prompt.row | {"completion": answer.text} for answer in ended]
-            others = (
-                "messages",
-                "conversations",
-            )  # of the dataset: they would be read in place of the answer
-            write_rows(files[n], [{k: v for k, v in row.items() if k not in others} for row in rows])
+            write_rows(files[n], [{k: v for k, v in row.items() if k not in OTHER_FORMS} for row in rows])
+    path = folder / f"answers_{len(blocks):06}.jsonl"
     if rank == 0:
         rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-        write_rows(folder / "answers.jsonl", rows)
-        sampled = len(prompts) * args.answers_per_prompt
-        say(f"{folder}: {len(rows):,} of {sampled:,} answers of {args.teacher} came to an end")
+        write_rows(path, rows)
+        say(f"{folder}: {len(rows):,} of {asked * count:,} answers of {args.teacher} came to an end")
+        if not rows:
+            fail(f"{path}: no answer to learn from; --max-completion-length is {args.max_completion_length}")
     if dist.is_initialized():
         dist.barrier()
-    return folder / "answers.jsonl"
+    return path
+
+
+def with_progress(blocks: list, what: str):
+    """Blocks of work one after the other, under a bar; without a terminal a line about every 10 seconds."""
+    started = said = time.perf_counter()
+    hidden = None if process()[0] == 0 else True  # None: on a terminal alone
+    for n, block in enumerate(tqdm(blocks, desc=what, leave=False, disable=hidden), 1):
+        yield block
+        now = time.perf_counter()
+        if now - said > 10 and not sys.stderr.isatty():
+            left, said = round((now - started) / n * (len(blocks) - n)), now
+            say(f"{what}: {n:,} of {len(blocks):,} blocks, left {left // 60}:{left % 60:02}")
 
 
 def write_rows(path: Path, rows: list[dict]):
-    """Write a .jsonl, whole or not at all."""
-    partial_path = path.with_suffix(".partial")
+    """Write a .jsonl, whole or not at all, whoever else writes it."""
+    partial_path = path.with_suffix(f".partial_{os.getpid()}")
     partial_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     partial_path.rename(path)
+
+
+@cache
+def teacher_digest(name: str) -> str:
+    """`model_digest`, by the first process and once: it reads every file."""
+    return of_first(model_digest(name) if process()[0] == 0 else None)
 
 
 def model_digest(name: str) -> str:
@@ -1440,17 +1593,15 @@ def model_digest(name: str) -> str:
     return digest.hexdigest()
 
 
-def teacher_views(load_teacher, sequences, wanted, tokenizer, teacher_tokenizer, args, device):
+def teacher_views(load_teacher, sequences, wanted, vocab_size: int, args, device):
     """A function of a row and the numbers of its sequences -> what the teacher says of its trained tokens.
 
-    From the cache with --cache-top-k. None where teacher and student have other tokens.
+    With --cache-top-k from a cache, in which the sequences `wanted` are by then.
     """
-    if not same_tokens(tokenizer, teacher_tokenizer):
-        return None
-    if args.cache_top_k and sequences:
-        stored = cache_teacher(load_teacher, sequences, wanted, len(tokenizer), args, device)
+    if args.cache_top_k:
+        stored = cache_teacher(load_teacher, sequences, wanted, vocab_size, args, device)
         return lambda batch, indices: stored.look_up(indices, device)
-    return lambda batch, indices: live_teacher(load_teacher(), batch, len(tokenizer))
+    return lambda batch, indices: live_teacher(load_teacher(), batch, vocab_size)
 
 
 @torch.no_grad()
@@ -1491,7 +1642,7 @@ def cache_teacher(load_teacher, sequences, wanted, vocab_size: int, args, device
     rank, world_size = process()
     k = min(args.cache_top_k, vocab_size)
     flags = (k, args.kd_temperature, vocab_size, args.attn, device.type)
-    key = hashlib.sha256(f"{model_digest(args.teacher)} {flags}".encode())
+    key = hashlib.sha256(f"{teacher_digest(args.teacher)} {flags}".encode())
     for s in sequences:
         key.update(len(s.input_ids).to_bytes(8) + s.input_ids.tobytes() + s.trained.tobytes())
     starts = np.cumsum([0, *(int(s.trained.sum()) for s in sequences)])
@@ -1503,20 +1654,26 @@ def cache_teacher(load_teacher, sequences, wanted, vocab_size: int, args, device
         "done": ((len(sequences),), np.bool_),
     }
     if rank == 0 and not folder.exists():
-        partial_folder = folder.with_name(f"{folder.name}.partial")
+        partial_folder = folder.with_name(f"{folder.name}.partial_{os.getpid()}")
         partial_folder.mkdir(parents=True, exist_ok=True)
         for name, (shape, kind) in shapes.items():
             np.lib.format.open_memmap(partial_folder / f"{name}.npy", "w+", kind, shape)
-        partial_folder.rename(folder)
+        try:
+            partial_folder.rename(folder)
+        except OSError:  # another run was faster: both fill the same cache
+            shutil.rmtree(partial_folder)
     if dist.is_initialized():
         dist.barrier()
     arrays = [np.lib.format.open_memmap(folder / f"{name}.npy", "r+") for name in shapes]
     stored = TeacherCache(*arrays, starts)
-    missing = [i for i in wanted if not stored.done[i]]
+    missing = of_first([i for i in wanted if not stored.done[i]])
     per_token = sum(x.itemsize * x.shape[-1] if x.ndim > 1 else x.itemsize for x in arrays[:3])
-    say(f"{folder}: {total:,} tokens, {per_token:,} bytes each, {total * per_token / 2**20:,.1f} MiB")
+    say(
+        f"{folder}: {total:,} tokens, {per_token:,} bytes each, {total * per_token / 2**20:,.1f} MiB; "
+        f"{len(missing):,} of {len(wanted):,} sequences are still to ask {args.teacher} about"
+    )
     blocks = [missing[n : n + BLOCK * world_size] for n in range(0, len(missing), BLOCK * world_size)]
-    for block in tqdm(blocks, desc="teacher", leave=False, disable=None if rank == 0 else True):
+    for block in with_progress(blocks, "the teacher's log-probs"):
         lengths = [len(sequences[i].input_ids) for i in block]
         rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
         for row in rows[rank::world_size]:
@@ -1893,6 +2050,7 @@ class Logger:
     def log(self, metrics: dict, samples: list[dict] = ()):
         if process()[0] > 0:
             return
+        metrics = {key: value for key, value in metrics.items() if value == value}  # NaN: nothing is known
         step, total = metrics["step"], self.total_steps
         for name, rows in {
             "metrics": [metrics],
@@ -1905,7 +2063,8 @@ class Logger:
         self.bar.update(step - self.bar.n)
         if step and (step % self.args.log_every == 0 or step == total):
             left = round((time.perf_counter() - self.started) / (step - self.first_step) * (total - step))
-            shown = "  ".join(f"{name} {metrics[name]:{form}}" for name, form in self.columns.items())
+            shown = {name: form for name, form in self.columns.items() if name in metrics}
+            shown = "  ".join(f"{name} {metrics[name]:{form}}" for name, form in shown.items())
             say(f"step {step:>{len(str(total))}}/{total}  {shown}  left {left // 60}:{left % 60:02}")
         evaluated = [
             f"{k.removeprefix('eval/')} {v:.4g}" for k, v in metrics.items() if k.startswith("eval/")
@@ -1935,3 +2094,4 @@ class Logger:
 
 if __name__ == "__main__":
     main(tyro.cli(Args))
+    leave_distributed()

@@ -5,10 +5,13 @@ formulas, finite differences and autograd over whole logits, sampled losses agai
 small vocabulary has (see test_grpo.py).
 """
 
+import gc
 import json
 import math
 import re
+import shutil
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from conftest import ROOT, start
 from safetensors.torch import load_file
 from test_common import HEADS, Head, assert_equal, assert_equal_gradients, build, gradients, make_sequences
 from test_grpo import Table, distance
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig, SmolLM3Config
 
 import distill
 from common import collate, completion_states, head_logits, head_settings, kl_full
@@ -184,9 +187,14 @@ def plain_terms(logits, teacher_logits, targets, divergence, temperature):
     """What `token_divergences` gives, from whole logits (C, V) in float64."""
     softened = [(x / temperature).log_softmax(-1) for x in (logits, teacher_logits)]
     of_targets = [x.log_softmax(-1).gather(-1, targets[:, None])[:, 0] for x in (logits, teacher_logits)]
-    agrees = (logits.argmax(-1) == teacher_logits.argmax(-1)).double()
-    details = [distill.forward_kl(*softened), distill.reverse_kl(*softened), agrees, of_targets[1]]
-    return divergence(*softened), of_targets[0], torch.stack(details)
+    return distill.TokenTerms(
+        divergences=divergence(*softened),
+        logprobs=of_targets[0],
+        kl_forward=distill.forward_kl(*softened),
+        kl_reverse=distill.reverse_kl(*softened),
+        token_agreement=(logits.argmax(-1) == teacher_logits.argmax(-1)).double(),
+        teacher_logprobs=of_targets[1],
+    )
 
 
 def whole_logits(model, batch):
@@ -218,7 +226,7 @@ def test_chunked_heads_and_their_gradient_equal_float64_autograd(
             assert_equal(x, y, 2e-5)
         actual = gradients(student, *(found[i] for i in used))
         assert_equal_gradients(actual, gradients(student, *(wanted[i] for i in used)), 2e-5)
-        assert not found[2].requires_grad
+        assert [term.requires_grad for term in found] == [True, True, False, False, False, False]
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "phi", "cohere", "gemma3", "granite"])
@@ -259,9 +267,9 @@ def test_row_without_trained_tokens_gives_nothing_and_a_gradient_of_zero():
     batch = collate([distill.FILLER])
     view = distill.live_teacher(build("llama"), batch, 61)
     settings = {"divergence": distill.forward_kl, "temperature": 1.0, "vocab_size": 61}
-    divergences, logprobs, details = distill.token_divergences(student, batch, view, **settings)
-    assert divergences.shape == logprobs.shape == (0,) and details.shape == (4, 0)
-    (divergences.sum() + logprobs.sum()).backward()
+    terms = distill.token_divergences(student, batch, view, **settings)
+    assert [term.shape for term in terms] == [(0,)] * 6
+    (terms.divergences.sum() + terms.logprobs.sum()).backward()
     assert student.lm_head.weight.grad.abs().max() == 0
 
 
@@ -553,6 +561,118 @@ def test_student_keeps_the_layers_that_were_named(train):
     assert torch.equal(student(ids, use_cache=False).logits, whole(ids, use_cache=False).logits)
 
 
+def tiny_config(kind, **changes):
+    """A configuration of 4 layers; logits differ by more than rounding where a layer is another."""
+    settings = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    return kind(**settings | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | changes)
+
+
+def random_layers(folder, config):
+    """A folder with a random model of a configuration."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_lists_of_a_config_that_go_layer_by_layer_are_pruned(tmp_path):
+    config = tiny_config(SmolLM3Config, no_rope_layers=[1, 0, 0, 1])
+    source = random_layers(tmp_path / "whole", config)
+    args = distill.Args(model=source, keep_layers=(0, 2))
+    path = distill.prune_layers(args, tmp_path / "student")
+    student, whole = (AutoModelForCausalLM.from_pretrained(name).eval() for name in (path, source))
+    assert student.config.no_rope_layers == [1, 0]
+    ids = torch.arange(5, 30)[None]
+    del whole.model.layers[3], whole.model.layers[1]  # each knows for itself whether it has positions
+    whole.config.num_hidden_layers = 2
+    wanted = whole(ids, use_cache=False).logits
+    assert torch.allclose(student(ids, use_cache=False).logits, wanted, atol=1e-5)
+
+
+def test_student_that_does_not_read_back_as_what_was_kept_is_an_error(tmp_path, capsys):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    experts |= {"shared_expert_intermediate_size": 16, "mlp_only_layers": [3]}  # layers by their numbers
+    source = random_layers(tmp_path / "whole", tiny_config(Qwen2MoeConfig, **experts))
+    with pytest.raises(SystemExit) as stop:
+        distill.prune_layers(distill.Args(model=source, keep_layers=(0, 3)), tmp_path / "student")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "a config of qwen2_moe tells layers apart in a way not known" in line
+    assert not (tmp_path / "student").exists()
+
+
+# Chat templates ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """folders(student, teacher): copies of tiny/base and tiny/sft whose tokens are not ChatML's.
+
+    Both arguments say whether that one has a chat template, or are one; without, it has a base model's EOS.
+    """
+
+    def copy(name, template):
+        folder = tmp_path / f"{name}_{len(list(tmp_path.glob('*_*')))}"
+        shutil.copytree(ROOT / "tiny" / name, folder)
+        for path in [*folder.glob("*.json"), *folder.glob("*.jinja")]:
+            path.write_text(path.read_text().replace("<|im_", "<|turn_"))
+        path = folder / "chat_template.jinja"
+        if isinstance(template, str):
+            path.write_text(template)
+        elif not template:
+            path.unlink()
+            for file, change in (
+                ("tokenizer_config.json", {"eos_token": "<|endoftext|>"}),
+                ("generation_config.json", {"eos_token_id": 0}),
+            ):
+                settings = json.loads((folder / file).read_text())
+                (folder / file).write_text(json.dumps(settings | change))
+        return str(folder)
+
+    return lambda student, teacher: {"model": copy("base", student), "teacher": copy("sft", teacher)}
+
+
+def saved_template(folder):
+    return AutoTokenizer.from_pretrained(folder / "model").chat_template
+
+
+def test_base_student_takes_the_template_of_its_teacher(train, folders, capsys):
+    _, [usual] = train(**folders(True, True), max_steps=1)
+    assert "template" not in capsys.readouterr().out
+    flags = folders(False, True)
+    folder, [line] = train(**flags, max_steps=1)
+    told = f"{flags['model']} has no chat template: using that of {flags['teacher']}"
+    assert told in capsys.readouterr().out
+    assert_same_metrics([line], [usual], rel=0, abs_=0)
+    assert saved_template(folder) == AutoTokenizer.from_pretrained(flags["teacher"]).chat_template
+    ends = json.loads((folder / "model" / "generation_config.json").read_text())["eos_token_id"]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert tokenizer.convert_tokens_to_ids("<|turn_end|>") in np.atleast_1d(ends)
+
+
+def test_base_teacher_takes_the_template_of_its_student(train, folders, capsys):
+    train(**folders(True, True), max_steps=1)
+    usual, flags = train.start, folders(True, False)
+    train(**flags, max_steps=1)
+    told = f"{flags['teacher']} has no chat template: using that of {flags['model']}"
+    assert told in capsys.readouterr().out
+    assert train.start == usual
+
+
+@pytest.mark.parametrize("mode", ["token_kd", "on_policy"])
+def test_two_base_models_take_chatml_with_or_without_held_out_data(train, folders, mode):
+    flags = folders(False, False) | {"mode": mode, "max_steps": 1}
+    (folder, [line]), (_, [without]) = train(**flags), train(**flags, eval_dataset=None)
+    assert saved_template(folder) == distill.CHATML
+    assert without["loss"] == pytest.approx(line["loss"], rel=1e-6)
+
+
+def test_template_that_is_not_the_teachers_is_warned_of(train, folders, capsys):
+    flags = folders(distill.CHATML.replace("<|im_", "<|turn_").replace("\\n", " "), True)
+    train(**flags, max_steps=1, eval_dataset=None)
+    told = f"warning: {flags['teacher']} is asked in {flags['model']}'s chat template, which is not its own"
+    assert told in capsys.readouterr().out
+
+
 def test_default_student_is_a_part_of_its_teacher():
     assert distill.Args().keep_layers == (0, 1)
     assert distill.Args(teacher="tiny/base").keep_layers is None
@@ -570,7 +690,11 @@ def test_cache_of_all_tokens_equals_the_live_teacher(train, capsys):
     assert (
         "6,148 bytes each" in capsys.readouterr().out
     )  # 768 log-probs and ids of 4 bytes, and the token's own
+    # The cache adds up the vocabulary in another order, the likeliest first. The gradient's norm, of a sum in
+    # which much cancels out, shows more of that rounding than the loss does.
     assert_same_metrics([train.start, *cached], [start, *live], rel=1e-6, abs_=1e-6, without=["grad_norm"])
+    norms = [[line["grad_norm"] for line in lines] for lines in (cached, live)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     _, more = train(**flags, cache_top_k=100_000)
     assert_same_metrics(more, cached, rel=0, abs_=0)
 
@@ -611,6 +735,28 @@ def test_cache_is_written_once_and_found_by_what_it_depends_on(train, monkeypatc
     ):
         train(**(flags | changes))
         assert len(list((tmp_path / "cache").iterdir())) == count, changes
+
+
+def test_run_that_finds_its_cache_made_by_a_faster_one_fills_that(train, monkeypatch, tmp_path):
+    rename = Path.rename
+
+    def late(path, target):
+        if path.is_dir() and path.name.startswith("teacher_"):
+            shutil.copytree(path, target)  # the other run
+        return rename(path, target)
+
+    _, lines = train(cache_top_k=5)
+    monkeypatch.setattr(distill.Path, "rename", late)
+    _, others = train(cache_top_k=5, cache_dir=str(tmp_path / "shared"))
+    assert_same_metrics(others, lines, rel=0, abs_=0)
+    assert not [path for path in (tmp_path / "shared").iterdir() if "partial" in path.name]
+
+
+def test_files_of_the_teacher_are_read_once_for_two_caches(train, monkeypatch, tmp_path):
+    distill.teacher_digest.cache_clear()
+    calls = calls_of(monkeypatch, "model_digest")
+    train(cache_top_k=5)
+    assert len(list((tmp_path / "cache").iterdir())) == 2 and len(calls) == 1
 
 
 KILL = """
@@ -682,12 +828,61 @@ def test_given_tokens_alone_have_a_likelihood_term(train, monkeypatch):
         "on_policy_loss": "policy_gradient",
     }
     train(**flags, max_steps=1, eval_dataset=None, max_tokens_per_micro_batch=4096)
-    [(divergences, logprobs, teacher_logprobs, given, index, args)] = seen
-    losses = distill.token_losses(divergences, logprobs, teacher_logprobs, given, index, args)
+    [(terms, given, index, args)] = seen
+    losses = distill.token_losses(terms, given, index, args)
     assert given.sum() > 0 < (~given).sum()
-    assert torch.equal(losses[given], (divergences - 2 * logprobs)[given])
-    wanted = -(teacher_logprobs - logprobs.detach()) * logprobs
+    assert torch.equal(losses[given], (terms.divergences - 2 * terms.logprobs)[given])
+    wanted = -(terms.teacher_logprobs - terms.logprobs.detach()) * terms.logprobs
     assert torch.equal(losses[~given], wanted[~given])
+
+
+def test_loss_of_a_step_on_samples_is_that_of_the_stock_models(train, monkeypatch):
+    rolled, roll_out = [], distill.roll_out
+
+    def spy(model, tokenizer, prompts, *rest, **options):
+        found = roll_out(model, tokenizer, prompts, *rest, **options)
+        rolled.append((any(p.requires_grad for p in model.parameters()), options["seed"], found))
+        return found
+
+    monkeypatch.setattr(distill, "roll_out", spy)
+    flags = {"mode": "on_policy", "on_policy_fraction": 0.25, "on_policy_loss": "policy_gradient"}
+    flags |= {"kl_discount": 0.5, "ce_coef": 0.5, "order": "given", "learning_rate": 0.0}
+    _, lines = train(**flags, eval_dataset=None)
+    (trained_one, seed, sampled), (_, next_seed, _) = rolled
+    assert trained_one and seed != next_seed, "the student samples, anew at every step"
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(ROOT / name, dtype=torch.float32).eval()
+        for name in ("tiny/base", "tiny/sft")
+    )
+
+    def logprobs_of(model, ids, trained):
+        """Of all tokens (C, V) and of those that are there (C,)."""
+        ids, kept = torch.tensor(ids), torch.tensor(trained[1:]).bool()
+        rows = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)[kept]
+        return rows, rows.gather(-1, ids[1:][kept][:, None])[:, 0]
+
+    total = count = 0
+    with torch.no_grad():
+        for given in encoded(tiny_rows(count=6)):  # 6 of 8 sequences are the data's
+            (s, own), (t, _) = logprobs_of(student, *given), logprobs_of(teacher, *given)
+            total += ((t.exp() * (t - s)).sum(-1) - 0.5 * own).sum()
+            count += len(own)
+        for completion in sampled:
+            ids, trained = completion.input_ids.tolist(), completion.trained.tolist()
+            own, theirs = (logprobs_of(model, ids, trained)[1] for model in (student, teacher))
+            for t in range(len(own)):
+                advantage = sum(0.5 ** (u - t) * (theirs[u] - own[u]) for u in range(t, len(own)))
+                total -= advantage * own[t]
+            count += len(own)
+    assert len(sampled) == 2
+    assert lines[0]["loss"] == pytest.approx((total / count).item(), rel=1e-4)
+
+
+def test_epoch_counts_passes_over_what_a_mode_goes_through(train):
+    _, lines = train(eval_dataset=None)  # 8 of 48 sequences a step
+    assert [line["epoch"] for line in lines] == pytest.approx([8 / 48, 16 / 48])
+    _, lines = train(mode="on_policy", on_policy_fraction=0.25, eval_dataset=None)  # 2 of 48 prompts
+    assert [line["epoch"] for line in lines] == pytest.approx([2 / 48, 4 / 48])
 
 
 def test_sampled_token_that_pads_the_table_is_not_trained():
@@ -712,6 +907,15 @@ def short(completions, **columns):
 
 def half(completions, **columns):
     return [0.5] * len(completions)
+
+
+def even(completions, prompts, **columns):
+    numbers = [int(p[-1]["content"].split()[2]) for p in prompts]
+    return [None if n % 2 else 0.0 for n in numbers]
+
+
+def broken(completions, answer, **columns):
+    return [float(len(a)) for a in answer]
 """
 
 
@@ -759,7 +963,30 @@ def test_threshold_is_for_the_mean_of_the_rewards(train, rewards, tmp_path, caps
     train(**flags, reward=rewards("right", "half"), reward_threshold=0.7)  # 0.75 or 0.25
     assert "3 of 5 answers" in capsys.readouterr().out
     train(**flags, reward=rewards("right", "half"), reward_threshold=0.2)
-    assert "4 of 5 answers" in capsys.readouterr().out
+    assert "5 of 5 answers" in capsys.readouterr().out  # 0.5 where `right` knows nothing
+    with pytest.raises(SystemExit):
+        train(**flags, reward=rewards("half"))  # not above 0.5
+    assert "no answer is left" in capsys.readouterr().err
+
+
+def test_rewards_that_know_nothing_of_an_answer_do_not_count(train, rewards, tmp_path):
+    # `right`: 1, 1, 1, 0, None; `even`: None, 0, None, 0, None; their means: 1, 0.5, 1, 0, none.
+    path = write_rows(tmp_path / "teacher.jsonl", teacher_rows())
+    flags = {"mode": "seq_kd", "teacher_data": path, "batch_size": 1, "max_steps": 1, "eval_dataset": None}
+    for threshold, numbers in ((0.7, [1, 3]), (0.3, [1, 2, 3]), (-1.0, [1, 2, 3, 4])):
+        folder, _ = train(**flags, reward=rewards("right", "even"), reward_threshold=threshold)
+        kept = read_lines(folder / "answers" / "kept.jsonl")
+        asked = [int(row["prompt"][-1]["content"].split()[2]) for row in kept]
+        assert asked == numbers, threshold
+
+
+def test_rewards_never_compare_an_answer_with_itself(capsys, flags_of, rewards, tmp_path):
+    rows = [{"question": f"What is {n} + 1?", "answer": "#### 0"} for n in range(1, 4)]
+    flags = {"mode": "seq_kd", "teacher_data": write_rows(tmp_path / "teacher.jsonl", rows)}
+    with pytest.raises(SystemExit) as stop:
+        distill.main(distill.Args(**flags_of(**flags, reward=rewards("right"))))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and re.search(r"row 1: `answer` is read as the completion.*columns", line)
 
 
 def test_loss_of_seq_kd_is_the_likelihood_of_the_answers(train, tmp_path):
@@ -778,7 +1005,7 @@ def test_loss_of_seq_kd_is_the_likelihood_of_the_answers(train, tmp_path):
 def test_teacher_samples_several_answers_of_which_the_right_ones_are_learnt(train, tmp_path, monkeypatch):
     flags = {"mode": "seq_kd", "answers_per_prompt": 3, "max_completion_length": 40, "max_steps": 1}
     folder, _ = train(**flags, reward=("rewards.py:math_answer",), eval_dataset=None)
-    [path] = (tmp_path / "cache").glob("answers_*/answers.jsonl")
+    [path] = (tmp_path / "cache").glob("answers_*/answers_*.jsonl")
     sampled, kept = read_lines(path), read_lines(folder / "answers" / "kept.jsonl")
     prompts = [json.dumps(row["prompt"]) for row in tiny_rows("prompts_train")]
     asked = [json.dumps(row["prompt"]) for row in sampled]
@@ -795,8 +1022,93 @@ def test_teacher_samples_several_answers_of_which_the_right_ones_are_learnt(trai
     calls = calls_of(monkeypatch, "roll_out")
     train(**flags, eval_dataset=None)
     assert not calls, "what was sampled is found again"
-    train(**flags, eval_dataset=None, seed=2)
-    assert len(list((tmp_path / "cache").glob("answers_*"))) == 2
+    for count, changes in enumerate(({"seed": 2}, {"temperature": 0.7}, {"max_completion_length": 30}), 2):
+        train(**(flags | changes), eval_dataset=None)
+        assert len(list((tmp_path / "cache").glob("answers_*"))) == count, changes
+
+
+def test_answers_that_were_cut_off_are_not_learnt(train, monkeypatch, tmp_path):
+    rolled, roll_out = [], distill.roll_out
+    keep = lambda *arguments, **options: rolled.extend(found := roll_out(*arguments, **options)) or found
+    monkeypatch.setattr(distill, "roll_out", keep)
+    train(mode="seq_kd", max_completion_length=20, max_steps=1, eval_dataset=None)
+    [path] = (tmp_path / "cache").glob("answers_*/answers_*.jsonl")
+    ended = [c.text for c in rolled if c.ended]
+    assert [row["completion"] for row in read_lines(path)] == ended and 20 < len(ended) < len(rolled) - 20
+
+
+def test_temperature_0_samples_the_likeliest_answer_once(train, monkeypatch, tmp_path):
+    prompts = write_rows(tmp_path / "few.jsonl", tiny_rows("prompts_train", 4))
+    flags = {"mode": "seq_kd", "prompt_dataset": prompts, "max_completion_length": 40, "max_steps": 1}
+    calls = calls_of(monkeypatch, "roll_out")
+    train(**flags, temperature=0.0, eval_dataset=None)
+    [(_, _, asked, *_)] = calls
+    assert len(asked) == 4
+    teacher = AutoModelForCausalLM.from_pretrained(ROOT / "tiny" / "sft", dtype=torch.float32).eval()
+    tokenizer, wanted = AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft"), []
+    for prompt in asked:
+        ids = torch.tensor([prompt.input_ids])
+        output = teacher.generate(ids, do_sample=False, max_new_tokens=40)[0, ids.shape[1] :]
+        if output[-1] == tokenizer.eos_token_id:
+            wanted.append(tokenizer.decode(output, skip_special_tokens=True))
+    [path] = (tmp_path / "cache").glob("answers_*/answers_*.jsonl")
+    assert [row["completion"] for row in read_lines(path)] == wanted and wanted
+
+
+def test_short_runs_ask_for_no_more_than_they_can_learn(train, monkeypatch, capsys):
+    monkeypatch.setattr(distill, "BLOCK", 8)
+    calls = calls_of(monkeypatch, "roll_out")
+    flags = {"mode": "seq_kd", "max_completion_length": 40, "eval_dataset": None, "answers_per_prompt": 2}
+    train(**flags, max_steps=1, batch_size=9)
+    assert [len(asked) for _, _, asked, *_ in calls] == [16, 16]
+    told = "2 answers of tiny/sft to each of 16 prompts, of which 2 of 2 blocks are still to sample"
+    assert told in capsys.readouterr().out
+    train(**flags, max_steps=2, batch_size=9)
+    assert len(calls) == 3, "and go on where those have come to"
+    assert "of 24 prompts, of which 1 of 3 blocks are still to sample" in capsys.readouterr().out
+
+
+def test_progress_is_told_without_a_terminal(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(distill.time, "perf_counter", lambda: next(clock))
+    assert list(distill.with_progress(list("abcdefg"), "blocks")) == list("abcdefg")
+    assert capsys.readouterr().out.splitlines() == [
+        "blocks: 3 of 7 blocks, left 0:16",  # 12 of 28 seconds
+        "blocks: 6 of 7 blocks, left 0:04",
+    ]
+
+
+@pytest.mark.parametrize("eval_dataset", [None, "EVAL"])
+def test_teacher_of_seq_kd_stays_for_held_out_data_alone(train, tmp_path, monkeypatch, eval_dataset):
+    alive, load_model, aggregate = [], distill.load_model, distill.aggregate
+
+    def load(*arguments):
+        model = load_model(*arguments)
+        loaded.append(weakref.ref(model))
+        return model
+
+    def spy(*arguments, **options):
+        gc.collect()
+        alive.append(loaded[0]() is not None)
+        return aggregate(*arguments, **options)
+
+    loaded = []
+    monkeypatch.setattr(distill, "load_model", load)
+    monkeypatch.setattr(distill, "aggregate", spy)
+    flags = {"mode": "seq_kd", "max_completion_length": 40, "max_steps": 1, "answers_per_prompt": 1}
+    train(**flags, eval_dataset=eval_dataset and str(tmp_path / "eval.jsonl"))
+    assert len(loaded) == 2 and set(alive) == {eval_dataset is not None}
+
+
+def test_continued_run_keeps_the_answers_that_it_began_with(train, monkeypatch, tmp_path):
+    flags = {"mode": "seq_kd", "max_completion_length": 40, "save_every": 1, "eval_dataset": None}
+    flags |= {"reward": ("rewards.py:math_answer",), "output_dir": str(tmp_path / "run")}
+    folder, _ = train(**flags, max_steps=1)
+    before = (folder / "answers" / "kept.jsonl").read_bytes()
+    for name in ("right_rows", "sample_teacher"):
+        monkeypatch.setattr(distill, name, lambda *_: pytest.fail("answers are sampled or scored anew"))
+    train(**flags, max_steps=2, resume=True)
+    assert (folder / "answers" / "kept.jsonl").read_bytes() == before
 
 
 def test_answers_of_the_teacher_are_learnt_where_the_prompts_come_with_messages_of_their_own(train, tmp_path):
@@ -805,7 +1117,7 @@ def test_answers_of_the_teacher_are_learnt_where_the_prompts_come_with_messages_
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = {"mode": "seq_kd", "max_completion_length": 40, "max_steps": 1, "eval_dataset": None}
     train(**flags, prompt_dataset=str(tmp_path / "asked.jsonl"))
-    [path] = (tmp_path / "cache").glob("answers_*/answers.jsonl")
+    [path] = (tmp_path / "cache").glob("answers_*/answers_*.jsonl")
     texts = [
         example["messages"][-1]["content"] for example in distill.load_examples(str(path), "train", None)
     ]
@@ -842,10 +1154,15 @@ def test_seq_kd_works_across_tokenizers(train, random_model, tmp_path):
         (r"--jsd-beta 0\.0: at 0 and 1 jsd is 0; take --divergence forward_kl", {"jsd_beta": 0.0}),
         (r"--jsd-beta 1\.0", {"jsd_beta": 1.0}),
         (r"--kd-temperature must be above 0, not 0\.0", {"kd_temperature": 0.0}),
-        (r"--temperature must be above 0, not -1", {"temperature": -1.0}),
+        (r"--temperature must be at least 0, not -1", {"temperature": -1.0}),
+        (r"--temperature 0: --mode on_policy trains on samples", {"temperature": 0.0, "mode": "on_policy"}),
         (r"--on-policy-fraction must lie in \(0, 1\], not 0\.0", {"on_policy_fraction": 0.0}),
         (r"--on-policy-fraction 0\.05 is no sequence", {"on_policy_fraction": 0.05, "mode": "on_policy"}),
         (r"--kl-discount must lie in \[0, 1\]", {"kl_discount": 2.0}),
+        (r"--kl-discount 0\.5: only --on-policy-loss policy_gradient", {"kl_discount": 0.5}),
+        (r"--ce-coef must be at least 0, not -1", {"ce_coef": -1.0}),
+        (r"--cache-dir .*/train\.jsonl: no folder can be", {"cache_dir": "TRAIN", "cache_top_k": 4}),
+        (r"--cache-dir .*/train\.jsonl: no folder can be", {"cache_dir": "TRAIN", "mode": "seq_kd"}),
         (r"--teacher None: only --mode seq_kd with --teacher-data", {"teacher": None}),
         (r"--teacher nowhere/at_all: ", {"teacher": "nowhere/at_all"}),
         (r"--teacher \./nowhere: no such folder", {"teacher": "./nowhere"}),
@@ -867,6 +1184,7 @@ def test_seq_kd_works_across_tokenizers(train, random_model, tmp_path):
         (r"--batch-size must be at least 1", {"batch_size": 0}),
         (r"nowhere\.jsonl: no such file", {"dataset": ("nowhere.jsonl",)}),
         (r"nowhere\.jsonl: no such file", {"mode": "seq_kd", "teacher_data": "nowhere.jsonl"}),
+        (r"nowhere\.jsonl: no such file", {"mode": "seq_kd", "eval_dataset": "nowhere.jsonl"}),
         (r"nowhere\.py:f: not file\.py:function", {"reward": ("nowhere.py:f",), "mode": "seq_kd"}),
         (
             r"found the columns messages, prompt; needed is prompt",
@@ -901,6 +1219,7 @@ def test_rewards_that_leave_nothing_are_an_error(capsys, flags_of, rewards, tmp_
     for reward, message in (
         ("right", "no answer is left to learn from"),
         ("short", "1 numbers for 2 completions"),
+        ("broken", "error: reward broken: TypeError: object of type 'NoneType' has no len()"),
     ):
         with pytest.raises(SystemExit) as stop:
             distill.main(distill.Args(**flags_of(**flags, reward=rewards(reward))))
