@@ -26,6 +26,7 @@ Deviations from the papers, each with its reason (docs/merge.md lists what `--co
     1. `--weights` multiply task vectors everywhere; TIES and DARE have one scale for all. 1 is the paper's.
     2. Changes of the same size as a threshold are all kept: a tie has no order, in bfloat16 it is common.
     3. dare_ties replaces TIES' trimming by DARE; the paper leaves open whether both apply.
+    4. Model Stock keeps the base where task vectors point apart: its ratio, below 0 there, has no bound.
 
     python merge.py                                            # CPU, offline, seconds
     python merge.py --method ties --base Qwen/Qwen2.5-1.5B --models math-model code-model --density 0.2
@@ -50,9 +51,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import combinations
+from itertools import combinations, zip_longest
 from pathlib import Path
-from queue import Full, Queue
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -85,7 +85,7 @@ class Args:
 
     # Models
     base: str | None = None
-    """Model that the others were fine-tuned from: a hub id or a folder. linear and soup only report on it."""
+    """Model the others were tuned from: hub id or folder. linear and soup report on it and take its type."""
     models: tuple[str, ...] = ()
     """Models to merge: hub ids or folders; by default tiny/sft, and tiny/base as --base."""
     pad_vocab: bool = False
@@ -95,7 +95,7 @@ class Args:
     weights: tuple[float, ...] = ()
     """Weight of each model; by default 1 each. linear divides by their sum."""
     lambda_: Annotated[float | None, tyro.conf.arg(name="lambda")] = None
-    """Scale of the merged task vector; by default 1."""
+    """Scale of the merged task vector; by default 1, or 0.5 in the run without --models."""
     t: float | None = None
     """Way from the base (0) to the model (1), for wise_ft and slerp; by default 0.5."""
     density: float | None = None
@@ -128,9 +128,11 @@ class Args:
     """Measure norms and angles of the task vectors on the way."""
 
     def __post_init__(self):
+        if self.base and not self.models:
+            fail("--base without --models: there is nothing to merge with it")
         if not self.models:
             self.base, self.models = "tiny/base", ("tiny/sft",)
-            if "lambda" in USED[self.method] and self.lambda_ is None:
+            if "lambda" in PARAMETERS_OF[self.method] and self.lambda_ is None:
                 self.lambda_ = 0.5  # half-way
         if self.method in ("wise_ft", "slerp") and self.base is None and len(self.models) == 2:
             self.base, self.models = self.models[0], self.models[1:]
@@ -140,13 +142,14 @@ class Args:
             fail(f"--method {self.method} takes --base and one model, not {len(self.models)}")
         if self.method == "model_stock" and len(self.models) < 2:
             fail("--method model_stock takes two models or more: it goes by the angle between them")
-        if self.weights and "weight" not in USED[self.method]:
+        if self.weights and "weight" not in PARAMETERS_OF[self.method]:
             fail(f"--method {self.method} has no --weights")
         if self.weights and len(self.weights) != len(self.models):
             fail(f"--weights has {len(self.weights)} numbers for {len(self.models)} models")
         given = {"lambda": self.lambda_, "t": self.t, "density": self.density, "outliers": self.outliers}
-        if unread := [name for name in given if given[name] is not None and name not in USED[self.method]]:
-            fail(f"--method {self.method} has no --{unread[0]}")
+        for name in given:
+            if given[name] is not None and name not in PARAMETERS_OF[self.method]:
+                fail(f"--method {self.method} has no --{name}")
         if self.soup == "greedy" and (self.method != "soup" or not self.eval_command):
             fail("--soup greedy needs --method soup and an --eval-command that scores a model")
         if self.sweep and not self.eval_command:
@@ -155,6 +158,11 @@ class Args:
             fail("--eval-command is read by --sweep and by --soup greedy: neither is given")
         if self.eval_command and "{model}" not in self.eval_command:
             fail("--eval-command must say with {model} where the folder of the model goes")
+        if self.eval_metrics and not self.eval_command:
+            fail("--eval-metrics chooses from what an --eval-command prints, and there is none")
+        names = [name.removesuffix(":min") for name in self.eval_metrics]
+        if len(set(names)) < len(names) or any(":" in name for name in names):
+            fail("--eval-metrics takes names, each once, with nothing behind a colon but min")
         read_size(self.max_shard_size)
         try:
             program = shlex.split(self.eval_command)[0] if self.eval_command else sys.executable
@@ -218,12 +226,12 @@ def slerp_coefficients(inner: torch.Tensor, t: float, *, compat: str = "paper") 
     Where there is no arc (a = 0 or pi, up to rounding, or a tensor of zeros) it is 1 - t and t, a straight
     line. mergekit takes the line from |cos a| > 0.9995 on, and a right angle where a tensor is zero.
     """
-    (one, cross), (_, change) = inner.tolist()
-    norms = math.sqrt(max(one, 0) * max(one + 2 * cross + change, 0))
+    (base, cross), (_, change) = inner.tolist()
+    norms = math.sqrt(max(base, 0) * max(base + 2 * cross + change, 0))
     if norms < 1e-16:
         cosine = 0.0 if compat == "mergekit" else 1.0
     else:
-        cosine = max(-1.0, min(1.0, (one + cross) / norms))
+        cosine = max(-1.0, min(1.0, (base + cross) / norms))
     if abs(cosine) > (0.9995 if compat == "mergekit" else 1 - 1e-6):
         return 1 - t, t
     angle = math.acos(cosine)
@@ -250,7 +258,7 @@ def trim(
     TIES keeps the largest changes (arXiv:2306.01708, section 4, step 1), Model Breadcrumbs those between two
     ranks of every tensor (arXiv:2312.06795, section 3).
     """
-    sizes = task_vectors.abs()
+    sizes = task_vectors.abs()  # (K, n)
     kept = sizes.clone().ge_(lowest[:, None]).mul_(task_vectors)
     return kept if highest is None else kept.mul_(sizes.le_(highest[:, None]))
 
@@ -274,7 +282,8 @@ def magnitude_counts(task_vectors: torch.Tensor, upper: list[int] | None = None)
 def kth_largest(count: Callable[[list[int] | None], torch.Tensor], ks: list[int]) -> torch.Tensor:
     """The k-th largest |tau| of each task vector, (K,), exactly: a radix selection in two passes.
 
-    `count(upper)` is the sum of `magnitude_counts` over all tiles, which are never in memory together.
+    `count(upper)` is the sum of `magnitude_counts` over all tiles, which are never in memory together. For
+    k = 0 it is NaN, which no number reaches.
     """
 
     def digit(counts: torch.Tensor, k: int) -> tuple[int, int]:
@@ -292,12 +301,14 @@ def breadcrumb_ranks(n: int, density: float, outliers: float, *, compat: str = "
     """First and last rank, from the largest |tau| = 1 of n, that breadcrumbs keeps (arXiv:2312.06795).
 
     The share `outliers` above and the rest of 1 - density below are dropped. Where both do not fit, paper
-    keeps fewer, mergekit drops fewer of the largest.
+    keeps fewer, mergekit drops fewer of the largest. Of a small tensor paper keeps one, mergekit may keep
+    none: (1, 0).
     """
-    top, kept = int(outliers * n), max(1, int(density * n))
+    top, kept = int(outliers * n), int(density * n)
     if compat == "mergekit":
         top = min(top, n - kept)
-    return min(top, n - 1) + 1, min(top + kept, n)
+        return (top + 1, top + kept) if kept else (1, 0)
+    return min(top, n - 1) + 1, min(top + max(1, kept), n)
 
 
 def ties(
@@ -309,14 +320,14 @@ def ties(
     their mean (arXiv:2306.01708, section 4, steps 2 and 3, has no weights). Where the sum is 0 nothing is
     elected, and for mergekit plus; mergekit divides by sum_i w_i. `mean` False (its dare_ties) only sums.
     """
-    weighted = task_vectors * weights.view(-1, *[1] * (task_vectors.ndim - 1))
-    sign = weighted.sum(0)
+    weighted = task_vectors * weights.view(-1, *[1] * (task_vectors.ndim - 1))  # (K, ...)
+    sign = weighted.sum(0)  # (...)
     sign = sign.ge_(0).mul_(2).sub_(1) if compat == "mergekit" else sign.sign_()
     agrees = (weighted * sign).gt_(0)  # (K, ...)
-    total = (weighted * agrees).sum(0)
+    total = (weighted * agrees).sum(0)  # (...)
     if not mean:
         return total
-    divisor = torch.tensordot(weights if compat == "mergekit" else weights.abs(), agrees, 1)
+    divisor = torch.tensordot(weights if compat == "mergekit" else weights.abs(), agrees, 1)  # (...)
     return total / divisor.add_(divisor.clone().eq_(0))
 
 
@@ -334,12 +345,13 @@ def model_stock_ratio(inner: torch.Tensor, *, compat: str = "paper") -> float:
 
     `inner` (K + 1, K + 1) is the `gram` of a whole tensor. A task vector of zeros has cosine 0. Task vectors
     that point away from one another (cos a < 0) give 0, the base: the formula, made for acute angles, would
-    go beyond it, without end. mergekit follows it there.
+    go beyond it, without end. mergekit follows it there, and takes products of norms below 1e-6 for 1e-6.
     """
     vectors = inner[1:, 1:]
     norms = vectors.diagonal().clamp(min=0).sqrt()
     pairs = combinations(range(len(vectors)), 2)
-    cosines = [(vectors[i, j] / max(norms[i] * norms[j], 1e-300)).item() for i, j in pairs]
+    floor = 1e-6 if compat == "mergekit" else 1e-300
+    cosines = [(vectors[i, j] / max(norms[i] * norms[j], floor)).item() for i, j in pairs]
     cosine = max(-1.0, min(1.0, sum(cosines) / len(cosines)))
     divisor = 1 + (len(vectors) - 1) * cosine
     if abs(divisor) < 1e-6 or (cosine < 0 and compat == "paper"):
@@ -393,7 +405,7 @@ def merge_tensors(
 # Merging
 # ------------------------------------------------------------------------------------------------------------
 TILE = 2**18  # numbers of a tensor that are merged at a time: they stay in the processor's cache
-USED = {  # which parameters a method has
+PARAMETERS_OF = {  # which parameters a method has
     "linear": {"weight"},
     "wise_ft": {"t"},
     "task_arithmetic": {"weight", "lambda"},
@@ -418,29 +430,20 @@ def main(args: Args) -> dict:
     base = Checkpoint(args.base) if args.base else None
     models = [Checkpoint(name) for name in args.models]
     lead = check_models(base, models, args)
-    swept, values = read_sweep(args)
     rules = [read_rule(text, args) for text in args.rule]
-    for value in values:
-        settings_of_tensors(lead, [Rule("*", *swept, (value,)), *rules], args, len(models))
-    settings_of_tensors(lead, rules, args, len(models))
+    parameter, values = read_sweep(args)
+    moved = {value: [read_rule(f"*:{parameter}={value}", args), *rules] for value in values}
+    for chosen in [*moved.values(), rules]:
+        settings_of_tensors(lead, chosen, args, len(models))
     with partial_folder(output_dir, args) as folder:
         if args.sweep:
-            points = []
-            for value in values:
-                moved = [Rule("*", *swept, (value,)), *rules]
-                merge_models(folder / "model", base, models, lead, moved, args)
-                points.append({args.sweep.split("=")[0]: value} | score_model(folder / "model", args))
-                say("  ".join(f"{key} {number:.4g}" for key, number in points[-1].items()))
-                shutil.rmtree(folder / "model")
-            summary = write_sweep(folder, points, args)
+            summary = sweep(folder, base, models, lead, parameter, moved, args)
         else:
             if args.soup == "greedy":
-                models = choose_ingredients(folder / "candidate", models, lead, args)
-            # 2. to 4. Measure, merge, write
+                models = choose_ingredients(folder / "candidate", base, models, lead, args)
             grams = merge_models(folder / "model", base, models, lead, rules, args, args.report)
             # 5. Report
-            summary = {"models": len(models), "tensors": len(lead.shapes)}
-            summary["parameters"] = sum(map(math.prod, lead.shapes.values()))
+            summary = {"models": len(models), "tensors": len(lead.shapes), "parameters": lead.num_parameters}
             summary |= write_report(folder, grams, base, models) if grams else {}
         summary["seconds"] = time.perf_counter() - started
     say(f"{'sweep' if args.sweep else 'merged model'} saved to {output_dir} in {summary['seconds']:.1f} s")
@@ -450,8 +453,8 @@ def main(args: Args) -> dict:
 class Work(NamedTuple):
     """One tensor of the result: where its values come from, and all that its tiles need.
 
-    `sources`, of the base, if it is read, and of every model: its values (n,), and those of the model with
-    most rows, which fill up missing ones.
+    `sources`, of the base, if it is read, and of every model: its values (n,), and those of the model that
+    leads, which fill up missing ones.
     """
 
     name: str
@@ -475,8 +478,7 @@ class Work(NamedTuple):
         for row, (flat, filler) in zip(rows, self.sources, strict=True):
             own = flat[tile]
             row[: len(own)].copy_(own)
-            if len(own) < len(row):
-                row[len(own) :].copy_(filler[tile.start + len(own) : tile.stop])
+            row[len(own) :].copy_(filler[tile.start + len(own) : tile.stop])
         return rows[0], rows[int(self.with_base) :]
 
     def draws(self, tile: slice, args: Args) -> torch.Tensor:
@@ -492,49 +494,56 @@ def merge_models(folder: Path, base, models: list, lead, rules: list, args: Args
     """
     settings = settings_of_tensors(lead, rules, args, len(models))
     with_base = base is not None and (with_report or args.method not in ("linear", "soup"))
-    read = [base] * with_base + models
-    dtypes = {name: result_dtype((base or models[0]).dtypes[name], args) for name in lead.shapes}
+    read, works, dtypes = [base] * with_base + models, {}, {}
+    for name in lead.shapes:
+        dtypes[name] = DTYPES[(base or models[0]).dtypes[name]]
+        if args.dtype != "auto" and dtypes[name].is_floating_point:
+            dtypes[name] = getattr(torch, args.dtype)
+        works[name] = Work(name, sources_of(name, read, lead), with_base, settings[name], dtypes[name], {})
     shards = plan_shards(lead.shapes, dtypes, args.max_shard_size)
-    check_room(folder, shards)
-    works = [
-        Work(name, sources_of(read, name), with_base, settings[name], dtypes[name], {})
-        for shard in shards
-        for name in shard.names
-    ]
-    parameters = sum(map(math.prod, lead.shapes.values()))
-    say(f"{args.method} of {', '.join(model.name for model in read)}: {parameters:,} parameters")
+    needed, free = sum(shard.size for shard in shards), shutil.disk_usage(folder.parent).free
+    if needed > free:
+        fail(f"{folder.parent} has {free / 1e9:.1f} GB left, the merged model takes {needed / 1e9:.1f} GB")
+    say(f"{args.method} of {', '.join(m.name for m in read)}: {lead.num_parameters:,} parameters")
     folder.mkdir()
-    with workers() as pool, Writer(folder, shards) as writer:
+    grams = {}
+    with workers() as pool, ThreadPoolExecutor(1) as thread:
+        # 2. Measure: here what is needed of all tensors together, in `jobs` what is needed of each
         if args.method == "ties" and args.compat == "paper":
-            trim_whole_models(pool, works, Progress("thresholds", [*read, *read]))
-        grams, progress = {}, Progress("merging", read)
+            trim_whole_models(pool, list(works.values()), Progress("thresholds", read, passes=2))
+        progress = Progress("merging", read)
 
-        def jobs() -> Iterator[Callable]:
-            for work in works:
+        def jobs(shard: Shard) -> Iterator[Callable]:
+            for work in map(works.get, shard.names):
                 work.measured.update(measure(pool, work, args))
                 for tile in work.tiles:
                     yield partial(merge_tile, work, tile, args, with_report)
 
-        for work, merged, inner in in_order(pool, jobs()):
-            if merged is None:
-                fail(f"{work.name}: the result is not finite (NaN in a model, or too large for {work.dtype})")
-            writer.put(merged)
-            if inner is not None:
-                grams[work.name] = grams.get(work.name, 0) + inner
-            progress.update(merged.numel())
-    progress.close()
-    write_index(folder, shards)
-    copy_other_files(folder, lead, dtypes)
+        # 3. Merge
+        def merged_tiles(shard: Shard) -> Iterator[torch.Tensor]:
+            for work, merged, inner in in_order(pool, jobs(shard)):
+                if merged is None:
+                    fail(f"{work.name}: the result is not finite (NaN in a model, or beyond {work.dtype})")
+                if inner is not None:
+                    grams[work.name] = grams.get(work.name, 0) + inner
+                progress.update(merged.numel())
+                yield merged
+
+        # 4. Write
+        for shard in shards:
+            write_shard(folder, shard, thread, merged_tiles(shard))
+    progress.bar.close()
+    write_other_files(folder, shards, lead, dtypes)
     return grams
 
 
 def measure(pool, work: Work, args: Args) -> dict:
     """What the method must know of the whole tensor before its first tile is merged."""
-    p, n = work.settings, work.size
+    settings, densities, n = work.settings, work.settings.densities, work.size
     if not work.dtype.is_floating_point or "lowest" in work.measured:
         return {}
     if n == 0:
-        return {"coefficients": (0.0, 0.0), "ratio": 0.0, "lowest": torch.zeros(len(p.densities))}
+        return {"coefficients": (0.0, 0.0), "ratio": 0.0, "lowest": torch.zeros(len(densities))}
 
     def total(function: Callable) -> torch.Tensor:
         return sum(in_order(pool, (partial(function, tile) for tile in work.tiles)))
@@ -545,17 +554,17 @@ def measure(pool, work: Work, args: Args) -> dict:
 
     def l1_norms(tile: slice) -> torch.Tensor:
         base, tensors = work.load(tile)
-        kept = dare(tensors - base, work.draws(tile, args), torch.tensor(p.densities))
+        kept = dare(tensors - base, work.draws(tile, args), torch.tensor(densities))
         return torch.stack([(tensors - base).abs().sum(-1), kept.abs().sum(-1)]).double()
 
     if args.method == "slerp":
-        return {"coefficients": slerp_coefficients(total(inner_products), p.t, compat=args.compat)}
+        return {"coefficients": slerp_coefficients(total(inner_products), settings.t, compat=args.compat)}
     if args.method == "model_stock":
         return {"ratio": model_stock_ratio(total(inner_products), compat=args.compat)}
     if args.method == "ties":
-        return {"lowest": thresholds(pool, [work], [max(1, int(density * n)) for density in p.densities])}
+        return {"lowest": thresholds(pool, [work], [max(1, int(density * n)) for density in densities])}
     if args.method == "breadcrumbs":
-        ranks = [breadcrumb_ranks(n, density, p.outliers, compat=args.compat) for density in p.densities]
+        ranks = [breadcrumb_ranks(n, density, settings.outliers, compat=args.compat) for density in densities]
         highest, lowest = (thresholds(pool, [work], list(ks)) for ks in zip(*ranks, strict=True))
         return {"lowest": lowest, "highest": highest}
     if args.method.startswith("dare") and args.compat == "mergekit":
@@ -590,7 +599,7 @@ def trim_whole_models(pool, works: list[Work], progress):
     lowest = thresholds(pool, works, ks, progress)
     for work in works:
         work.measured["lowest"] = lowest
-    progress.close()
+    progress.bar.close()
 
 
 def merge_tile(work: Work, tile: slice, args: Args, with_report: bool) -> tuple:
@@ -610,19 +619,20 @@ def merge_tile(work: Work, tile: slice, args: Args, with_report: bool) -> tuple:
     return work, merged.to(work.dtype), gram(base, others - base) if with_report else None
 
 
-def choose_ingredients(folder: Path, models: list, lead, args: Args) -> list:
+def choose_ingredients(folder: Path, base, models: list, lead, args: Args) -> list:
     """The models of the greedy soup: scored one by one, then in soups that are thrown away."""
+    names = [name.removesuffix(":min") for name in args.eval_metrics[:1]]
 
-    def score(path: Path, names: str) -> float:
-        metrics = score_model(path, args)
-        wanted = args.eval_metrics[0] if args.eval_metrics else next(iter(metrics))
-        name, _, direction = wanted.partition(":")
-        say(f"  {name} {metrics[name]:.4g}: {names}")
-        return -metrics[name] if direction == "min" else metrics[name]
+    def score(path: Path, label: str) -> float:
+        metrics = score_model(path, args, names)
+        names[:] = names or list(metrics)[:1]
+        say(f"  {names[0]} {metrics[names[0]]:.4g}: {label}")
+        less_is_better = args.eval_metrics[:1] == (f"{names[0]}:min",)
+        return -metrics[names[0]] if less_is_better else metrics[names[0]]
 
     def score_of(indices: list[int]) -> float:
         chosen = [models[i] for i in indices]
-        merge_models(folder, None, chosen, lead, [], args)
+        merge_models(folder, base, chosen, lead, [], args)
         result = score(folder, " + ".join(model.name for model in chosen))
         shutil.rmtree(folder)
         return result
@@ -632,25 +642,36 @@ def choose_ingredients(folder: Path, models: list, lead, args: Args) -> list:
     return [models[i] for i in kept]
 
 
+def sweep(folder: Path, base, models: list, lead, parameter: str, moved: dict, args: Args) -> dict:
+    """Merge and score at every value of a parameter: `moved` has the rules that hold there, by value."""
+    points, names = [], [name.removesuffix(":min") for name in args.eval_metrics]
+    for value, rules in moved.items():
+        merge_models(folder / "model", base, models, lead, rules, args)
+        metrics = score_model(folder / "model", args, names)
+        names = names or [name for name in metrics if name != parameter]
+        points.append({parameter: value} | metrics | {parameter: value})  # also if a metric has its name
+        text = json.dumps({"args": asdict(args), "points": points}, indent=2)
+        (folder / "sweep.json").write_text(text + "\n")
+        say("  ".join(f"{key} {number:.4g}" for key, number in points[-1].items()))
+        shutil.rmtree(folder / "model")
+    draw_sweep(folder / "sweep.png", points, [parameter, *names[:2]], args.method)
+    ends = {"first": points[0], "last": points[-1]}
+    return {"points": len(points)} | {f"{name}/{end}": ends[end][name] for name in names[:2] for end in ends}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Plumbing
 # ------------------------------------------------------------------------------------------------------------
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+DTYPES = FLOATS | INTEGERS | {"BOOL": torch.bool}
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
 HEAD = re.compile(r"^(lm_head|embed_out|output)\.(weight|bias)$")
 LAYER = re.compile(r"^(.*?\.)(\d+)\.")
-MEANING = ("rope_theta", "rope_parameters", "num_attention_heads", "head_dim", "hidden_act")  # of weights
-OWN_FILES = ("model.safetensors.index.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5")
+# What the numbers of a model mean depends on these.
+CONFIG_KEYS_COMPARED = ("rope_theta", "rope_parameters", "num_attention_heads", "head_dim", "hidden_act")
+OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.ot", "*.onnx")  # not read
+NOT_COPIED = (*OTHER_WEIGHTS, "*.safetensors", "*.index.json", "adapter_config.json", "README.md", ".git*")
 
 
 def say(message: str, file=None):
@@ -671,11 +692,15 @@ def locate(name: str) -> str:
     return str(beside) if beside.exists() and not Path(name).exists() else name
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, part: str | None = None) -> dict:
+    """A JSON object; `part` has to be one, too, if it is given."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         fail(f"{path} cannot be read: {error}")
+    if not isinstance(found, dict) or (part and not isinstance(found.get(part), dict)):
+        fail(f"{path} is no JSON object" + (f" with a {part}" if part else ""))
+    return found
 
 
 class Checkpoint:
@@ -683,11 +708,12 @@ class Checkpoint:
 
     def __init__(self, name: str):
         self.name, self.folder = name, Path(locate(name))
+        self.rows = None  # how many of those for tokens count, if not all: see check_models
         if not self.folder.is_dir():
             self.folder = download(name)
         self.config = read_json(self.folder / "config.json")
         index = self.folder / "model.safetensors.index.json"
-        listed = read_json(index)["weight_map"] if index.exists() else {}
+        listed = read_json(index, "weight_map")["weight_map"] if index.exists() else {}
         self.handles, self.shapes, self.dtypes = {}, {}, {}  # by tensor, in the order of the files
         for file in sorted(set(listed.values())) or ["model.safetensors"]:
             try:
@@ -701,8 +727,8 @@ class Checkpoint:
         if listed and listed.keys() != self.shapes.keys():
             fail(f"{index} and its files differ in {some(listed.keys() ^ self.shapes.keys())}")
         heads = [key for key in self.shapes if HEAD.match(key) and key.endswith("weight")]
-        text = self.config.get("text_config") or self.config
-        self.tied = text.get("tie_word_embeddings", self.config.get("tie_word_embeddings", not heads))
+        of_text = self.config.get("text_config") or self.config
+        self.tied = of_text.get("tie_word_embeddings", self.config.get("tie_word_embeddings", not heads))
         embedding = next((key for key in self.shapes if EMBEDDING.search(key)), None)
         for head in heads if self.tied and embedding else ():  # stored twice: the head is dropped
             if not torch.equal(self[head], self[embedding]):
@@ -713,16 +739,26 @@ class Checkpoint:
         """All numbers of a tensor, (n,), not read yet."""
         return self.handles[name].get_tensor(name).view(-1)
 
-    def vocabulary(self) -> dict[int, str]:
-        """Which text each token id stands for; empty without a tokenizer.json."""
+    @property
+    def num_parameters(self) -> int:
+        return sum(map(math.prod, self.shapes.values()))
+
+    def vocabulary(self) -> list[str | None]:
+        """The text of every token id; empty without a tokenizer.json."""
         if not (self.folder / "tokenizer.json").exists():
-            return {}
-        tokenizer = read_json(self.folder / "tokenizer.json")
+            return []
+        tokenizer = read_json(self.folder / "tokenizer.json", "model")
         tokens = tokenizer["model"].get("vocab", {})
         if isinstance(tokens, list):  # unigram: [text, score] in the order of the ids
             tokens = {text: i for i, (text, _) in enumerate(tokens)}
         known = {i: text for text, i in tokens.items()}
-        return known | {token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])}
+        known |= {token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])}
+        return [known.get(i) for i in range(max(known, default=-1) + 1)]
+
+
+def of_tokens(name: str) -> bool:
+    """Whether a tensor has a row for each token."""
+    return bool(EMBEDDING.search(name) or HEAD.match(name))
 
 
 def download(name: str) -> Path:
@@ -730,7 +766,7 @@ def download(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, ignore_patterns=list(OWN_FILES[2:])))
+        return Path(snapshot_download(name, ignore_patterns=list(OTHER_WEIGHTS)))
     except Exception as error:  # of many kinds: no such name, no network, no access
         fail(f"{name} is no folder, and the hub does not give it: {str(error).splitlines()[0]}")
 
@@ -744,45 +780,51 @@ def some(names: Iterable[str], limit: int = 5) -> str:
 def check_models(base, models: list, args: Args):
     """Compare all models; end with one line of all that differs.
 
-    Returns the model whose other files are kept: the first, or with --pad-vocab the one with most tokens.
+    Returns the model that leads: its other files are kept, and its rows fill up those that another lacks. It
+    is the first, or with --pad-vocab the one with most tokens. What the others have in rows beyond their own
+    tokenizer stands for no token, and does not count.
     """
     every, problems = [*models, *([base] if base else [])], []
-    lead = max(every, key=lambda m: max((m.shapes[k][0] for k in m.shapes if EMBEDDING.search(k)), default=0))
-    lead = lead if args.pad_vocab else models[0]
+    tokens = {model: model.vocabulary() for model in every}
+    lead = models[0]
+    if args.pad_vocab:
+        lead = max(every, key=lambda model: (len(tokens[model]), model.num_parameters))
     for other in every:
         if other is lead:
             continue
         pair = f"{lead.name} and {other.name}"
         if alone := lead.shapes.keys() ^ other.shapes.keys():
             problems.append(f"{pair} differ in the tensors {some(alone)}")
-        for name in lead.shapes.keys() & other.shapes.keys():
-            one, two = lead.shapes[name], other.shapes[name]
-            of_tokens = bool(EMBEDDING.search(name) or HEAD.match(name)) and one[1:] == two[1:]
-            if one != two and not (args.pad_vocab and of_tokens and one[0] >= two[0]):
-                hint = " (--pad-vocab fills them up)" if of_tokens and not args.pad_vocab else ""
-                problems.append(f"{name} is {one} in {lead.name}, {two} in {other.name}{hint}")
+        for name, shape in lead.shapes.items():
+            found = other.shapes.get(name, shape)
+            of_rows = of_tokens(name) and shape[1:] == found[1:]
+            fits = args.pad_vocab and of_rows and (shape[0] > found[0] or tokens[other])
+            if shape != found and not fits:
+                hint = " (--pad-vocab fills them up)" if of_rows and not args.pad_vocab else ""
+                problems.append(f"{name} is {shape} in {lead.name}, {found} in {other.name}{hint}")
         if lead.tied != other.tied:
             problems.append(f"{pair} differ in tie_word_embeddings")
         if lead.config.get("model_type") != other.config.get("model_type"):
             problems.append(f"{pair} differ in model_type")
-        known, others = lead.vocabulary(), other.vocabulary()
-        ids = known.keys() & others.keys() if args.pad_vocab else known.keys() | others.keys()
-        unequal = {i for i in ids if known.get(i) != others.get(i)} if known and others else ()
-        if not known or not others:
+        if not tokens[lead] or not tokens[other]:
             say(f"note: without a tokenizer.json in both, tokens of {pair} are not compared")
-        if unequal:
-            problems.append(f"{pair} differ in the tokens with the ids {some(unequal)}")
-        if changed := [key for key in MEANING if lead.config.get(key) != other.config.get(key)]:
+        else:  # what the longer one has more is an error, if it is not to be padded
+            both = (zip if args.pad_vocab else zip_longest)(tokens[lead], tokens[other])
+            if unequal := [i for i, (text, other_text) in enumerate(both) if text != other_text]:
+                problems.append(f"{pair} differ in the tokens with the ids {some(unequal)}")
+            other.rows = len(tokens[other]) if len(tokens[other]) < len(tokens[lead]) else None
+        changed = [key for key in CONFIG_KEYS_COMPARED if lead.config.get(key) != other.config.get(key)]
+        if changed:
             say(f"note: the configs of {pair} differ in {some(changed)}; that of {lead.name} is kept")
     for model in every:
-        if unknown := {d for d in model.dtypes.values() if d not in DTYPES}:
+        if unknown := {dtype for dtype in model.dtypes.values() if dtype not in DTYPES}:
             problems.append(f"{model.name} has tensors of type {some(unknown)}")
     for name in lead.shapes if not problems else ():
-        if len({DTYPES[m.dtypes[name]].is_floating_point for m in every}) > 1:
-            problems.append(f"{name} holds whole numbers in one model, and not in another")
-        elif not DTYPES[lead.dtypes[name]].is_floating_point:
-            if not all(torch.equal(lead[name], m[name]) for m in every):
-                problems.append(f"{name} holds whole numbers that differ")
+        types = {model.dtypes[name] for model in every}
+        if types <= FLOATS.keys():
+            continue
+        if len(types) > 1 or not all(torch.equal(lead[name], model[name]) for model in every):
+            problems.append(f"{name} holds whole numbers that differ, in value or in type")
     if problems:
         fail("the models do not fit: " + "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else ""))
     return lead
@@ -803,8 +845,8 @@ class Rule(NamedTuple):
 def read_parameter(text: str, flag: str, args: Args) -> tuple[str, int | None]:
     """`weight.2` -> ("weight", 1): a parameter of the method, and the model that it is of."""
     name, _, number = text.partition(".")
-    if name not in USED[args.method]:
-        known = ", ".join(sorted(USED[args.method])) or "none"
+    if name not in PARAMETERS_OF[args.method]:
+        known = ", ".join(sorted(PARAMETERS_OF[args.method])) or "none"
         fail(f"{flag}: --method {args.method} has no parameter {name!r}; it has: {known}")
     numbers = [str(i) for i in range(1, len(args.models) + 1)] if name in ("weight", "density") else []
     if number and number not in numbers:
@@ -823,50 +865,46 @@ def read_rule(text: str, args: Args) -> Rule:
     return Rule(match[1], *read_parameter(match[2], f"--rule {text!r}", args), values)
 
 
-def read_sweep(args: Args) -> tuple[tuple, list[float]]:
-    """--sweep as a parameter (its name and model) and its values."""
+def read_sweep(args: Args) -> tuple[str, list[float]]:
+    """--sweep as the name of a parameter and its values."""
     if not args.sweep:
-        return (), []
+        return "", []
     match = re.fullmatch(r"([\w.]+)=([^:]+):([^:]+):([^:]+)", args.sweep)
     try:
         first, last, step = map(float, match.groups()[1:])
-        steps = int((last - first) / step + 1.5)
-    except (AttributeError, ValueError, OverflowError, ZeroDivisionError):
+        steps = int((last - first) / step + 1e-9) + 1 if last >= first and 0 < step < math.inf else 0
+    except (AttributeError, ValueError, OverflowError):
         steps = 0
-    if steps < 1 or step < 0:
-        fail(f"--sweep {args.sweep!r} is not NAME=FIRST:LAST:STEP with LAST above FIRST and STEP above 0")
-    values = [round(first + i * step, 10) for i in range(steps)]
-    return read_parameter(match[1], "--sweep", args), [v for v in values if v <= last + 1e-9]
+    if not steps:
+        fail(f"--sweep {args.sweep!r} is not NAME=FIRST:LAST:STEP with LAST from FIRST on and STEP above 0")
+    read_parameter(match[1], "--sweep", args)
+    return match[1], [round(first + i * step, 10) for i in range(steps)]
 
 
-def settings_of_tensors(lead, rules: list[Rule], args: Args, num_models: int) -> dict[str, Settings]:
+def settings_of_tensors(model, rules: list[Rule], args: Args, num_models: int) -> dict[str, Settings]:
     """The parameters of every tensor; of several rules that match the last one counts.
 
     Several values are points of a line over the layers. Outside of the layers the embeddings have the first
     value and what comes behind the last layer has the last (mergekit: all of these have the first).
     """
-    density = args.density
-    if density is None:
-        density = 0.2 if args.method == "ties" else 0.1
+    density = (0.2 if args.method == "ties" else 0.1) if args.density is None else args.density
     count = {}  # layers of each stack
-    for name in lead.shapes:
+    for name in model.shapes:
         if match := LAYER.match(name):
             count[match[1]] = max(count.get(match[1], 0), int(match[2]) + 1)
     result, unused = {}, set(rules)
-    for name in lead.shapes:
+    for name in model.shapes:
         match = LAYER.match(name)
         depth = float(not EMBEDDING.search(name) and args.compat == "paper")
         if match:
             depth = int(match[2]) / (count[match[1]] - 1) if count[match[1]] > 1 else 1.0
         weights, densities = list(args.weights or (1.0,) * num_models), [density] * num_models
-        chosen = {
+        chosen = {  # in the order of Settings
             "lambda": 1.0 if args.lambda_ is None else args.lambda_,
             "t": 0.5 if args.t is None else args.t,
             "outliers": 0.01 if args.outliers is None else args.outliers,
         }
-        for rule in rules:
-            if not rule.matches(name):
-                continue
+        for rule in [rule for rule in rules if rule.matches(name)]:
             unused.discard(rule)
             points = range(len(rule.values))
             value = float(np.interp(depth * points[-1], points, rule.values))
@@ -878,10 +916,11 @@ def settings_of_tensors(lead, rules: list[Rule], args: Args, num_models: int) ->
                     per_model[i] = value
         if not all(0 < density <= 1 for density in densities) or not 0 <= chosen["outliers"] < 1:
             fail(f"{name}: --density must lie in (0, 1] and --outliers in [0, 1)")
-        if args.method == "linear" and not sum(weights):
+        if not all(map(math.isfinite, [*weights, *chosen.values()])):
+            fail(f"{name}: a parameter is not a finite number")
+        if args.method == "linear" and abs(sum(weights)) <= 1e-6 * sum(map(abs, weights)):
             fail(f"{name}: the weights add up to 0, and linear divides by their sum")
-        named = (chosen["lambda"], chosen["t"], chosen["outliers"])
-        result[name] = Settings(tuple(weights), tuple(densities), *named)
+        result[name] = Settings(tuple(weights), tuple(densities), *chosen.values())
     if unused:
         fail(f"--rule: no tensor matches {some(rule.pattern for rule in unused)}")
     if args.method == "ties" and args.compat == "paper" and len({s.densities for s in result.values()}) > 1:
@@ -889,17 +928,11 @@ def settings_of_tensors(lead, rules: list[Rule], args: Args, num_models: int) ->
     return result
 
 
-def result_dtype(stored: str, args: Args) -> torch.dtype:
-    """The type in which a tensor is written; whole numbers stay as they are."""
-    if args.dtype == "auto" or not DTYPES[stored].is_floating_point:
-        return DTYPES[stored]
-    return getattr(torch, args.dtype)
-
-
-def sources_of(read: list, name: str) -> list:
-    """(values, filler) of a tensor in each model; the largest fills up those with fewer rows."""
-    flats = [model[name] for model in read]
-    return [(flat, max(flats, key=len)) for flat in flats]
+def sources_of(name: str, read: list, lead) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(values, filler) of a tensor in each model: the one that leads fills up missing rows for tokens."""
+    width = math.prod(lead.shapes[name][1:])
+    ends = [model.rows * width if model.rows and of_tokens(name) else None for model in read]
+    return [(model[name][:end], lead[name]) for model, end in zip(read, ends, strict=True)]
 
 
 def uniform(seed: int, model: int, name: str, tile: slice) -> torch.Tensor:
@@ -939,14 +972,13 @@ def in_order(pool, jobs: Iterable[Callable]) -> Iterator:
 class Progress:
     """A bar of the bytes read, and a line every ten seconds where there is no terminal to draw it on."""
 
-    def __init__(self, what: str, read: list):
-        total = sum(math.prod(shape) for shape in read[0].shapes.values())
-        sizes = [sum(math.prod(m.shapes[k]) * width(m.dtypes[k]) for k in m.shapes) for m in read]
-        self.what, self.per_number, self.last = what, sum(sizes) / max(1, total), time.perf_counter()
-        self.bar = tqdm(
-            total=sum(sizes), unit="B", unit_scale=True, desc=what, disable=None, dynamic_ncols=True
-        )
-        self.started, self.done, self.total = self.last, 0, sum(sizes)
+    def __init__(self, what: str, read: list, passes: int = 1):
+        widths = [(model.shapes[k], DTYPES[model.dtypes[k]].itemsize) for model in read for k in model.shapes]
+        size = sum(math.prod(shape) * width for shape, width in widths)
+        self.what, self.per_number, self.total = what, size / max(1, read[0].num_parameters), passes * size
+        self.bar = tqdm(total=self.total, unit="B", unit_scale=True, desc=what, disable=None)
+        self.started, self.done = time.perf_counter(), 0
+        self.last = self.started
 
     def update(self, numbers: int):
         self.done += numbers * self.per_number
@@ -958,14 +990,6 @@ class Progress:
             done, total, speed = self.done / 1e9, self.total / 1e9, speed / 1e9
             eta = f"{left // 60}:{left % 60:02}"
             say(f"{self.what}  {done:.1f} of {total:.1f} GB, {speed:.2f} GB/s, left {eta}")
-
-    def close(self):
-        self.bar.close()
-
-
-def width(dtype: str) -> int:
-    """Bytes of a number."""
-    return DTYPES[dtype].itemsize
 
 
 class Shard(NamedTuple):
@@ -986,13 +1010,15 @@ def read_size(text: str) -> int:
 
 def plan_shards(shapes: dict, dtypes: dict, max_shard_size: str) -> list[Shard]:
     """The files of the result, headers and all, before a number of it is known."""
-    limit, groups, sizes = read_size(max_shard_size), [[]], {}
+    limit, groups, sizes, total = read_size(max_shard_size), [[]], {}, 0
     codes = {dtype: code for code, dtype in DTYPES.items()}
     for name, shape in shapes.items():
         sizes[name] = math.prod(shape) * dtypes[name].itemsize
-        if groups[-1] and sum(sizes[other] for other in groups[-1]) + sizes[name] > limit:
+        if groups[-1] and total + sizes[name] > limit:
             groups.append([])
+            total = 0
         groups[-1].append(name)
+        total += sizes[name]
     shards = []
     for i, group in enumerate(groups, 1):
         group.sort(key=lambda name: -dtypes[name].itemsize)  # every tensor starts at a multiple of its width
@@ -1007,98 +1033,71 @@ def plan_shards(shapes: dict, dtypes: dict, max_shard_size: str) -> list[Shard]:
     return shards
 
 
-class Writer:
-    """A thread that writes tiles behind one another into the shards, while the next are computed."""
-
-    def __init__(self, folder: Path, shards: list[Shard]):
-        self.folder, self.shards, self.queue = folder, shards, Queue(maxsize=8)
-        self.thread = ThreadPoolExecutor(1)
-
-    def __enter__(self):
-        self.result = self.thread.submit(self.write)
-        return self
-
-    def put(self, tile: torch.Tensor | None):
-        while True:
-            try:
-                return self.queue.put(tile, timeout=1)
-            except Full:
-                if self.result.done():  # it never ends before the last tile but by an error
-                    self.result.result()
-
-    def write(self):
-        for shard in self.shards:
-            with open(self.folder / shard.file, "wb") as file:
-                file.write(shard.header)
-                left = shard.size
-                while left:
-                    tile = self.queue.get()
-                    if tile is None:  # given up
-                        return
-                    file.write(memoryview(tile.view(torch.uint8).numpy()))
-                    left -= tile.nbytes
-                file.flush()
-                os.fsync(file.fileno())
-
-    def __exit__(self, kind, *_):
-        if kind and not self.result.done():
-            self.put(None)
-        try:
-            if not kind:
-                self.result.result()
-        finally:
-            self.thread.shutdown()
+def write_shard(folder: Path, shard: Shard, thread, tiles: Iterable[torch.Tensor]):
+    """Write a file tile by tile, in a thread of its own, while the next ones are computed."""
+    with open(folder / shard.file, "wb") as file:
+        file.write(shard.header)
+        writes = (partial(file.write, tile.view(torch.uint8).numpy()) for tile in tiles)
+        size = sum(in_order(thread, writes))
+    if size != shard.size:
+        raise RuntimeError(f"{shard.file} has {size} bytes of tensors, not {shard.size}")
 
 
-def check_room(folder: Path, shards: list[Shard]):
-    """End before the first byte where the disk is too small."""
-    needed, free = sum(shard.size for shard in shards), shutil.disk_usage(folder.parent).free
-    if needed > free:
-        fail(f"{folder.parent} has {free / 1e9:.1f} GB left, the merged model takes {needed / 1e9:.1f} GB")
+def write_other_files(folder: Path, shards: list[Shard], lead, dtypes: dict):
+    """All but the weights: their index, where they are in several files, and what the model that leads has.
 
-
-def write_index(folder: Path, shards: list[Shard]):
-    """model.safetensors.index.json, where there is more than one file."""
+    That is its config, tokenizer, generation config, chat template and whatever else is no weights.
+    """
     if len(shards) > 1:
         weight_map = {name: shard.file for shard in shards for name in shard.names}
         index = {"metadata": {"total_size": sum(s.size for s in shards)}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def copy_other_files(folder: Path, lead, dtypes: dict):
-    """Config, tokenizer, generation config, chat template: all but the weights, from the model that leads."""
     for path in sorted(lead.folder.iterdir()):
-        if path.is_file() and not any(fnmatchcase(path.name, pattern) for pattern in OWN_FILES):
+        if path.is_file() and not any(fnmatchcase(path.name, pattern) for pattern in NOT_COPIED):
             shutil.copyfile(path, folder / path.name)
     stored = str(max(dtypes.values(), key=list(dtypes.values()).count)).removeprefix("torch.")
     config = {k: stored if k in ("dtype", "torch_dtype") else v for k, v in lead.config.items()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-@contextmanager
-def partial_folder(output_dir: Path, args: Args):
-    """The folder of the run under another name until all of it is on disk: what has the name is whole."""
-    folder = output_dir.with_name(f"{output_dir.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
-        shutil.copy(__file__, folder)
-        yield folder
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        fail(f"{folder}: {error}")
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    folder.rename(output_dir)
-    handle = os.open(output_dir.parent, os.O_RDONLY)
+def sync(path: Path):
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
-def score_model(folder: Path, args: Args) -> dict[str, float]:
-    """What --eval-command says of a model: the numbers in the JSON object that it prints last."""
+@contextmanager
+def partial_folder(output_dir: Path, args: Args):
+    """The folder of the run under another name until all of it is on disk: what has the name is whole.
+
+    A run that fails leaves nothing but the scores of a sweep, under that other name.
+    """
+    folder = output_dir.with_name(f"{output_dir.name}.partial")
+    scores = folder / "sweep.json"
+    if os.path.exists(scores) or (os.path.exists(folder) and not os.path.exists(folder / "args.json")):
+        fail(f"{folder} is in the way, and not what a killed merge leaves: move it or delete it")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        shutil.copy(__file__, folder)
+        yield folder
+        for path in (*folder.rglob("*"), folder):
+            sync(path)
+    except BaseException as error:
+        shutil.rmtree(folder / "model" if scores.exists() else folder, ignore_errors=True)
+        if scores.exists():
+            say(f"the scores so far are in {scores}")
+        if isinstance(error, OSError):
+            fail(f"{error.filename or folder}: {error.strerror or error}")
+        raise
+    folder.rename(output_dir)
+    sync(output_dir.parent)
+
+
+def score_model(folder: Path, args: Args, names: list[str]) -> dict[str, float]:
+    """What --eval-command says of a model: the numbers in the JSON object it prints last, `names` too."""
     command = [word.replace("{model}", str(folder)) for word in shlex.split(args.eval_command)]
     done = subprocess.run(command, capture_output=True, text=True)
     printed = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[-1]
@@ -1109,25 +1108,25 @@ def score_model(folder: Path, args: Args) -> dict[str, float]:
         metrics = {k: float(v) for k, v in json.loads(printed).items() if isinstance(v, int | float)}
     except (ValueError, AttributeError):
         metrics = {}
-    missing = [name for name in (m.partition(":")[0] for m in args.eval_metrics) if name not in metrics]
+    missing = [name for name in names if name not in metrics]
     if not metrics or missing:
         wanted = f" with {', '.join(missing)}" if missing else ""
         fail(f"--eval-command should print a JSON object of numbers{wanted} last, not: {printed[:200]}")
+    if wrong := [name for name in metrics if not math.isfinite(metrics[name])]:
+        fail(f"--eval-command gives {metrics[wrong[0]]} for {wrong[0]}, which is no score")
     return metrics
 
 
-def write_sweep(folder: Path, points: list[dict], args: Args) -> dict:
-    """sweep.json and sweep.png: two metrics against the parameter, and against each other."""
-    parameter, *found = points[0]
-    chosen = ([name.partition(":")[0] for name in args.eval_metrics] or found)[:2]
-    (folder / "sweep.json").write_text(json.dumps({"args": asdict(args), "points": points}, indent=2) + "\n")
-    plt, columns = pyplot(), {name: [point[name] for point in points] for name in (parameter, *chosen)}
+def draw_sweep(path: Path, points: list[dict], names: list[str], method: str):
+    """Metrics against the parameter, the first of `names`, and two metrics against each other."""
+    from matplotlib.figure import Figure
+
+    (parameter, *chosen), columns = names, {name: [point[name] for point in points] for name in names}
     pairs = [(parameter, name) for name in chosen] + [tuple(chosen)] * (len(chosen) > 1)
-    figure, axes = plt.subplots(1, len(pairs), figsize=(3.7 * len(pairs), 3.4), squeeze=False)
-    for axis, (x, y) in zip(axes[0], pairs, strict=True):
-        axis.plot(
-            columns[x], columns[y], "o-", markersize=4, color="tab:blue" if x == parameter else "tab:red"
-        )
+    figure = Figure(figsize=(3.7 * len(pairs), 3.4), layout="tight")
+    for axis, (x, y) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+        color = "tab:blue" if x == parameter else "tab:red"
+        axis.plot(columns[x], columns[y], "o-", markersize=4, color=color)
         axis.set(xlabel=x, ylabel=y)
         for name, letter in ((x, "x"), (y, "y")):
             low, high = min(columns[name]), max(columns[name])
@@ -1139,22 +1138,8 @@ def write_sweep(folder: Path, points: list[dict], args: Args) -> dict:
         for value, *place in zip(*columns.values(), strict=True) if x != parameter else ():
             axis.annotate(f" {value:g}", place, fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{args.method}, along {parameter}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(folder / "sweep.png", dpi=120)
-    plt.close(figure)
-    ends = {"first": points[0], "last": points[-1]}
-    return {"points": len(points)} | {f"{name}/{end}": ends[end][name] for name in chosen for end in ends}
-
-
-def pyplot():
-    """matplotlib's, without a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    figure.suptitle(f"{method}, along {parameter}", fontsize=10)
+    figure.savefig(path, dpi=120)
 
 
 def sizes_and_angles(inner: torch.Tensor) -> dict:
@@ -1171,12 +1156,16 @@ def sizes_and_angles(inner: torch.Tensor) -> dict:
     }
 
 
+def kind_of(name: str) -> str:
+    """The name of a tensor without the number of its layer."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
 def write_report(folder: Path, grams: dict[str, torch.Tensor], base, models: list) -> dict:
     """Norms and cosines of the task vectors: report.json by tensor, a table by kind of tensor, a heat map."""
     kinds = {}
     for name, inner in grams.items():
-        kind = re.sub(r"\.\d+(?=\.)", ".*", name)
-        kinds[kind] = kinds.get(kind, 0) + inner
+        kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + inner
     whole = sizes_and_angles(sum(grams.values()))
     named = [model.name for model in (models if base else models[1:])]
     result = {
@@ -1187,55 +1176,61 @@ def write_report(folder: Path, grams: dict[str, torch.Tensor], base, models: lis
         "tensors": {name: sizes_and_angles(inner) for name, inner in grams.items()},
     }
     (folder / "report.json").write_text(json.dumps(result, indent=2) + "\n")
-    widest = max(map(len, [*kinds, "all"]))
-    pairs = list(whole["cosine"])
-    titles = [f"change {i}" for i in range(1, len(named) + 1)] + [f"cosine {pair}" for pair in pairs]
+    if not named:  # a single model, compared with nothing
+        return {}
+    widest, shown = max(map(len, [*kinds, "all"])), 9
+    titles = [f"change {i}" for i in range(1, len(named) + 1)]
+    titles += [f"cosine {pair}" for pair in whole["cosine"]]
     say(f"norm of each task vector over that of {result['base']}, and cosines of task vectors:")
     for i, name in enumerate(named, 1):
         say(f"  {i} is {name}")
-    say(f"{'':{widest}}" + "".join(f"{title:>13}" for title in titles[:9]))
+    more = f"  and {len(titles) - shown} more in report.json" if len(titles) > shown else ""
+    say(f"{'':{widest}}" + "".join(f"{title:>13}" for title in titles[:shown]) + more)
     for kind, figures in [*result["kinds"].items(), ("all", whole)]:
-        cells = [f"{x:.4f}" for x in figures["relative_norm"]] + [
-            f"{figures['cosine'][p]:+.4f}" for p in pairs
-        ]
-        say(f"{kind:{widest}}" + "".join(f"{cell:>13}" for cell in cells[:9]))
-    if named:
-        draw_report(folder / "report.png", result)
+        cells = [f"{norm:.4f}" for norm in figures["relative_norm"]]
+        cells += [f"{cosine:+.4f}" for cosine in figures["cosine"].values()]
+        say(f"{kind:{widest}}" + "".join(f"{cell:>13}" for cell in cells[:shown]))
+    draw_report(folder / "report.png", result)
     summary = {f"relative_norm/{i}": x for i, x in enumerate(whole["relative_norm"], 1)}
     return summary | {f"cosine/{pair}": x for pair, x in whole["cosine"].items()}
 
 
 def draw_report(path: Path, result: dict):
     """Kinds of tensors by layers: mean change; of two models or more, mean cosine of their task vectors."""
-    plt = pyplot()
-    cells, columns = {}, {""}
+    from matplotlib.figure import Figure
+
+    cells, layers = {}, {-1}  # -1: none
     for name, figures in result["tensors"].items():
-        match = LAYER.match(name)
-        column = int(match[2]) if match else ""
-        columns.add(column)
-        of_cell = cells.setdefault((re.sub(r"\.\d+(?=\.)", ".*", name), column), [])
-        of_cell.append((figures["relative_norm"], list(figures["cosine"].values())))
-    kinds = list(result["kinds"])
-    columns = sorted(columns, key=lambda column: -1 if column == "" else column)
-    panels = [("norm of the task vectors over that of the base", 0, "viridis", None)]
+        layer = int(match[2]) if (match := LAYER.match(name)) else -1
+        layers.add(layer)
+        cells.setdefault((kind_of(name), layer), []).append(figures)
+    kinds, layers = list(result["kinds"]), sorted(layers)
+    panels = [("mean norm of the task vectors over that of the base", "relative_norm", "viridis", 0, None)]
     if result["whole"]["cosine"]:
-        panels.append(("mean cosine of the task vectors", 1, "coolwarm", 1.0))
-    size = (4.5 + 0.25 * len(columns) * len(panels) + 2 * len(panels), 1.5 + 0.28 * len(kinds))
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
-    for axis, (title, which, colours, limit) in zip(axes[0], panels, strict=True):
-        values = np.full((len(kinds), len(columns)), np.nan)
-        for (kind, column), figures in cells.items():
-            values[kinds.index(kind), columns.index(column)] = np.mean([np.mean(f[which]) for f in figures])
-        image = axis.imshow(values, aspect="auto", cmap=colours, vmin=-limit if limit else 0, vmax=limit)
+        panels.append(("mean cosine of the task vectors", "cosine", "coolwarm", -1, 1))
+    size = (4.5 + (0.32 * len(layers) + 2) * len(panels), 1.5 + 0.28 * len(kinds))
+    figure = Figure(figsize=size, layout="tight")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (title, key, colours, lowest, highest) in zip(axes, panels, strict=True):
+        values = np.full((len(kinds), len(layers)), np.nan)
+        for (kind, layer), of_cell in cells.items():
+            rows = [list(f[key].values()) if key == "cosine" else f[key] for f in of_cell]
+            row, column = kinds.index(kind), layers.index(layer)
+            values[row, column] = np.mean(rows)
+            axis.text(column, row, f"{np.mean(rows):.2f}", ha="center", va="center", fontsize=6)
+        # Pale, so that the numbers can be read.
+        image = axis.imshow(values, aspect="auto", cmap=colours, vmin=lowest, vmax=highest, alpha=0.6)
         axis.set_title(title, fontsize=9)
-        axis.set_xticks(range(len(columns)), ["none" if c == "" else c for c in columns], fontsize=7)
+        axis.set_xticks(range(len(layers)), ["–" if layer < 0 else layer for layer in layers], fontsize=7)
         axis.set_yticks(range(len(kinds)), kinds, fontsize=7)
         axis.set_xlabel("layer", fontsize=8)
         figure.colorbar(image, ax=axis)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(tyro.cli(Args))
+    except KeyboardInterrupt:
+        say("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

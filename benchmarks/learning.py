@@ -47,8 +47,11 @@ def cpu_name() -> str:
     )
 
 
-def run(script: str, seed: int, flags: list[str]) -> tuple[list[dict], float]:
-    """One run of the script -> its lines of metrics.jsonl and its seconds, start-up included."""
+def run(script: str, seed: int, flags: list[str]) -> tuple[list[dict], float, float]:
+    """One run of the script -> its lines of metrics.jsonl, its seconds and CPU seconds, start-up included.
+
+    What it keeps in a cache, it computes itself.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -59,10 +62,13 @@ def run(script: str, seed: int, flags: list[str]) -> tuple[list[dict], float]:
             f"{folder}/run",
             *flags,
         ]
-        started = time.perf_counter()
+        if "    cache_dir: " in (ROOT / script).read_text():
+            command += ["--cache-dir", f"{folder}/cache"]
+        started, used = time.perf_counter(), os.times()
         subprocess.run(command, check=True, cwd=ROOT)
-        seconds = time.perf_counter() - started
-        return [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")], seconds
+        seconds, use = time.perf_counter() - started, os.times()
+        cpu = use.children_user + use.children_system - used.children_user - used.children_system
+        return [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")], seconds, cpu
 
 
 def draw(result: dict, path: Path):
@@ -97,16 +103,17 @@ def main(args: Args) -> dict:
         runs.append(run(args.script, seed, args.flags.split()))
     curves, before, after = {}, {}, {}
     for key in args.metrics:
-        lines = [[line for line in metrics if key in line] for metrics, _ in runs]
+        lines = [[line for line in metrics if key in line] for metrics, *_ in runs]
         values = np.array([[line[key] for line in seed] for seed in lines])  # (seeds, evaluations)
         curves[key] = {"steps": [line["step"] for line in lines[0]], "values": values.tolist()}
         for where, column in (before, values[:, 0]), (after, values[:, -1]):
             where[key] = {"mean": column.mean(), "std": column.std(ddof=1) if len(column) > 1 else 0.0}
-    seconds = [seconds for _, seconds in runs]
+    seconds, cpu_seconds = ([one[n] for one in runs] for n in (1, 2))
     result = {
         "command": f"python {args.script} {args.flags}".strip(),
         "seeds": list(args.seeds),
         "seconds": {"each": seconds, "median": float(np.median(seconds)), "max": max(seconds)},
+        "cpu_seconds": {"each": cpu_seconds, "median": float(np.median(cpu_seconds))},
         "before": before,
         "after": after,
         "curves": curves,

@@ -5,10 +5,12 @@ The models are small and made here: a random one, and copies of it whose weights
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +150,11 @@ def test_slerp_without_an_arc_is_a_straight_line():
     assert arc([0, 0], [0, 0], 0.25).tolist() == [0, 0]
 
 
+def test_slerp_of_a_zero_tensor_is_at_a_right_angle_in_mergekit_mode():
+    there = [math.sin(math.pi / 8) * 4, math.sin(math.pi / 8) * 8]
+    assert arc([0, 0], [4, 8], 0.25, "mergekit").tolist() == pytest.approx(there)
+
+
 def test_slerp_near_an_angle_of_zero_is_the_arc_in_paper_and_the_line_in_mergekit():
     angle = 0.02  # its cosine is 0.9998
     end = [math.cos(angle), math.sin(angle)]
@@ -200,6 +207,10 @@ def test_threshold_is_the_kth_largest_exactly(kind):
     ]
 
 
+def test_threshold_of_no_change_is_beyond_all():
+    assert kth_largest(vectors([1, math.inf, 0]), [0]).isnan().all()
+
+
 def test_threshold_of_tiles_is_that_of_the_whole():
     x = torch.randn(2, 1000)
     whole = kth_largest(x, [100, 300])
@@ -225,6 +236,20 @@ def test_breadcrumbs_drops_both_ends():
     assert crumbs(10, 1.0, 0.2, "mergekit") == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     assert crumbs(10, 0.9, 0.2, "mergekit") == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     assert crumbs(3, 0.1, 0.9) == [1] and crumbs(1, 0.1, 0.9) == [1]  # at least one
+    assert crumbs(3, 0.1, 0.9, "mergekit") == crumbs(9, 0.1, 0.0, "mergekit") == []
+    assert merge.breadcrumb_ranks(3, 0.1, 0.9, compat="mergekit") == (1, 0)  # also where changes are equal
+
+
+def test_equal_changes_are_all_kept_which_in_bfloat16_are_many():
+    random, shares = torch.Generator().manual_seed(1), {}
+    for size in (1e-3, 3e-4, 1e-4):
+        base = (0.02 * torch.randn(10**6, generator=random)).bfloat16()
+        model = (base.float() + size * torch.randn(10**6, generator=random)).bfloat16()
+        change = (model.float() - base.float())[None]
+        kept = merge.trim(change, kth_largest(change, [200_000]))
+        shares[size] = kept.ne(0).float().mean().item()
+    page = (ROOT / "docs" / "merge.md").read_text()
+    assert "keeps {:.2f}, {:.2f} and {:.2f} of them".format(*shares.values()) in page
 
 
 def test_dare_by_hand():
@@ -296,6 +321,13 @@ def test_model_stock_of_changes_that_point_apart_keeps_the_base():
     assert merge.model_stock_ratio(obtuse, compat="mergekit") == pytest.approx(-2)  # 2 (-1/2) / (1 - 1/2)
 
 
+def test_model_stock_of_tiny_changes_is_that_of_their_angle_but_not_in_mergekit():
+    tiny = torch.tensor([[1.0, 0, 0], [0, 1e-8, 5e-9], [0, 5e-9, 1e-8]], dtype=torch.float64)
+    assert merge.model_stock_ratio(tiny) == pytest.approx(2 / 3)  # 2 (1/2) / (1 + 1/2)
+    # mergekit: the cosine is 5e-9 / 1e-6
+    assert merge.model_stock_ratio(tiny, compat="mergekit") == pytest.approx(0.01 / 1.005)
+
+
 def test_ties_with_a_negative_weight_takes_the_change_off():
     change = torch.tensor([[1.0, -2.0]])
     assert merge.ties(change, torch.tensor([-1.0])).tolist() == [-1, 2]
@@ -343,24 +375,29 @@ def in_memory(method, folders, compat="paper", dtype=None, **flags):
     """The merged tensors from whole tensors: thresholds by topk, angles and norms in float64."""
     base, *models = [load_file(folder / "model.safetensors") for folder in folders]
     weights_ = flags.get("weights", (1.0,) * len(models))
-    density, seed = flags.get("density", 0.3), flags.get("seed", 1)
-    p = settings(weights_, (density,) * len(models), flags.get("lambda_", 1.0), flags.get("t", 0.5), 0.1)
+    seed = flags.get("seed", 1)
+    densities = flags.get("densities", (flags.get("density", 0.3),) * len(models))
+    p = settings(weights_, densities, flags.get("lambda_", 1.0), flags.get("t", 0.5), 0.1)
     merged, lowest = {}, None
     changes = {
         k: torch.stack([m[k].float().flatten() - base[k].float().flatten() for m in models]) for k in base
     }
     if method == "ties" and compat == "paper":
         whole = torch.cat(list(changes.values()), 1).abs()
-        lowest = whole.topk(int(density * whole.shape[1])).values[:, -1]
+        lowest = torch.stack(
+            [x.topk(int(d * len(x))).values[-1] for x, d in zip(whole, densities, strict=True)]
+        )
     for name in base:
         one, stack = base[name].float().flatten(), torch.stack([m[name].float().flatten() for m in models])
         n, measured, draws = len(one), {}, None
         sizes = changes[name].abs().sort(descending=True).values
         if method == "ties":
-            measured["lowest"] = sizes[:, max(1, int(density * n)) - 1] if lowest is None else lowest
+            last = [max(1, int(d * n)) - 1 for d in densities]
+            measured["lowest"] = sizes[range(len(models)), last] if lowest is None else lowest
         if method == "breadcrumbs":
-            top, kept = int(0.1 * n), max(1, int(density * n))
-            measured = {"highest": sizes[:, top], "lowest": sizes[:, top + kept - 1]}
+            top = int(0.1 * n)
+            last = [top + max(1, int(d * n)) - 1 for d in densities]
+            measured = {"highest": sizes[:, top], "lowest": sizes[range(len(models)), last]}
         if method == "slerp":
             a, b = one.double(), stack[0].double()
             angle = torch.arccos((a @ b) / (a.norm() * b.norm())).item()
@@ -375,7 +412,7 @@ def in_memory(method, folders, compat="paper", dtype=None, **flags):
         if method.startswith("dare"):
             draws = torch.stack([merge.uniform(seed, i, name, slice(0, n)) for i in range(len(models))])
             if compat == "mergekit":
-                kept = changes[name] * (draws < density)
+                kept = changes[name] * (draws < densities[0])
                 measured["rescale"] = changes[name].abs().sum(1) / kept.abs().sum(1)
         result = merge.merge_tensors(method, one, stack, p, measured, draws, compat=compat)
         merged[name] = result.view_as(base[name]).to(dtype or base[name].dtype)
@@ -416,6 +453,52 @@ def test_streamed_result_is_that_of_whole_tensors(method, flags, compat, models,
         exact = method not in ("slerp", "model_stock") and (compat == "paper" or method == "ties")
         close = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-6}
         assert torch.allclose(tiled[name], whole[name], **close), name
+
+
+OWN_DENSITY = [("ties", "paper"), ("ties", "mergekit"), ("breadcrumbs", "paper"), ("dare_linear", "paper")]
+
+
+@pytest.mark.parametrize(("method", "compat"), OWN_DENSITY, ids=["-".join(case) for case in OWN_DENSITY])
+def test_each_model_has_a_density_of_its_own(method, compat, models, run):
+    expected = in_memory(method, models[:3], compat, densities=(0.3, 0.6))
+    flags = {"density": 0.3, "rule": ("*:density.2=0.6",), "compat": compat}
+    flags |= {"outliers": 0.1} if method == "breadcrumbs" else {}
+    merged = weights(run(method, models[0], models[1:3], **flags))
+    for name in expected:
+        assert torch.allclose(merged[name], expected[name], rtol=1e-5, atol=1e-6), name
+
+
+def test_whole_numbers_do_not_count_among_the_changes_of_ties(models, run, tmp_path):
+    counted = [
+        changed(tmp_path / f"c{i}", models[i])(lambda t: t.update(counter=torch.arange(50_000)))
+        for i in range(3)
+    ]
+    merged, plain = (weights(run("ties", base, others)) for base, *others in (counted, models[:3]))
+    assert all(torch.equal(merged[name], plain[name]) for name in plain)
+
+
+def test_few_tiles_are_in_memory_at_a_time(models, run, monkeypatch):
+    """However far the writer is behind: neither it nor the workers collect what is not written yet."""
+    live, most, merge_tile = set(), [0], merge.merge_tile
+
+    def watched(*args):
+        work, merged, inner = merge_tile(*args)
+        live.add(id(merged))
+        weakref.finalize(merged, live.discard, id(merged))
+        most[0] = max(most[0], len(live))
+        return work, merged, inner
+
+    monkeypatch.setattr(merge, "merge_tile", watched)
+    monkeypatch.setattr(merge, "TILE", 64)
+    run("linear", None, models[:2])
+    assert 1 < most[0] < 16
+
+
+def test_shard_that_is_not_as_long_as_planned_is_an_error(tmp_path):
+    [shard] = merge.plan_shards({"a": [4]}, {"a": torch.float32}, "1GB")
+    for tiles in ([torch.ones(3)], [torch.ones(4), torch.ones(1)]):
+        with merge.ThreadPoolExecutor(1) as thread, pytest.raises(RuntimeError, match="not 16"):
+            merge.write_shard(tmp_path, shard, thread, tiles)
 
 
 def test_merged_model_differs_from_all_it_came_from(models, run):
@@ -505,6 +588,15 @@ def test_everything_beside_the_weights_is_copied(models, run):
         assert (merged / name).read_bytes() == (lead / name).read_bytes()
 
 
+def test_what_was_of_the_weights_of_another_format_is_not_copied(models, run, tmp_path):
+    littered = changed(tmp_path / "littered", models[1])()
+    stray = ["flax_model.msgpack", "model.onnx", "rust_model.ot", "pytorch_model.bin.index.json"]
+    for name in (*stray, "README.md", ".gitattributes", "adapter_config.json", "notes.txt"):
+        (littered / name).write_text("{}")
+    copied = {path.name for path in (run("linear", None, [littered, models[2]]) / "model").iterdir()}
+    assert copied == {path.name for path in models[1].iterdir()} | {"notes.txt"}
+
+
 def test_shards_are_merged_from_shards(models, run):
     sharded = run("linear", None, models[1:2], max_shard_size="30KB") / "model"
     merged = weights(run("task_arithmetic", models[0], [sharded, models[2]]))
@@ -537,6 +629,12 @@ def test_whole_numbers_are_copied_and_must_agree(models, run, tmp_path, capfd):
     assert merged["counter"].tolist() == [3, 7] and merged["counter"].dtype == torch.int64
     line = error_of(lambda: run("wise_ft", with_counter[0], with_counter[2:]), capfd)
     assert "counter" in line and "whole numbers" in line
+    for name, dtype in (("short", torch.int32), ("float", torch.float32)):
+        other = changed(tmp_path / name, models[1])(
+            lambda t, dtype=dtype: t.update(counter=torch.tensor([3, 7], dtype=dtype))
+        )
+        for pair in ([with_counter[0], other], [other, with_counter[0]]):
+            assert "whole numbers" in error_of(lambda pair=pair: run("linear", None, pair), capfd)
 
 
 def test_tensors_of_several_types_start_at_multiples_of_their_width(models, run, tmp_path):
@@ -622,6 +720,91 @@ def test_pad_vocab_gives_missing_rows_from_the_largest(models, run, tmp_path, mo
     assert torch.equal(base["model.embed_tokens.weight"][-5:], long[-5:])
 
 
+def add_tokens(folder, like, *texts, more_rows=None):
+    """A copy of a model whose tokenizer knows further tokens, with a row each, or as many as are given."""
+    rows = len(texts) if more_rows is None else more_rows
+
+    def extend(tensors):
+        table = tensors["model.embed_tokens.weight"]
+        tensors["model.embed_tokens.weight"] = torch.cat([table, torch.randn(rows, table.shape[1])])
+
+    count = json.loads((like / "config.json").read_text())["vocab_size"]
+    changed(folder, like, vocab_size=count + rows)(extend)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokens = [
+        tokenizer["added_tokens"][0] | {"id": count + i, "content": t} for i, t in enumerate(texts) if t
+    ]
+    tokenizer["added_tokens"] += tokens
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
+def test_pad_vocab_keeps_the_tokens_that_one_model_added(method, models, run, tmp_path, monkeypatch):
+    """A table padded beyond its tokens, and one that is shorter, but has a token in each row (Qwen)."""
+    monkeypatch.setattr(merge, "TILE", 64)
+    padded = add_tokens(tmp_path / "padded", models[0], more_rows=20)
+    added = add_tokens(tmp_path / "added", models[1], "<think>", "</think>")
+    base = None if method == "linear" else padded
+    others = [padded, added] if method == "linear" else [added]
+    flags = {"density": 1.0} if method == "ties" else {}
+    folder = run(method, base, others, pad_vocab=True, **flags) / "model"
+    merged = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    own, other = (load_file(f / "model.safetensors")["model.embed_tokens.weight"] for f in (added, padded))
+    n = len(own) - 2
+    assert merged.shape == own.shape and torch.equal(merged[n:], own[n:])
+    mean = (own[:n] + other[:n]) / 2 if method == "linear" else own[:n]
+    assert torch.allclose(merged[:n], mean, atol=1e-6)
+    assert (folder / "tokenizer.json").read_bytes() == (added / "tokenizer.json").read_bytes()
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == len(merged)
+
+
+@pytest.mark.parametrize("method", ["linear", "soup"])
+def test_pad_vocab_with_the_longest_model_not_read(method, models, run, tmp_path):
+    """As a base that is only reported on, or as a model that is left out of the soup, it sets the shapes."""
+    longest = add_tokens(tmp_path / "longest", models[0], "<think>")
+    flags = {"pad_vocab": True}
+    if method == "linear":
+        folder = run(method, longest, models[1:3], **flags)
+    else:
+        (tmp_path / "score.py").write_text(f"""
+import pathlib
+count = pathlib.Path("{tmp_path}/count")
+count.write_text((count.read_text() if count.exists() else "") + "x")
+print('{{"good": %d}}' % [3, 3, 1, 3, 0][len(count.read_text()) - 1])  # the last one is that of all three
+""")
+        command = f"{sys.executable} {tmp_path / 'score.py'} {{model}}"
+        flags |= {"soup": "greedy", "eval_command": command}
+        folder = run(method, None, [*models[1:3], longest], **flags)
+    table = load_file(longest / "model.safetensors")["model.embed_tokens.weight"]
+    merged = weights(folder)["model.embed_tokens.weight"]
+    assert merged.shape == table.shape and torch.equal(merged[-1], table[-1])
+    assert not torch.allclose(merged[:-1], table[:-1], atol=1e-4)
+
+
+def test_tokens_that_padding_cannot_bring_together_are_refused(models, run, tmp_path, capfd):
+    one = add_tokens(tmp_path / "one", models[0], "<a>")
+    other = add_tokens(tmp_path / "other", models[1], "<b>", "<c>")
+    gap = add_tokens(tmp_path / "gap", models[1], "", "<c>")  # its row for <a> is no token's
+    same = add_tokens(tmp_path / "same", models[1], "<a>", more_rows=0)
+    for second in (other, gap):
+        line = error_of(lambda second=second: run("linear", None, [one, second], pad_vocab=True), capfd)
+        assert "differ in the tokens" in line
+    line = error_of(lambda: run("linear", None, [models[0], same]), capfd)  # same shapes, one token more
+    assert "differ in the tokens" in line
+    nameless = add_tokens(tmp_path / "nameless", models[1], "<a>", "<b>")
+    (nameless / "tokenizer.json").unlink()  # which tokens its further rows are, nobody knows
+    assert "embed_tokens" in error_of(lambda: run("linear", None, [one, nameless], pad_vocab=True), capfd)
+
+
+def test_models_of_different_kinds_are_refused_and_other_settings_noted(models, run, tmp_path, capfd):
+    other = changed(tmp_path / "other", models[1], model_type="llama")()
+    assert "model_type" in error_of(lambda: run("linear", None, [models[0], other]), capfd)
+    longer = changed(tmp_path / "longer", models[1], rope_theta=123.0)()
+    run("linear", None, [models[0], longer])
+    assert "differ in rope_theta" in capfd.readouterr().out
+
+
 def test_tied_and_untied_models_do_not_fit(models, run, tmp_path, capfd):
     untied = changed(tmp_path / "untied", models[1], tie_word_embeddings=False)(head)
     assert "tie_word_embeddings" in error_of(lambda: run("linear", None, [models[0], untied]), capfd)
@@ -664,10 +847,16 @@ def test_existing_folder_is_left_alone(models, run, tmp_path, capfd):
     assert "exists" in line and (tmp_path / "mine" / "notes").read_text() == "important"
 
 
+SWEEP = {"sweep": "weight=0:1:0.5", "eval_command": "python {model}"}
 MISTAKES = [
     ({"method": "ties"}, "needs --base"),
     ({"method": "linear", "weights": (1.0,)}, "--weights has 1 numbers for 2 models"),
     ({"method": "linear", "weights": (1.0, -1.0)}, "add up to 0"),
+    ({"models": ("0", "1", "2"), "weights": (0.1, 0.2, -0.3)}, "add up to 0"),  # 0.1 + 0.2 > 0.3
+    ({"models": (), "base": "0"}, "--base without --models"),
+    ({"method": "wise_ft", "t": math.nan}, "not a finite number"),
+    ({"method": "task_arithmetic", "base": "0", "lambda_": math.inf}, "not a finite number"),
+    ({"weights": (math.nan, 1.0)}, "not a finite number"),
     ({"method": "linear", "density": 0.5}, "has no --density"),
     ({"method": "linear", "lambda_": 0.5}, "has no --lambda"),
     ({"method": "soup", "weights": (1.0, 2.0)}, "has no --weights"),
@@ -688,7 +877,12 @@ MISTAKES = [
     ({"sweep": "t=0:1:0.5", "eval_command": "python {model}"}, "no parameter 't'"),
     ({"sweep": "weight=0:1:0.5", "eval_command": "python"}, "{model}"),
     ({"sweep": "weight=0:1:0.5", "eval_command": "nonesuch {model}"}, "no program nonesuch"),
+    ({"sweep": "weight=0:-0.1:1", "eval_command": "python {model}"}, "LAST from FIRST on"),
+    ({"sweep": "weight=0:1:inf", "eval_command": "python {model}"}, "STEP above 0"),
     ({"eval_command": "python {model}"}, "neither is given"),
+    ({"eval_metrics": ("loss",)}, "there is none"),
+    (SWEEP | {"eval_metrics": ("loss:max",)}, "nothing behind a colon but min"),
+    (SWEEP | {"eval_metrics": ("loss", "loss:min")}, "each once"),
     ({"method": "soup", "soup": "greedy"}, "--eval-command"),
     ({"max_shard_size": "5 bottles"}, "--max-shard-size"),
     ({"models": ("/nonesuch/folder",)}, "is no folder"),
@@ -708,10 +902,14 @@ def test_mistakes_are_one_clear_line(flags, wanted, models, tmp_path, capfd):
     assert wanted in line and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_broken_folder_is_named(name, models, run, tmp_path, capfd):
+BROKEN = [("config.json", "{"), ("config.json", "[]"), ("model.safetensors", "{"), ("tokenizer.json", "{}")]
+BROKEN += [("model.safetensors.index.json", "{}"), ("model.safetensors.index.json", '{"weight_map": []}')]
+
+
+@pytest.mark.parametrize(("name", "content"), BROKEN)
+def test_broken_folder_is_named(name, content, models, run, tmp_path, capfd):
     broken = changed(tmp_path / "broken", models[1])()
-    (broken / name).write_text("{")
+    (broken / name).write_text(content)
     assert str(broken / name) in error_of(lambda: run("linear", None, [broken, models[0]]), capfd)
 
 
@@ -724,20 +922,62 @@ def test_index_that_does_not_fit_its_files_is_refused(models, run, capfd):
     assert "model.extra" in error_of(lambda: run("linear", None, [sharded]), capfd)
 
 
+def test_folder_that_cannot_be_made_is_one_clear_line(models, run, tmp_path, capfd):
+    (tmp_path / "file").write_text("important")
+    for place in (tmp_path / "file" / "run", "/proc/run"):
+        line = error_of(lambda place=place: run("linear", None, models[:2], output_dir=str(place)), capfd)
+        assert str(place) in line
+    assert (tmp_path / "file").read_text() == "important"
+
+
+def test_file_that_cannot_be_read_is_named(models, run, capfd, monkeypatch):
+    def copy_or_fail(source, target, **flags):
+        if merge.Path(target).parent.name == "model":
+            raise OSError(5, "Input/output error", str(source))
+        return copyfile(source, target, **flags)
+
+    copyfile = shutil.copyfile
+    monkeypatch.setattr(merge.shutil, "copyfile", copy_or_fail)
+    line = error_of(lambda: run("linear", None, models[:2]), capfd)
+    assert line.startswith(f"error: {models[0]}/") and line.endswith("Input/output error")
+
+
+def test_partial_folder_of_somebody_else_is_left_alone(models, run, tmp_path, capfd):
+    mine = tmp_path / "run0.partial"
+    mine.mkdir()
+    (mine / "notes").write_text("important")
+    assert str(mine) in error_of(lambda: run("linear", None, models[:2]), capfd)
+    assert (mine / "notes").read_text() == "important"
+
+
+def test_all_files_are_on_disk_before_the_folder_has_its_name(models, run, monkeypatch):
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(merge.os, "fsync", lambda fd: (synced.add(os.fstat(fd).st_ino), fsync(fd)))
+    rename = merge.Path.rename
+
+    def checked(folder, target):
+        assert {path.stat().st_ino for path in (folder, *folder.rglob("*"))} <= synced
+        return rename(folder, target)
+
+    monkeypatch.setattr(merge.Path, "rename", checked)
+    folder = run("linear", None, models[:2], max_shard_size="60KB")
+    assert folder.parent.stat().st_ino in synced
+
+
 KILLED = """
 import os, signal, sys
 import tyro
 import merge
 
-merge.TILE, put, calls = 64, merge.Writer.put, []
+merge.TILE, merge_tile, calls = 64, merge.merge_tile, []
 
-def put_or_die(self, tile):
-    calls.append(tile)
+def merge_or_die(*args):
+    calls.append(args)
     if len(calls) == 300:
         os.kill(os.getpid(), signal.SIGKILL)
-    put(self, tile)
+    return merge_tile(*args)
 
-merge.Writer.put = put_or_die
+merge.merge_tile = merge_or_die
 merge.main(tyro.cli(merge.Args))
 """
 
@@ -754,14 +994,14 @@ def test_kill_half_way_leaves_no_folder_that_looks_finished(models, tmp_path):
 
 
 def test_finished_folder_appears_at_once(models, run, monkeypatch):
-    places, copy = [], merge.copy_other_files
+    places, write_others = [], merge.write_other_files
 
     def watched(folder, *rest):
         places.append(folder.stat().st_ino)
         assert folder.parent.name.endswith(".partial") and not folder.parent.with_suffix("").exists()
-        copy(folder, *rest)
+        write_others(folder, *rest)
 
-    monkeypatch.setattr(merge, "copy_other_files", watched)
+    monkeypatch.setattr(merge, "write_other_files", watched)
     folder = run("linear", None, models[:2])
     assert [(folder / "model").stat().st_ino] == places  # renamed, not copied
 
@@ -868,6 +1108,52 @@ def test_sweep_of_the_weight_of_one_model(scored, run):
     assert [p["mean"] for p in points] == pytest.approx([1 + 1 - 2, 1 + 1, 1 + 1 + 2])
 
 
+def test_sweep_moves_what_no_rule_holds(scored, run):
+    folders, command = scored
+    flags = {"sweep": "t=0:1:0.5", "eval_command": command}
+    for pattern, means in (("model.norm.weight", [1.25, 1.25, 1.25]), ("layers.*", [1, 1.5, 2])):
+        folder = run("wise_ft", folders[0], folders[1:2], rule=(f"{pattern}:t=0.25",), **flags)
+        points = json.loads((folder / "sweep.json").read_text())["points"]
+        assert [p["mean"] for p in points] == pytest.approx(means)
+
+
+def test_metric_with_the_name_of_the_parameter_does_not_hide_it(models, run, tmp_path):
+    (tmp_path / "score.py").write_text('print(\'{"t": 7, "loss": 1}\')')
+    flags = {"sweep": "t=0:1:0.5", "eval_command": f"{sys.executable} {tmp_path / 'score.py'} {{model}}"}
+    points = json.loads((run("wise_ft", models[0], models[1:2], **flags) / "sweep.json").read_text())[
+        "points"
+    ]
+    assert points == [{"t": t, "loss": 1} for t in (0, 0.5, 1)]
+
+
+TWICE = """
+import pathlib, sys
+count = pathlib.Path("{folder}/count")
+count.write_text((count.read_text() if count.exists() else "") + "x")
+print('{{"loss": 1, "accuracy": 2}}' if len(count.read_text()) < 3 else '{third}')
+"""
+
+
+@pytest.mark.parametrize(("third", "wanted"), [("it broke", "it broke"), ('{"loss": 1}', "with accuracy")])
+def test_sweep_that_fails_keeps_what_was_measured(third, wanted, models, run, tmp_path, capfd):
+    (tmp_path / "score.py").write_text(TWICE.format(folder=tmp_path, third=third))
+    flags = {"sweep": "t=0:1:0.25", "eval_command": f"{sys.executable} {tmp_path / 'score.py'} {{model}}"}
+    folder = tmp_path / "mine"
+
+    def start_sweep():
+        run("wise_ft", models[0], models[1:2], output_dir=str(folder), **flags)
+
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        start_sweep()
+    printed, kept = capfd.readouterr(), tmp_path / "mine.partial"
+    assert wanted in printed.err and f"scores so far are in {kept / 'sweep.json'}" in printed.out
+    assert not folder.exists() and not (kept / "model").exists()
+    points = json.loads((kept / "sweep.json").read_text())["points"]
+    assert points == [{"t": t, "loss": 1, "accuracy": 2} for t in (0, 0.25)]
+    assert str(kept) in error_of(start_sweep, capfd) and (kept / "sweep.json").exists()  # nor by the next run
+
+
 def test_greedy_soup_by_an_evaluation_command(scored, run, capfd):
     folders, command = scored
     flags = {"soup": "greedy", "eval_command": command}
@@ -888,6 +1174,7 @@ def test_greedy_soup_by_an_evaluation_command(scored, run, capfd):
         ("print('no numbers')", "no numbers"),
         ("print('[1, 2]')", "[1, 2]"),
         ("print('{\"loss\": 1}')", "with accuracy"),
+        ("print('{\"accuracy\": NaN}')", "nan for accuracy"),
         ("", "nothing"),
     ],
 )
@@ -925,6 +1212,15 @@ def test_report_has_the_norms_and_cosines_of_the_task_vectors(models, run, capfd
     assert found["tensors"].keys() == base.keys() and (folder / "report.png").stat().st_size > 10_000
     printed = capfd.readouterr().out
     assert f"{found['whole']['cosine']['1-2']:+.4f}" in printed and "cosine 1-2" in printed
+
+
+def test_report_says_how_many_columns_it_leaves_out(models, run, capfd):
+    run("linear", models[0], [*models[1:], models[1]], report=True)  # 4 norms and 6 cosines
+    assert "and 1 more in report.json" in capfd.readouterr().out
+    run("linear", None, models, report=True)
+    assert "more in report.json" not in capfd.readouterr().out
+    run("linear", None, models[1:2], report=True)  # a model alone: nothing to compare
+    assert "task vector" not in capfd.readouterr().out
 
 
 def test_report_without_a_base_is_about_the_first_model(models, run):
@@ -978,5 +1274,49 @@ def test_progress_says_how_long_it_takes(models, capfd, monkeypatch):
     progress = merge.Progress("merging", [merge.Checkpoint(str(models[0]))])
     total = sum(x.numel() for x in load_file(models[0] / "model.safetensors").values())
     progress.update(total // 4)  # after 15 seconds: 45 are left
-    progress.close()
+    progress.bar.close()
     assert "left 0:45" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("compat", ["paper", "mergekit"])
+def test_progress_ends_at_all_that_was_read(compat, models, run, monkeypatch):
+    bars = []
+
+    class Watched(merge.Progress):
+        def __init__(self, *args, **flags):
+            super().__init__(*args, **flags)
+            bars.append(self)
+
+    monkeypatch.setattr(merge, "Progress", Watched)
+    run("ties", models[0], models[1:3], compat=compat)
+    size = 3 * sum(x.nbytes for x in load_file(models[0] / "model.safetensors").values())
+    assert [bar.total for bar in bars] == ([2 * size] if compat == "paper" else []) + [size]
+    assert [bar.done for bar in bars] == pytest.approx([bar.total for bar in bars])
+
+
+def test_interrupted_run_is_one_line_and_leaves_nothing(models, tmp_path):
+    flags = ["--method", "wise_ft", "--base", models[0], "--models", models[1], "--sweep", "t=0:1:0.5"]
+    flags += ["--eval-command", "sh -c 'kill -INT $PPID; sleep 9' {model}", "--output-dir", tmp_path / "out"]
+    done = start(sys.executable, ROOT / "merge.py", *flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n") and not list(tmp_path.iterdir())
+
+
+def test_ratios_without_start_up_are_those_of_the_page():
+    result = json.loads((ROOT / "benchmarks" / "results" / "merge_vs_mergekit.json").read_text())
+    start_up = {who: seconds["median"] for who, seconds in result["startup_seconds"].items()}
+    page = (ROOT / "docs" / "merge.md").read_text()
+    for method in ("linear", "slerp", "ties"):
+        ours, theirs = (
+            result["contenders"][f"{who}_{method}"]["seconds"]["median"] - start_up[who]
+            for who in ("cleanpost", "mergekit")
+        )
+        assert re.search(rf"{ours / theirs:.2f} \(`{method}`\)", page), method
+
+
+def test_alignment_tax_scores_a_model():
+    command = [ROOT / "benchmarks" / "alignment_tax.py", "--model", "tiny/sft", "--num-eval", "4"]
+    done = start(sys.executable, *command, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(done.stdout.splitlines()[-1])
+    assert scores.keys() == {"accuracy", "greedy_accuracy", "perplexity"}
+    assert scores["greedy_accuracy"] > 0.5 and 10 < scores["perplexity"] < 200

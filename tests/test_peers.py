@@ -573,6 +573,12 @@ MERGES = [
     ("breadcrumbs", TWO, {"gamma": 0.1}, WEIGHTS_OF_TWO | {"outliers": 0.1, "density": 0.4}),
     ("model_stock", [{}, {}], {}, {}),
     ("dare_linear", [{"weight": 0.7, "density": 1.0}], {}, {"weights": (0.7,), "density": 1.0}),
+    (
+        "dare_ties",
+        [{"weight": 1.0, "density": 1.0}, {"weight": 0.6, "density": 1.0}],
+        {"lambda": 0.8},
+        WEIGHTS_OF_TWO | {"lambda_": 0.8, "density": 1.0},
+    ),
 ]
 
 
@@ -584,3 +590,88 @@ def test_a_merge_is_that_of_mergekit(method, parameters, shared, flags, merged_b
     assert {name: gap for name, gap in gaps.items() if not gap < 1e-5} == {}
     base = load_file(models[0] / "model.safetensors")
     assert all((ours[name] - base[name]).abs().max() > 1e-3 for name in ours)
+
+
+# The rows of the table in docs/merge.md, on numbers that a random model does not have.
+
+
+def largest_kept(changes: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Changes (1, n) between two ranks, by the functions of merge.py."""
+    import merge
+
+    def kth_largest(k):
+        return merge.kth_largest(lambda upper: merge.magnitude_counts(changes, upper), [k])
+
+    return merge.trim(changes, kth_largest(last), kth_largest(first))[0]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.01, 0.3, 0.9])
+def test_what_ties_and_breadcrumbs_keep_is_what_mergekit_keeps(gamma):
+    sparsify, random = pytest.importorskip("mergekit.sparsify"), torch.Generator().manual_seed(1)
+    import merge
+
+    for n in range(1, 60):
+        for density in (0.01, 0.1, 0.3, 0.5, 0.97, 1.0):
+            changes = torch.randn(1, n, generator=random)
+            ranks = merge.breadcrumb_ranks(n, density, gamma, compat="mergekit")
+            theirs = sparsify.magnitude_outliers(changes[0], density, gamma=gamma)
+            assert torch.equal(largest_kept(changes, *ranks), theirs), (n, density)
+            theirs = sparsify.magnitude(changes[0], density)
+            assert torch.equal(largest_kept(changes, 1, max(1, int(density * n))), theirs), (n, density)
+
+
+def test_signs_sums_and_divisors_are_those_of_mergekit():
+    pytest.importorskip("mergekit.merge")
+    from mergekit.merge_methods.generalized_task_arithmetic import get_mask
+
+    import merge
+
+    random = torch.Generator().manual_seed(1)
+    for _ in range(50):  # small whole numbers: sums of 0, and equal sizes, are common
+        changes = torch.randint(-3, 4, (3, 40), generator=random).float()
+        weights = torch.randint(-3, 4, (3,), generator=random) / 2
+        weighted = changes * weights[:, None]
+        mask = get_mask(weighted)
+        total, divisor = (weighted * mask).sum(0), (weights[:, None] * mask).sum(0)
+        divisor[divisor == 0] = 1
+        assert torch.equal(merge.ties(changes, weights, compat="mergekit", mean=False), total)
+        assert torch.allclose(merge.ties(changes, weights, compat="mergekit"), total / divisor)
+
+
+def test_model_stock_and_slerp_at_their_limits_are_those_of_mergekit():
+    pytest.importorskip("mergekit.merge")
+    from mergekit.merge_methods.base import TensorGroup
+    from mergekit.merge_methods.model_stock import model_stock_merge_method
+    from mergekit.merge_methods.slerp import slerp
+
+    import merge
+
+    random = torch.Generator().manual_seed(1)
+    base, shared, *own = torch.randn(4, 500, generator=random)
+    for size in (1.0, 1e-4, 1e-5):  # the product of the norms goes from 1e3 to 1e-7
+        models = torch.stack([base + size * (shared + x) for x in own])
+        ratio = merge.model_stock_ratio(merge.gram(base, models - base), compat="mergekit")
+        [theirs] = model_stock_merge_method([TensorGroup.from_tensors([base, *models], base_index=0)])
+        change = models.mean(0) - base
+        assert ratio == pytest.approx(((theirs - base) @ change / (change @ change)).item(), rel=0.01), size
+    for other in (base + 0.01 * shared, base + shared, -base, torch.zeros(500)):
+        coefficients = merge.slerp_coefficients(
+            merge.gram(base, (other - base)[None]), 0.3, compat="mergekit"
+        )
+        [theirs] = slerp(torch.tensor([0.3]), base[None], other[None])
+        assert torch.allclose(merge.slerp(base, other, coefficients), theirs, atol=1e-5)
+
+
+def test_dare_rescales_as_mergekit_does(merged_by_both, models, tmp_path):
+    sparsify = pytest.importorskip("mergekit.sparsify")
+    import merge
+
+    flags = {"density": 0.3, "report": False, "base": str(models[0]), "models": (str(tmp_path / "tuned1"),)}
+    merge.main(merge.Args("dare_linear", "mergekit", output_dir=str(tmp_path / "ours"), **flags))
+    ours = load_file(tmp_path / "ours" / "model" / "model.safetensors")
+    base, tuned = (load_file(f / "model.safetensors") for f in (models[0], tmp_path / "tuned1"))
+    for name in base:
+        change = tuned[name] - base[name]
+        mask = (merge.uniform(1, 0, name, slice(0, change.numel())) < 0.3).view_as(change)
+        theirs = base[name] + sparsify.rescaled_masked_tensor(change, mask, sparsify.RescaleNorm.l1)
+        assert torch.allclose(ours[name], theirs, atol=1e-5), name
