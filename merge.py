@@ -34,6 +34,7 @@ Deviations from the papers, each with its reason (docs/merge.md lists what `--co
 Shapes: K models, n numbers in a tile or tensor.
 """
 
+import ctypes
 import hashlib
 import json
 import math
@@ -215,8 +216,10 @@ def wise_ft(base: torch.Tensor, tensor: torch.Tensor, t: float) -> torch.Tensor:
 
 def gram(base: torch.Tensor, task_vectors: torch.Tensor) -> torch.Tensor:
     """Inner products of base (n,) and task vectors (K, n), (K + 1, K + 1) float64: those of tiles add up."""
-    rows = torch.cat([base[None], task_vectors])  # (K + 1, n)
-    return (rows @ rows.T).double()
+    row = base[None]  # (1, n): products by blocks, for all rows in one matrix would be a copy of them
+    cross, among = task_vectors @ row.T, task_vectors @ task_vectors.T  # (K, 1), (K, K)
+    top = torch.cat([row @ row.T, cross.T], 1)  # (1, K + 1)
+    return torch.cat([top, torch.cat([cross, among], 1)]).double()
 
 
 def slerp_coefficients(inner: torch.Tensor, t: float, *, compat: str = "paper") -> tuple[float, float]:
@@ -949,6 +952,10 @@ def uniform(seed: int, model: int, name: str, tile: slice) -> torch.Tensor:
 @contextmanager
 def workers():
     """As many threads as torch has, each for a tile of its own."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc gives tiles back to the system and pages them in anew: keep them
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer from outside the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

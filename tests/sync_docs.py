@@ -4,13 +4,15 @@
     python tests/sync_docs.py --check    # only say what is out of date; exit status 1 when something is
 
 Generated: the flag table of docs/<script>.md, between `<!-- flags:begin -->` and `<!-- flags:end -->`, from
-the fields of `Args`; and the "Lines" column of the README's script table, between `<!-- scripts:begin -->`
-and `<!-- scripts:end -->`. The functions here also read what the other documentation tests need;
+the fields of `Args`; the "Lines" column of the README's script table, between `<!-- scripts:begin -->` and
+`<!-- scripts:end -->`; and the numbers before `<!-- result: file#key -->` markers, from that file, to as many
+digits as stand there. The functions here also read what the other documentation tests need;
 tests/README.md describes the markers.
 """
 
 import argparse
 import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -148,6 +150,47 @@ def metric_differences(script: Path, emitted: set[str]) -> list[str]:
     ]
 
 
+# Results ----------------------------------------------------------------------------------------------------
+
+MARKER = re.compile(r"<!--\s*result:\s*([^\s#]+)#(.*?)\s*-->")
+NUMBER = re.compile(r"(?<![\w.])[-+−]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
+
+
+def look_up(values, path):
+    """The number at the dotted path (names may hold dots, too; digits index lists). KeyError without one."""
+    if not path:
+        if isinstance(values, bool) or not isinstance(values, int | float):
+            raise KeyError("not a number")
+        return values
+    parts = path.split(".")
+    for i in range(len(parts), 0, -1):
+        name, rest = ".".join(parts[:i]), ".".join(parts[i:])
+        if isinstance(values, list) and name.isdigit() and int(name) < len(values):
+            return look_up(values[int(name)], rest)
+        if isinstance(values, dict) and name in values:
+            return look_up(values[name], rest)
+    raise KeyError(path)
+
+
+def agrees(printed, value):
+    """True when `value`, rounded to the digits that were printed, is what was printed."""
+    printed = printed.replace(",", "").replace("−", "-")
+    mantissa, _, exponent = printed.lower().partition("e")
+    unit = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+    return abs(float(printed) - value) <= unit * (0.5 + 1e-6)
+
+
+def measured(file: str, key: str, root: Path) -> float:
+    """The number that a marker `<!-- result: file#key -->` means; `key` may end in ` / 60` or ` * 100`."""
+    path, factor = re.fullmatch(r"\s*(.*?)(?: ([*/] [\d.e+-]+))?\s*", key).groups()
+    if not file.startswith("benchmarks/results/"):
+        raise KeyError("results live in benchmarks/results/")
+    value = look_up(json.loads((root / file).read_text()), path)
+    if factor:
+        value = value * float(factor[2:]) if factor[0] == "*" else value / float(factor[2:])
+    return value
+
+
 # Generation -------------------------------------------------------------------------------------------------
 
 
@@ -169,14 +212,33 @@ def with_line_counts(readme: str, root: Path) -> str:
     return replace_between(readme, "scripts", "\n".join(lines))
 
 
+def with_results(text: str, root: Path) -> str:
+    """`text` with the numbers before `<!-- result: ... -->` as they were measured, to the same digits."""
+    lines = text.splitlines(keepends=True)
+    for i, line in enumerate(lines):
+        parts, start = [], 0
+        for marker in MARKER.finditer(line):
+            before, keys = line[start : marker.start()], marker[2].split(",")
+            spots = list(NUMBER.finditer(before))[-len(keys) :]
+            for spot, key in reversed(list(zip(spots, keys, strict=False))):
+                value = measured(marker[1], key, root) if (root / marker[1]).exists() else float(spot[0])
+                if not agrees(spot[0], value):
+                    digits, comma = len(spot[0].partition(".")[2]), "," * ("," in spot[0])
+                    before = f"{before[: spot.start()]}{value:{comma}.{digits}f}{before[spot.end() :]}"
+            parts += [before, marker[0]]
+            start = marker.end()
+        lines[i] = "".join([*parts, line[start:]])
+    return "".join(lines)
+
+
 def outdated(root: Path = ROOT) -> dict[Path, str]:
     """The documents whose generated parts are not what the files on disk say: path -> the right text."""
     wanted = {}
     for script in scripts(root):
         if (page := page_of(script)).exists():
-            wanted[page] = replace_between(page.read_text(), "flags", flag_table(script))
+            wanted[page] = with_results(replace_between(page.read_text(), "flags", flag_table(script)), root)
     if (readme := root / "README.md").exists():
-        wanted[readme] = with_line_counts(readme.read_text(), root)
+        wanted[readme] = with_results(with_line_counts(readme.read_text(), root), root)
     return {path: text for path, text in wanted.items() if text != path.read_text()}
 
 

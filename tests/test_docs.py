@@ -14,13 +14,18 @@ import sys
 import pytest
 from sync_copies import ROOT, scripts
 from sync_docs import (
+    MARKER,
+    NUMBER,
+    agrees,
     between,
     documented_metrics,
     flag_table,
+    measured,
     metric_differences,
     outdated,
     page_of,
     script_rows,
+    with_results,
 )
 
 README = ROOT / "README.md"
@@ -200,33 +205,7 @@ def link_problems(document, root):
 
 # Results ----------------------------------------------------------------------------------------------------
 
-MARKER = re.compile(r"<!--\s*result:\s*([^\s#]+)#(.*?)\s*-->")
-NUMBER = re.compile(r"(?<![\w.])[-+−]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
 SPREAD = re.compile(r"\d\s*(?:±|\+/?-)\s*\d")
-
-
-def look_up(values, path):
-    """The number at the dotted path (names may hold dots, too; digits index lists). KeyError without one."""
-    if not path:
-        if isinstance(values, bool) or not isinstance(values, int | float):
-            raise KeyError("not a number")
-        return values
-    parts = path.split(".")
-    for i in range(len(parts), 0, -1):
-        name, rest = ".".join(parts[:i]), ".".join(parts[i:])
-        if isinstance(values, list) and name.isdigit() and int(name) < len(values):
-            return look_up(values[int(name)], rest)
-        if isinstance(values, dict) and name in values:
-            return look_up(values[name], rest)
-    raise KeyError(path)
-
-
-def agrees(printed, value):
-    """True when `value`, rounded to the digits that were printed, is what was printed."""
-    printed = printed.replace(",", "").replace("−", "-")
-    mantissa, _, exponent = printed.lower().partition("e")
-    unit = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
-    return abs(float(printed) - value) <= unit * (0.5 + 1e-6)
 
 
 def result_problems(document, root):
@@ -245,18 +224,13 @@ def result_problems(document, root):
                 problems.append(f"{where}: {len(keys)} numbers should stand right before {marker[0]}")
                 continue
             for key, number in zip(keys, printed[-len(keys) :], strict=True):
-                path, factor = re.fullmatch(r"\s*(.*?)(?: ([*/] [\d.e+-]+))?\s*", key).groups()
                 try:
-                    if not marker[1].startswith("benchmarks/results/"):
-                        raise KeyError("results live in benchmarks/results/")
-                    value = look_up(json.loads((root / marker[1]).read_text()), path)
+                    value = measured(marker[1], key, root)
                 except (OSError, KeyError, ValueError) as error:
-                    problems.append(f"{where}: {marker[1]}#{path}: {error!r}")
+                    problems.append(f"{where}: {marker[1]}#{key}: {error!r}")
                     continue
-                if factor:
-                    value = value * float(factor[2:]) if factor[0] == "*" else value / float(factor[2:])
                 if not agrees(number[0], value):
-                    problems.append(f"{where}: {number[0]} is printed, {marker[1]}#{path} gives {value}")
+                    problems.append(f"{where}: {number[0]} is printed, {marker[1]}#{key} gives {value}")
         for spread in SPREAD.finditer(line):
             if not MARKER.search(line[spread.end() :].split("|")[0]):
                 problems.append(f"{where}: `{spread[0]}` is a result without a `<!-- result: ... -->`")
@@ -437,6 +411,15 @@ def edit(path, old, new):
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
     return path
+
+
+def test_numbers_before_markers_are_written_anew_to_the_same_digits(project):
+    marker = "<!-- result: benchmarks/results/r.json#{} -->"
+    text = f"| v2 | 0.50 ± 0.1 {marker.format('acc.mean, acc.std')} | 9,999 {marker.format('speed')}\n"
+    text += f"2 of 0.6 {marker.format('acc.mean')} and 70 % {marker.format('acc.mean * 100')}\n"
+    wanted = f"| v2 | 0.62 ± 0.0 {marker.format('acc.mean, acc.std')} | 1,245 {marker.format('speed')}\n"
+    wanted += f"2 of 0.6 {marker.format('acc.mean')} and 62 % {marker.format('acc.mean * 100')}\n"
+    assert with_results(text, project) == wanted and with_results(wanted, project) == wanted
 
 
 def test_flag_table_is_generated_from_the_dataclass(project, fake):
