@@ -509,8 +509,8 @@ def merge_models(folder: Path, base, models: list, lead, rules: list, args: Args
         fail(f"{folder.parent} has {free / 1e9:.1f} GB left, the merged model takes {needed / 1e9:.1f} GB")
     say(f"{args.method} of {', '.join(m.name for m in read)}: {lead.num_parameters:,} parameters")
     folder.mkdir()
-    grams = {}
-    with workers() as pool, ThreadPoolExecutor(1) as thread:
+    grams, synced = {}, []
+    with workers() as pool, ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(1) as disk:
         # 2. Measure: here what is needed of all tensors together, in `jobs` what is needed of each
         if args.method == "ties" and args.compat == "paper":
             trim_whole_models(pool, list(works.values()), Progress("thresholds", read, passes=2))
@@ -535,6 +535,9 @@ def merge_models(folder: Path, base, models: list, lead, rules: list, args: Args
         # 4. Write
         for shard in shards:
             write_shard(folder, shard, thread, merged_tiles(shard))
+            synced.append(disk.submit(sync, folder / shard.file))  # while the next one is merged
+        for result in synced:
+            result.result()
     progress.bar.close()
     write_other_files(folder, shards, lead, dtypes)
     return grams
