@@ -39,7 +39,7 @@ Deviations from the papers, each with its reason:
     6. policy_gradient leaves out MiniLLM's single-step decomposition, teacher-mixed sampling, normalization
        by length and language-modelling term: `--divergence` is the exact single step, `--ce-coef` the term.
 
-    python distill.py                                          # CPU, offline, 2 minutes on two cores
+    python distill.py                                          # CPU, offline, 2 minutes on one core
     python distill.py --mode seq_kd --reward rewards.py:math_answer
     python distill.py --mode on_policy
     python distill.py --model Qwen/Qwen2.5-0.5B --teacher Qwen/Qwen2.5-7B-Instruct --dataset openai/gsm8k \
