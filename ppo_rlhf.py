@@ -528,8 +528,6 @@ COLUMNS = {  # of the terminal's lines
     "completions/mean_length": ".1f",
     "step_time": ".1f",
 }
-
-
 SUMS = (  # of a minibatch, over its tokens that are trained on
     *("tokens", "approxkl", "policy_loss", "value_loss"),
     *("ratio", "clip_low", "clip_high", "value_clip", "entropy", "sampler_gap"),

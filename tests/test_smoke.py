@@ -3,6 +3,7 @@
 A new script adds its entry to `RUN`, and to `VARIANTS` what else must not depend on the token budget.
 """
 
+import ast
 import importlib
 import json
 import math
@@ -265,6 +266,32 @@ def comparable(script, lines):
     Behind it the weights differ by a rounding, and a sample may fall on the other side of a token's edge.
     """
     return [line for line in lines if line["step"] <= 1] if "num_generations" in RUN[script.name] else lines
+
+
+@every_script
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"max_grad_norm": -1.0}, "error: --max-grad-norm must be above 0, not -1.0"),
+        ({"learning_rate": math.nan}, "error: --learning-rate must be at least 0, not nan"),
+        ({"batch_size": 0}, "error: --batch-size must be at least 1, not 0"),
+        ({"resume": True}, "error: --resume needs --output-dir: which run should continue?"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_no_run_can_have_is_refused_by_every_script(script, change, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script.stem).Args(**change)
+    assert stop.value.code == 2 and capsys.readouterr().err.splitlines() == [told]
+
+
+def test_flags_that_are_checked_for_their_range_exist():
+    tree = ast.parse((ROOT / "sft.py").read_text())
+    [check] = [node for node in tree.body if getattr(node, "name", "") == "check_flags"]
+    ranges = next(node.value for node in check.body if isinstance(node, ast.Assign))
+    names = [name for entry in ranges.elts for name in entry.elts[2].value.split()]
+    known = {flag.name for path in SCRIPTS for flag in flags(path)}
+    assert len(names) > 40 and set(names) <= known and len(set(names)) == len(names)
 
 
 def test_every_script_has_a_fast_run():
