@@ -1,4 +1,4 @@
-"""The one module that every script shares: packed rows, their log-probs, and the KL estimators.
+"""The one module that every script shares: packed rows, log-probs, sampling, KL estimators, chat formats.
 
 A batch is a list of sequences laid end to end in one row, without padding. Everything that is known per token
 is known for the trained tokens only:
@@ -12,12 +12,12 @@ is known for the trained tokens only:
 
 `token_logprobs(model, batch)` gives `logprobs (C,)` with `logprobs[c] = log pi(token c | all before it in its
 own sequence)`: the shift by one happens there and nowhere else. The (N, V) logits never exist.
-
-    >>> batch = collate([([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1])])
-    >>> logprobs = token_logprobs(model, batch)  # (3,): of the tokens 6, 7 and 9
-    >>> segment_sum(logprobs, batch.sequence_index, batch.num_sequences)  # (2,): one sum per sequence
 """
 
+import json
+import math
+import re
+from bisect import bisect_left, insort
 from dataclasses import dataclass, replace
 from functools import wraps
 from types import MethodType
@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -46,18 +47,12 @@ class PackedBatch:
     sequence_index: torch.Tensor  # (C,) int64
     predictor_index: torch.Tensor  # (C,) int64: where the state stands that predicts each trained token
     lengths: tuple[int, ...]  # B Python integers: the host reads boundaries here, never from the device
-    key_index: torch.Tensor | None = (
-        None  # (K,) with shared prompts: what each sequence sees, laid end to end
-    )
+    key_index: torch.Tensor | None = None  # (K,) with shared prompts: what each sequence sees, end to end
     key_lengths: tuple[int, ...] | None = None  # B: how many of them belong to each sequence
 
     @property
     def num_sequences(self) -> int:
         return len(self.lengths)
-
-    @property
-    def num_completion_tokens(self) -> int:
-        return len(self.completion_index)
 
     def to(self, device) -> "PackedBatch":
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
@@ -95,9 +90,8 @@ def collate(sequences, device="cpu", shared=None) -> PackedBatch:
     sequence_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths)  # (N,)
     predictors = torch.arange(len(input_ids)) - 1  # (N,)
     owner, keys = 0, []  # of each sequence that may share its prompt: the positions in the row that it sees
-    for (ids, t), n, start, end in (
-        zip(sequences, skip.tolist(), starts.tolist(), ends.tolist()) if shared else ()
-    ):
+    bounds = zip(sequences, skip.tolist(), starts.tolist(), ends.tolist()) if shared else ()
+    for (ids, t), n, start, end in bounds:
         owner = owner if n else start  # where its prompt begins
         prompt = torch.as_tensor(ids)[:n].long()
         if n and (start == end or any(t[:n]) or not torch.equal(input_ids[owner : owner + n], prompt)):
@@ -119,6 +113,28 @@ def collate(sequences, device="cpu", shared=None) -> PackedBatch:
     return batch if torch.device(device).type == "cpu" else batch.to(device)
 
 
+def pack(lengths, max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
+    """Best fit decreasing: indices of `lengths` in rows of at most max_tokens; a longer one has its own row.
+
+    >>> pack([3, 5, 2, 4], max_tokens=8)
+    [[1, 0], [3, 2]]  # 5 + 3 and 4 + 2 tokens
+
+    The number of rows is a multiple of `multiple_of` (processes): rows are split, at last empty ones added.
+    """
+    rows, spaces = [], []  # spaces: sorted (free tokens, row)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fit = bisect_left(spaces, (lengths[i], -1))  # the row with the least room that is enough
+        free, row = spaces.pop(fit) if fit < len(spaces) else (max_tokens, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        insort(spaces, (free - lengths[i], row))
+    while len(rows) % multiple_of:
+        most = max(rows, key=len)
+        rows.append([most.pop() for _ in range(len(most) // 2)])
+    return rows
+
+
 def segment_sum(x: torch.Tensor, index: torch.Tensor, num_segments: int) -> torch.Tensor:
     """Sum the entries of x (C, ...) of the same index (C,) -> (num_segments, ...); empty segments give 0."""
     return torch.zeros(num_segments, *x.shape[1:], dtype=x.dtype, device=x.device).index_add(0, index, x)
@@ -134,8 +150,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     it is one variable-length flash kernel, elsewhere one sdpa call per sequence. Without `packed_lengths`
     (`generate`, a plain padded call) it is transformers' own sdpa under the ordinary mask.
 
-    Raises ValueError for soft-capped scores or attention sinks, which neither kernel computes, and for a
-    sliding window that the model keeps in its mask.
+    Raises ValueError for soft-capped scores, attention sinks, and a sliding window kept in the mask.
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError(f"{type(module).__name__} soft-caps its scores or has sinks: use --attn eager")
@@ -143,9 +158,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     sliding_window, longest = kwargs.get("sliding_window"), kwargs["max_length_q"]
-    if "sliding_window" not in kwargs and longest > (
-        getattr(module.config, "sliding_window", None) or longest
-    ):
+    own_window = getattr(module.config, "sliding_window", None)
+    if "sliding_window" not in kwargs and longest > (own_window or longest):
         raise ValueError(f"{type(module).__name__} keeps its sliding window in the mask: use --attn eager")
     if key_lengths is not None:  # shared prompts: (1, kv_heads, K, D), each sequence's keys in one piece
         key, value = (x.index_select(2, kwargs["packed_key_index"]) for x in (key, value))
@@ -162,8 +176,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
 
 @torch.compiler.disable  # the boundaries move with every row
 def sdpa_per_sequence(query, key, value, lengths, key_lengths, scaling, sliding_window) -> torch.Tensor:
-    """One causal sdpa call per sequence, shapes as in `packed_attention`; a sequence may have more keys than
-    queries, which are then its last positions."""
+    """One causal sdpa call per sequence, shapes as in `packed_attention`; queries are the last positions."""
     lengths, key_lengths, out = lengths.tolist(), key_lengths.tolist(), []
     options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     for q, k, v in zip(query.split(lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2)):
@@ -180,51 +193,24 @@ AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", sdpa_mask)  # `generate` needs it: without one there is no mask
 
 
-def check_attention(config, model_class, attn: str) -> None:
-    """Raise ValueError, before any weight is loaded, for an architecture that packed rows would get wrong.
-
-    `config` is a transformers config, `model_class` the class it builds, `attn` the value of `--attn`. The
-    message names the model type, the reason and the `--attn` that works. `check_packed` measures the rest.
-    """
-    config = config.get_text_config()
-    name, layers = config.model_type, set(getattr(config, "layer_types", None) or ["full_attention"])
-    soft_capped = getattr(config, "attn_logit_softcapping", None)
-    if getattr(model_class, "_is_stateful", False) or layers - {"full_attention", "sliding_attention"}:
-        kinds = ", ".join(sorted(layers))
-        raise ValueError(f"{name}: layers of kind {kinds} see across packed sequences; no --attn works")
-    if soft_capped and attn in ("packed", "sdpa"):
-        raise ValueError(
-            f"{name}: --attn {attn} does not soft-cap attention scores; use --attn eager (exact, slow)"
-        )
-    if not model_class._supports_sdpa and not soft_capped and "flash" not in attn:
-        reason = "its attention is more than sdpa computes (attention sinks, position biases)"
-        raise ValueError(
-            f"{name}: {reason}, and leaks between packed sequences elsewhere; no --attn works on a CPU"
-        )
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Log-probs
 # ------------------------------------------------------------------------------------------------------------
-def packed_hidden_states(model, batch: PackedBatch, embedding_noise=None) -> torch.Tensor:
+def packed_hidden_states(model, batch: PackedBatch) -> torch.Tensor:
     """Run the backbone of a causal language model over a packed row -> last hidden states (1, N, H)."""
-    inputs = {"input_ids": batch.input_ids}
-    if embedding_noise is not None:  # (N, H)
-        inputs = {"inputs_embeds": model.get_input_embeddings()(batch.input_ids) + embedding_noise[None]}
     packed = model.config._attn_implementation == "packed"
     # An empty 4-D mask counts as ready-made: transformers then neither builds a dense (N, N) one nor
     # synchronises to look for boundaries. Other implementations find the boundaries in position_ids, which is
-    # exact only with no mask at all *and* use_cache=False: the default cache or an all-ones mask leaks
-    # silently.
+    # exact only with no mask *and* use_cache=False: the default cache or an all-ones mask leaks silently.
     no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=batch.input_ids.device) if packed else None
     keys = {}
-    if batch.key_lengths is not None and not packed:
-        raise ValueError("shared prompts need --attn packed")
     if batch.key_lengths is not None:
+        if not packed:
+            raise ValueError("shared prompts need --attn packed")
         keys = {"packed_key_index": batch.key_index, "packed_key_lengths": torch.tensor(batch.key_lengths)}
     cu_keys = batch.cu_seqlens if not keys else F.pad(keys["packed_key_lengths"].cumsum(0), (1, 0)).int()
     return model.get_decoder()(
-        **inputs,
+        input_ids=batch.input_ids,
         attention_mask=no_mask,
         position_ids=batch.position_ids,
         use_cache=False,
@@ -232,16 +218,14 @@ def packed_hidden_states(model, batch: PackedBatch, embedding_noise=None) -> tor
         cu_seq_lens_k=cu_keys.to(batch.input_ids.device),
         max_length_q=max(batch.lengths),
         max_length_k=max(batch.key_lengths or batch.lengths),
-        packed_lengths=torch.tensor(
-            batch.lengths
-        ),  # on the host, and a tensor: torch.compile does not specialise
+        packed_lengths=torch.tensor(batch.lengths),  # on the host; a tensor, or torch.compile specialises
         **keys,
     ).last_hidden_state
 
 
-def completion_states(model, batch: PackedBatch, embedding_noise: torch.Tensor | None = None) -> torch.Tensor:
+def completion_states(model, batch: PackedBatch) -> torch.Tensor:
     """The last hidden states that predict the trained tokens of a packed row, (C, H)."""
-    return packed_hidden_states(model, batch, embedding_noise)[0, batch.predictor_index]
+    return packed_hidden_states(model, batch)[0, batch.predictor_index]
 
 
 def head_settings(model) -> tuple[torch.Tensor, torch.Tensor | None, float, float | None]:
@@ -251,12 +235,12 @@ def head_settings(model) -> tuple[torch.Tensor, torch.Tensor | None, float, floa
     return head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None)
 
 
-def head_logits(hidden, weight, bias, scale, softcap) -> torch.Tensor:
-    """Logits (c, V), float32, of hidden states (c, H) under a head as `head_settings` describes it."""
+def head_logits(hidden, weight, bias, scale, softcap, temperature=1.0) -> torch.Tensor:
+    """Logits / temperature (c, V), float32, of states (c, H) under a head as `head_settings` describes it."""
     logits = F.linear(hidden, weight, bias).float()
-    if scale != 1:
-        logits = logits * scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits = logits if scale == 1 else logits * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return logits if temperature == 1 else logits / temperature
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -269,9 +253,7 @@ class _HeadLogprobs(torch.autograd.Function):
         entropy, is_top1 = torch.empty_like(logprobs), torch.empty_like(targets, dtype=torch.bool)  # (C,)
         for start in range(0, len(targets), chunk_size):
             c = slice(start, start + chunk_size)
-            logits = head_logits(hidden[c], weight, bias, scale, softcap)  # (c, V)
-            if temperature != 1:
-                logits /= temperature
+            logits = head_logits(hidden[c], weight, bias, scale, softcap, temperature)  # (c, V)
             # In place, one row after the other, each of which stays in the cache.
             log_p = torch.log_softmax(logits, -1, out=logits)  # (c, V)
             logprobs[c] = log_p.gather(-1, targets[c, None]).squeeze(-1)
@@ -295,10 +277,8 @@ class _HeadLogprobs(torch.autograd.Function):
         grad_weight, grad_bias = (torch.zeros_like(x) if wanted else None for x, wanted in wanted_of_head)
         for start in range(0, len(targets), chunk_size):
             c = slice(start, start + chunk_size)
-            logits = head_logits(hidden[c], weight, bias, scale, softcap)  # (c, V)
-            slope = None if softcap is None else 1 - (logits / softcap) ** 2  # derivative of the soft cap
-            if temperature != 1:
-                logits /= temperature
+            logits = head_logits(hidden[c], weight, bias, scale, softcap, temperature)  # (c, V)
+            slope = None if softcap is None else 1 - (logits * temperature / softcap) ** 2  # of the soft cap
             factor = torch.full_like(targets[c, None], scale / temperature, dtype=logits.dtype)  # (c, 1)
             if grad_entropy is None:
                 # d logprob / d logits = onehot - p; the (c, 1) factor before it goes to the states
@@ -340,29 +320,44 @@ def fsdp_forward(function):
     return inside
 
 
+def unsharded(function):
+    """Let function(model, ...) find FSDP2's parameters whole on every process, sharded again behind it.
+
+    Sampling then needs no communication per token; an optimizer over whole parameters would update copies.
+    """
+
+    @wraps(function)
+    def inside(model, *args, **kwargs):
+        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for module in modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        try:
+            return function(model, *args, **kwargs)
+        finally:
+            for module in modules:
+                module.set_reshard_after_forward(module is not model, recurse=False)
+                module.reshard()
+
+    return inside
+
+
 @fsdp_forward
 def token_logprobs(
-    model,
-    batch: PackedBatch,
-    *,
-    temperature: float = 1.0,
-    return_entropy: bool = False,
-    return_top1: bool = False,
-    embedding_noise: torch.Tensor | None = None,
-    chunk_size: int | None = None,
+    model, batch, *, temperature=1.0, return_entropy=False, return_top1=False, chunk_size=None
 ):
     """Log-probs of the C trained tokens of a packed row under a causal language model.
 
     Returns `logprobs (C,)`, float32, in nats: log_softmax(logits / temperature) at the token, given what
     comes before it in its own sequence. With `return_entropy` also `entropy (C,)` of that distribution over
     the vocabulary, with `return_top1` also `is_top1 (C,)`, whether the token is the most likely one (no
-    gradient); then a tuple in this order. `embedding_noise (N, H)` is added to the input embeddings.
+    gradient); then a tuple in this order.
 
     The LM head (tied or not, with bias, logit scaling and soft-capping where the config has them) runs on
     the C positions only, `chunk_size` rows at a time, and is recomputed in the backward pass. The default
     is 4,096 rows on CUDA, where small products waste the device, and 512 elsewhere.
     """
-    hidden = completion_states(model, batch, embedding_noise)  # (C, H)
+    hidden = completion_states(model, batch)  # (C, H)
     targets = batch.input_ids[0, batch.completion_index]  # (C,)
     chunk_size = chunk_size or (4096 if hidden.is_cuda else 512)
     weight, bias, scale, softcap = head_settings(model)
@@ -378,8 +373,8 @@ def check_packed(model) -> None:
     """Raise ValueError unless two sequences in one packed row score as each does alone in the stock model.
 
     It holds the whole path (attention, positions, head, scaling) against the model's own forward pass,
-    whatever the architecture; a leak shows as an error of 0.1 nats and more, rounding as 1e-5 (bfloat16:
-    0.05). Where rows can hold a prompt once for several sequences, that is held, too.
+    before the model is sharded: in float32 a leak shows as 0.1 nats and more, rounding as 1e-5 (it grows with
+    the log-probs). Where rows can hold a prompt once for several sequences, that is held, too.
     """
     device, vocab_size = model.get_input_embeddings().weight.device, model.config.get_text_config().vocab_size
     one, other = (torch.arange(1, n + 1) * 7919 % vocab_size for n in (9, 6))
@@ -392,20 +387,116 @@ def check_packed(model) -> None:
         try:
             packed = token_logprobs(model, batch)  # (C,)
         except (RuntimeError, KeyError) as error:
-            raise ValueError(
-                f"{name}: --attn {attn} does not run on packed rows; try --attn sdpa ({error})"
-            ) from error
+            raise ValueError(f"{name}: --attn {attn} does not run on packed rows ({error})") from error
         alone = []
         for ids in sequences:
             logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0, :-1]  # (length - 1, V)
-            tolerance = 1e-3 if logits.dtype == torch.float32 else 0.25
             logps = logits.float().log_softmax(-1).gather(-1, ids[1:, None].to(device)).squeeze(-1)
             alone.append(logps[untrained - 1 :])
-        error = (packed - torch.cat(alone)).abs().max().item()
-        if not error < tolerance:
+        alone = torch.cat(alone)  # (C,)
+        allowed = (1e-4 if model.dtype == torch.float32 else 0.03) * (10 + alone.abs().max())
+        if not (error := (packed - alone).abs().max()) < allowed:
             raise ValueError(
-                f"{name}: {what} log-probs differ from the model's by {error:.2g} nats under --attn {attn}"
+                f"{name}: {what} rows leak under --attn {attn}: log-probs are {error:.2g} nats off"
             )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling
+# ------------------------------------------------------------------------------------------------------------
+class RoomyLayer(DynamicLayer):
+    """Keys and values (B, heads, length, D) with room behind them: `torch.cat` copies all for each token."""
+
+    def make_room(self):
+        length = self.keys.shape[2]
+        self.memory = [F.pad(x, (0, 0, 0, max(32, length // 8))) for x in (self.keys, self.values)]
+        self.keys, self.values = (x[:, :, :length] for x in self.memory)
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.make_room()
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:  # the prompts
+            super().update(key_states, value_states)
+            self.make_room()
+            return self.keys, self.values
+        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if end > self.memory[0].shape[2]:
+            self.make_room()
+        for memory, new in zip(self.memory, (key_states, value_states), strict=True):
+            memory[:, :, start:end] = new
+        self.keys, self.values = (x[:, :, :end] for x in self.memory)
+        return self.keys, self.values
+
+
+def crossing(weights, shares):
+    """Where the running sum of weights (B, K) crosses a share (B, 1) of its end; how far into that weight."""
+    sums = weights.cumsum(1, dtype=torch.float64)  # (B, K)
+    wanted = shares * sums[:, -1:]  # (B, 1)
+    index = torch.searchsorted(sums, wanted, right=True).clamp(max=weights.shape[1] - 1)  # (B, 1)
+    left = 1 - (sums.gather(1, index) - wanted) / weights.gather(1, index)
+    return index, left.clamp(0, 1 - 1e-12)
+
+
+def draw(logits, uniforms, temperature: float):
+    """Tokens (B,) where the distribution function of logits (B, V) crosses uniforms (B,); their log-probs."""
+    scaled = F.pad(logits.float() / max(temperature, 1e-6), (0, -logits.shape[1] % 256), value=-math.inf)
+    p = scaled.softmax(1).unflatten(1, (-1, 256))  # (B, V / 256, 256): one running sum of all is slow
+    block, left = crossing(p.sum(2), uniforms[:, None])  # (B, 1) each
+    p = p.take_along_dim(block[:, :, None], 1).squeeze(1)  # (B, 256)
+    token, _ = crossing(p, left)  # (B, 1)
+    tokens = (256 * block + token).clamp(max=logits.shape[1] - 1)  # NaN logits would point behind the end
+    return tokens.squeeze(1), p.gather(1, token).log().squeeze(1)
+
+
+@torch.no_grad()
+def decode(model, prompts, uniforms, end_ids, temperature: float) -> list[tuple[list[int], torch.Tensor]]:
+    """Sample a completion of each of B prompts, lists of token ids, at the uniform numbers (B, T) given.
+
+    Returns the token ids of each, up to and with the first end token or T of them, and their log-probs under
+    `temperature`, on the CPU. Equal prompts are read once; what has ended is dropped. What is sampled depends
+    on no other sequence, for each has its own numbers. A sharded model must be whole: see `unsharded`.
+    """
+    device, (size, longest) = uniforms.device, uniforms.shape
+    distinct = {ids: n for n, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}  # P
+    width = max(map(len, distinct))
+    padded = [[0] * (width - len(ids)) + [*ids] for ids in distinct]
+    input_ids = torch.tensor(padded, device=device)  # (P, width)
+    starts = torch.tensor([[width - len(ids)] for ids in distinct], device=device)  # (P, 1)
+    positions = torch.arange(width + longest, device=device) - starts  # (P, width + T)
+    seen, positions = (positions >= 0).long(), positions.clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    tokens = torch.zeros(size, longest, dtype=torch.long, device=device)
+    logprobs = torch.zeros(size, longest, device=device)
+    ends, alive = torch.tensor(end_ids, device=device), torch.arange(size, device=device)
+    rows = torch.tensor([distinct[tuple(ids)] for ids in prompts], device=device)  # (B,)
+    for t in range(longest):
+        now = slice(width + t - 1 if t else 0, width + t)
+        output = model(
+            tokens[alive, t - 1, None] if t else input_ids,
+            attention_mask=seen[:, : now.stop],
+            position_ids=positions[:, now],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits = output.logits[:, -1]  # (B, V)
+        if t == 0:  # each prompt as often as it was given
+            cache.batch_select_indices(rows)
+            logits, seen, positions = logits[rows], seen[rows], positions[rows]
+        tokens[alive, t], logprobs[alive, t] = draw(logits, uniforms[alive, t], temperature)
+        if t % 16 == 15:  # drop what has ended once it is an eighth of all
+            rows = (~torch.isin(tokens[alive, : t + 1], ends).any(1)).nonzero().squeeze(1)
+            if not len(rows):
+                break
+            if len(rows) <= 7 / 8 * len(alive):
+                cache.batch_select_indices(rows)
+                alive, seen, positions = alive[rows], seen[rows], positions[rows]
+    ended = torch.isin(tokens, ends)  # (B, T)
+    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, longest).tolist()
+    return [(ids[:n], line[:n]) for ids, line, n in zip(tokens.tolist(), logprobs.cpu(), lengths)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -429,8 +520,7 @@ def kl_k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
 
 
 def kl_k2(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """log(pi / ref)^2 / 2 (C,): low variance, never negative, biased in value, right in gradient (Schulman
-    2020)."""
+    """log(pi / ref)^2 / 2 (C,): never negative, biased in value, right in gradient (Schulman 2020)."""
     return (logprobs - ref_logprobs).square() / 2
 
 
@@ -440,8 +530,70 @@ def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     return torch.expm1(-log_ratio) + log_ratio
 
 
+KL = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}  # of --kl
+
+
 def kl_full(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
-    """KL(pi || ref) over the whole vocabulary: logits (..., V), ref_logits (..., V) -> (...,) float32, in
-    nats."""
+    """KL(pi || ref) over the vocabulary, in nats: logits (..., V), ref_logits (..., V) -> (...,) float32."""
     log_p, log_q = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Chat formats
+# ------------------------------------------------------------------------------------------------------------
+ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}
+SPEAKERS = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
+HH_TURN = re.compile(r"\n\n(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|$)", re.DOTALL)
+CHATML = (  # with the tokenizer's own end token: no new ones have to be learnt
+    "{% for message in messages %}<|im_start|>{{ message.role + '\n' + message.content + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def conversational(row: dict) -> dict:
+    """A row of GSM8K, ShareGPT, Alpaca, HH or TRL in TRL's columns: numbers are text, nothing is null."""
+    row = {name: value for name, value in row.items() if value is not None}
+    match row:
+        case {"conversations": [*turns]}:
+            said = [(t.get("from") or t["role"], t.get("value", t.get("content"))) for t in turns]
+            row["messages"] = [{"role": ROLES.get(who, who), "content": text} for who, text in said]
+        case {"instruction": task, "output": answer}:
+            question = f"{task}\n\n{row.get('input', '')}".strip()
+            row |= {"prompt": [{"role": "user", "content": question}], "completion": answer}
+        case {"question": question} if "prompt" not in row:
+            asked = [{"role": "user", "content": str(question)}]
+            row |= {"prompt": asked, "completion": row.get("completion", row.get("answer", ""))}
+    for name in [name for name in (*SPEAKERS, "text") if name in row and not isinstance(row[name], list)]:
+        row[name] = str(row[name])
+        if row[name].startswith("\n\nHuman:"):
+            said = HH_TURN.findall(row[name])
+            turns = [{"role": ROLES[who], "content": text.strip()} for who, text in said]
+            asks = name == "prompt" and turns[-1] == {"role": "assistant", "content": ""}
+            row["messages" if name == "text" else name] = turns[:-1] if asks else turns
+    is_chat = any(isinstance(row.get(name), list) for name in SPEAKERS)
+    for name in (name for name in SPEAKERS if is_chat and isinstance(row.get(name), str)):
+        row[name] = [{"role": SPEAKERS[name], "content": row[name]}]
+    return row
+
+
+def template_of(tokenizer, row: dict):
+    """The chat template as a function of messages -> text, with the row's tools and template settings.
+
+    Contents may be null or lists of text parts. Raises ValueError where the template does not show the tools.
+    """
+    tools, options = row.get("tools") or None, row.get("chat_template_kwargs") or {}
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+
+    def apply(messages, tools=tools, **more):
+        tidied = []
+        for message in messages:
+            content = message.get("content") or ""
+            text = "".join(part["text"] for part in content) if isinstance(content, list) else str(content)
+            tidied.append({k: v for k, v in message.items() if v is not None} | {"content": text})
+        return tokenizer.apply_chat_template(tidied, tokenize=False, tools=tools, **options, **more)
+
+    question = [{"role": "user", "content": "?"}]
+    if tools and apply(question) == apply(question, tools=None):
+        raise ValueError("the chat template does not show the tools")
+    return apply

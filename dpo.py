@@ -5,7 +5,7 @@
 Eq. 7 of arXiv:2305.18290: logistic regression on the difference of implicit rewards, beta log pi/ref, of the
 chosen answer y_w and the rejected answer y_l to the prompt x. `--loss` has its relatives. The loop:
 
-    0. Reference  log-probs of all pairs under the reference, once, cached on disk; then it leaves the memory
+    0. Reference  log-probs of all pairs under the reference, once; then it leaves the memory
     1. Batch      take the next `--batch-size` pairs and pack them, both answers of a pair in one row
     2. Log-probs  sum them over each answer under the policy
     3. Loss       one number a pair, from the four log-probs; their mean over the whole optimizer batch
@@ -22,14 +22,15 @@ Deviations from the paper, each with its reason:
 
     python dpo.py                                              # CPU, offline, 3 minutes on 2 cores
     python dpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset trl-lib/ultrafeedback_binarized \
-        --learning-rate 1e-6 --batch-size 64 --max-length 2048 --max-tokens-per-micro-batch 16384
+        --eval-dataset trl-lib/ultrafeedback_binarized --beta 0.1 --learning-rate 1e-6 --batch-size 64 \
+        --max-length 2048 --max-tokens-per-micro-batch 16384
 
-Shapes: N tokens in a row, B pairs, C trained (completion) tokens, H hidden size, V vocabulary.
+Shapes: N tokens in a row, P pairs of the run, B of a row, C trained tokens, H hidden size, V vocabulary.
 """
 
+import atexit
 import ctypes
 import gc
-import hashlib
 import inspect
 import json
 import math
@@ -39,16 +40,17 @@ import shutil
 import signal
 import sys
 import time
-import warnings
-from bisect import bisect_left, insort
-from collections import Counter, defaultdict
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections import namedtuple
+from dataclasses import asdict, replace
+from datetime import timedelta
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal
 
+import datasets
 import numpy as np
+import pydantic
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -56,303 +58,208 @@ import torch.distributed.checkpoint.state_dict as dcp_state
 import torch.nn.functional as F
 import transformers
 import tyro
-from torch.distributed.device_mesh import init_device_mesh
+from matplotlib.figure import Figure
+from pydantic import Field, FilePath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from common import (
-    check_attention,
+    CHATML,
     check_packed,
     collate,
     completion_states,
+    conversational,
+    decode,
     fsdp_forward,
     head_logits,
     head_settings,
     kl_full,
+    pack,
     segment_sum,
+    template_of,
     token_logprobs,
+    unsharded,
 )
+
+HERE = Path(__file__).resolve().parent
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Dtype = Literal["float32", "bfloat16"]
+MarginLoss = Literal["sigmoid", "robust", "hinge", "exo", "discopop", "sigmoid_norm", "step_dpo"]
+AnswerLoss = Literal["nca", "bco", "sppo", "apo_zero", "apo_down", "dpop", "tdpo2"]  # not of the margin alone
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Arguments
 # ------------------------------------------------------------------------------------------------------------
-@dataclass
+@pydantic.dataclasses.dataclass
 class Args:
     # Model
-    model: str = "tiny/sft"
-    """Model to fine-tune: a hub id or a folder."""
-    ref_model: str | None = None
-    """Reference model: a hub id or a folder; by default --model as it is before training."""
-    ref: Literal["cached", "live"] = "cached"
-    """Reference log-probs from one pass before training, cached on disk, or from a second model in memory."""
-    cache_dir: str = "runs/cache"
-    """Folder of cached log-probs, found again by model, tokens and attention."""
-    sync_ref_every: int = 0
-    """Optimizer steps between moves of a live reference towards the policy (TR-DPO: 512); 0 is never."""
-    sync_ref_alpha: float = 0.6
-    """Share of the policy in the moved reference (TR-DPO, arXiv:2404.09656: 0.6; 1 replaces it)."""
-    chat_template: str | None = None
-    """File with a Jinja chat template to use instead of the tokenizer's own."""
-    attn: str = "packed"
-    """Attention: packed, or flash_attention_2 where it is installed, or eager (exact, slow)."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about 30 % slower, far less memory, the same result."""
-    compile: bool = False
-    """Compile each layer with torch.compile."""
+    model: str = "tiny/sft"  # model to train: a hub id or a folder
+    ref_model: str | None = None  # reference: a hub id or a folder; by default --model before training
+    ref: Literal["cached", "live"] = "cached"  # read once before training, or kept in memory
+    sync_ref_every: NonNegativeInt = 0  # steps between moves of a live reference (TR-DPO: 512); 0 is never
+    sync_ref_alpha: Share = 0.6  # share of the policy in the moved reference (TR-DPO, arXiv:2404.09656: 0.6)
+    chat_template: FilePath | None = None  # Jinja chat template to use instead of the tokenizer's own
+    attn: str = "packed"  # packed, or flash_attention_2 where it is installed, or eager (exact, slow)
+    dtype: Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # what is computed in
+    gradient_checkpointing: bool = False  # recompute activations: about 30 % slower, far less memory
+    compile: bool = False  # compile each layer with torch.compile
 
     # Data
-    dataset: tuple[str, ...] = ("tiny/data/preference_train.jsonl",)
-    """Hub ids or local .jsonl/.json/.parquet/.csv files or saved datasets."""
-    dataset_config: str | None = None
-    """Configuration name of the hub dataset ("main" for openai/gsm8k)."""
-    dataset_split: str = "train"
-    """Split of the hub dataset to train on."""
-    eval_dataset: str | None = None
-    """Held-out dataset; by default the one of tiny/ if tiny/ is trained on, else none."""
-    eval_split: str = "test"
-    """Split of the hub dataset to evaluate on."""
-    eval_fraction: float = 0.0
-    """Share of the training prompts, with all their pairs, that is held out in place of an --eval-dataset."""
-    order: Literal["shuffled", "given", "length"] = "shuffled"
-    """Order of the sequences within an epoch; `length` goes from short to long (a curriculum)."""
-    dedupe: bool = True
-    """Drop sequences that repeat an earlier one exactly."""
-    max_length: int = 1024
-    """Longest sequence in tokens (TRL: 1024)."""
-    overlong: Literal["drop", "truncate"] = "drop"
-    """What happens to longer sequences; both are counted in the log."""
-    ches_filter_fraction: float = 0.0
-    """Share of the pairs to drop, those most alike to the reference by CHES score (arXiv:2410.08847)."""
-    share_prompt: bool = False
-    """Put a prompt into the row once, seen by all its answers (arXiv:2410.20305): the same result."""
+    dataset: tuple[str, ...] = ("tiny/data/preference_train.jsonl",)  # hub ids, files, saved datasets
+    dataset_config: str | None = None  # configuration name of the hub dataset ("main" for openai/gsm8k)
+    dataset_split: str = "train"  # split of the hub dataset to train on
+    eval_dataset: str | None = None  # held-out dataset; by default tiny/'s if tiny/ is trained on, else none
+    eval_split: str = "test"  # split of the hub dataset to evaluate on
+    max_length: PositiveInt = 1024  # longest sequence in tokens; longer ones are dropped and counted
 
     # Loss
-    loss: Literal[
-        "sigmoid",
-        "robust",
-        "hinge",
-        "exo",
-        "nca",
-        "bco",
-        "sppo",
-        "apo_zero",
-        "apo_down",
-        "discopop",
-        "sigmoid_norm",
-        "dpop",
-        "tdpo1",
-        "tdpo2",
-        "step_dpo",
-    ] = "sigmoid"
-    """Loss of a pair: DPO's, or one of its relatives, each a function with its paper below."""
-    beta: float = 0.5
-    """Strength of the tie to the reference: the implicit reward is beta log pi/ref (DPO, TRL: 0.1; 0.5)."""
-    label_smoothing: float | None = None
-    """Share of labels believed flipped (cDPO, robust), or smoothing (exo); by default 1e-3 for exo or 0."""
-    dpop_lambda: float = 50.0
-    """Weight of DPOP's penalty on chosen answers below the reference (arXiv:2402.13228: 5 to 500)."""
-    discopop_tau: float = 0.05
-    """Temperature of DiscoPOP's switch between its two losses (arXiv:2406.08414: 0.05)."""
-    tdpo_alpha: float = 0.5
-    """Weight of TDPO2's difference of sequential KLs (arXiv:2404.11999: 0.5)."""
-    sft_coef: float = 0.0
-    """Weight of the chosen answers' mean negative log-likelihood per token (RPO, arXiv:2404.19733: 1)."""
+    loss: Literal[MarginLoss, AnswerLoss] = "sigmoid"  # DPO's, or a relative: a function with its paper below
+    beta: PositiveFloat = 0.5  # tie to the reference: the reward is beta log pi/ref (DPO, TRL: 0.1; 0.5)
+    label_smoothing: Fraction = 0.0  # share of labels believed flipped (cDPO, robust); EXO's smoothing (1e-3)
+    dpop_lambda: NonNegativeFloat = 50.0  # DPOP's penalty on chosen answers (arXiv:2402.13228: 5 to 500)
+    discopop_tau: PositiveFloat = 0.05  # temperature of DiscoPOP's switch (arXiv:2406.08414: 0.05)
+    tdpo_alpha: NonNegativeFloat = 0.5  # weight of TDPO2's difference of KLs (arXiv:2404.11999: 0.5)
+    sft_coef: NonNegativeFloat = 0.0  # weight of the chosen answers' NLL a token (RPO, arXiv:2404.19733: 1)
 
     # Optimization
-    learning_rate: float = 1e-4
-    """Peak learning rate of AdamW; the default suits tiny/, models of billions 2e-5 (SFT) to 1e-6 (DPO)."""
-    lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"
-    """Shape of the learning rate after warm-up; linear and cosine end at 0."""
-    warmup_steps: int = 10
-    """Steps over which the learning rate rises linearly from 0."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's two moments (TRL: 0.9, 0.999)."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay, on matrices only (TRL: 0)."""
-    max_grad_norm: float = 1.0
-    """Largest norm of a model's gradient; larger ones are scaled down to it (TRL: 1.0); inf is no end."""
-    batch_size: int = 32
-    """Sequences, or pairs of them, per step over all processes; online, completions of a rollout."""
-    max_tokens_per_micro_batch: int = 2048
-    """Tokens of a packed row: memory only, never the result. A longer sequence gets its own row."""
-    num_epochs: float = 1.0
-    """Passes over the training set (TRL: 3)."""
-    max_steps: int = 0
-    """Steps (optimizer updates; online, rollouts); 0 derives them from --num-epochs."""
+    learning_rate: NonNegativeFloat = 1e-4  # peak of AdamW's; the default suits tiny/, billions need 1e-6
+    lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # after warm-up; the first two end at 0
+    warmup_steps: NonNegativeInt = 10  # steps over which the learning rate rises linearly from 0
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay rates of AdamW's two moments
+    weight_decay: NonNegativeFloat = 0.0  # AdamW's decoupled weight decay, on matrices only
+    max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
+    batch_size: PositiveInt = 32  # sequences, or pairs of them, per step, over all processes
+    max_tokens_per_micro_batch: PositiveInt = 8192  # tokens of a packed row: memory only, never the result
+    num_epochs: PositiveFloat = 1.0  # passes over the training set
+    max_steps: NonNegativeInt = 0  # steps; 0 derives them from --num-epochs
 
     # Evaluation and output
-    eval_every: int = 50
-    """Steps between evaluations; 0 evaluates only before and after."""
-    num_eval: int = 256
-    """Rows of the evaluation sets that are used; 0 uses all."""
-    max_completion_length: int = 128
-    """Longest sampled answer in tokens."""
-    generation_batch_size: int = 64
-    """Prompts that are sampled at once."""
-    temperature: float = 1.0
-    """Sampling temperature; 0, where samples are not trained on, is greedy."""
-    seed: int = 1
-    """Seed of the data order, the noise and the sampling."""
-    output_dir: str | None = None
-    """Folder of the run; by default runs/<script>_<seed>_<time>."""
-    resume: bool = False
-    """Continue the run in --output-dir from its last checkpoint."""
-    save_every: int = 500
-    """Steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C."""
-    keep_checkpoints: int = 2
-    """How many of the last checkpoints stay on disk."""
-    log_every: int = 10
-    """Steps between lines on the terminal; metrics.jsonl has one line a step."""
-    wandb: bool = False
-    """Log to Weights & Biases as well (WANDB_MODE=offline works)."""
+    eval_every: NonNegativeInt = 50  # steps between evaluations; 0 evaluates only before and after
+    num_eval: NonNegativeInt = 256  # rows of the evaluation sets that are used; 0 uses all
+    max_completion_length: NonNegativeInt = 128  # longest sampled answer in tokens; 0 samples none
+    temperature: NonNegativeFloat = 1.0  # sampling temperature; 0 is greedy
+    seed: NonNegativeInt = 1  # of the data order and the sampling
+    output_dir: str | None = None  # folder of the run, which it makes; by default runs/dpo_<seed>_<time>
+    resume: bool = False  # continue the run in --output-dir from its last checkpoint
+    save_every: NonNegativeInt = 500  # steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C
+    log_every: PositiveInt = 10  # steps between lines on the terminal; metrics.jsonl has one line a step
+    wandb: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
+
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def in_range(cls, values, build):
+        try:
+            return build(values)
+        except pydantic.ValidationError as error:
+            problem = error.errors()[0]
+            fail(f"--{problem['loc'][0].replace('_', '-')} {problem['input']}: {problem['msg']}")
 
     def __post_init__(self):
-        on_tiny = self.dataset == ("tiny/data/preference_train.jsonl",) and not self.eval_fraction
-        self.eval_dataset = self.eval_dataset or ("tiny/data/preference_eval.jsonl" if on_tiny else None)
-        if self.label_smoothing is None:
-            self.label_smoothing = 1e-3 if self.loss == "exo" else 0.0
-        check_flags(self)
-        if not self.beta > 0:
-            fail(f"--beta must be above 0, not {self.beta}")
+        if self.dataset == Args.dataset:
+            self.eval_dataset = self.eval_dataset or "tiny/data/preference_eval.jsonl"
+        if self.resume and not self.output_dir:
+            fail("--resume needs --output-dir: which run should continue?")
         if self.loss == "robust" and self.label_smoothing >= 0.5:
             fail("--loss robust divides by 1 - 2 x --label-smoothing, which must therefore be below 0.5")
         if self.loss == "exo" and self.label_smoothing == 0:
             fail("--loss exo takes the logarithm of --label-smoothing, which must therefore be above 0")
         if self.label_smoothing and self.loss not in ("sigmoid", "step_dpo", "sigmoid_norm", "robust", "exo"):
             fail(f"--label-smoothing means nothing to --loss {self.loss}")
-        if self.loss in ("tdpo1", "tdpo2") and self.ref == "cached":
-            fail(f"--loss {self.loss} needs the reference's whole distributions: add --ref live")
-        if self.sync_ref_every and self.ref == "cached":
-            fail("--sync-ref-every moves the reference, so its log-probs cannot be cached: add --ref live")
-        if self.eval_fraction and self.eval_dataset:
-            fail("--eval-fraction and --eval-dataset both name the held-out pairs: give one of them")
+        if self.ref == "cached" and (self.loss == "tdpo2" or self.sync_ref_every):
+            fail("--loss tdpo2 and --sync-ref-every need the reference itself: add --ref live")
+        if "tiny/" not in self.model and Args.learning_rate == self.learning_rate:
+            say(f"--learning-rate {self.learning_rate} suits tiny/; models of billions take 1e-6, --beta 0.1")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Algorithm
 # ------------------------------------------------------------------------------------------------------------
-def log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps):
-    """log pi/ref of the chosen and the rejected answers, (B,) each, from four summed log-probs (B,).
-
-    Times beta these are DPO's implicit rewards (Eq. 5, arXiv:2305.18290), up to a term of the prompt's.
-    """
-    return chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
-
-
 def dpo_loss(
-    chosen_logps: torch.Tensor,
-    rejected_logps: torch.Tensor,
-    ref_chosen_logps: torch.Tensor,
-    ref_rejected_logps: torch.Tensor,
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
+    chosen_log_ratios: torch.Tensor, rejected_log_ratios: torch.Tensor, *, beta: float, label_smoothing: float
 ) -> torch.Tensor:
-    """DPO of each pair, (B,) from four summed log-probs (B,) in nats (Eq. 7, arXiv:2305.18290).
+    """DPO of each pair, (B,) from log pi/ref, summed over the tokens, of both of its answers, (B,) in nats.
 
-    With label_smoothing e it is cDPO: the labels are wrong with probability e, and the loss is the cross
-    entropy against that (Mitchell 2023, Eq. 3): -(1 - e) log sigma(m) - e log sigma(-m).
+    Eq. 7 of arXiv:2305.18290. With label_smoothing e it is cDPO, the cross entropy of labels that are wrong
+    with probability e (Mitchell 2023, Eq. 3): -(1 - e) log sigma(m) - e log sigma(-m).
     """
-    chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)  # (B,)
-    margins = beta * (chosen - rejected)  # (B,)
+    margins = beta * (chosen_log_ratios - rejected_log_ratios)  # (B,)
     return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
 
 
-# Its relatives take the same four log-probs (B,) as *logps and give the loss of each pair, (B,). In them
-# chosen and rejected are the log-ratios log pi/ref of a pair, and m = beta (chosen - rejected) is its margin.
+# Its relatives, each from the same log-ratios log pi/ref, chosen and rejected (B,), to the loss of each pair,
+# (B,). In them m = beta (chosen - rejected) is the margin of a pair.
 
 
-def robust_loss(*logps, beta: float, label_smoothing: float) -> torch.Tensor:
+def robust_loss(chosen, rejected, *, beta: float, label_smoothing: float) -> torch.Tensor:
     """rDPO: unbiased where labels are flipped with probability label_smoothing < 1/2 (arXiv:2403.00409)."""
-    right, flipped = dpo_loss(*logps, beta=beta), dpo_loss(*logps, beta=beta, label_smoothing=1)
+    right, flipped = (dpo_loss(chosen, rejected, beta=beta, label_smoothing=e) for e in (0, 1))
     return ((1 - label_smoothing) * right - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def hinge_loss(*logps, beta: float) -> torch.Tensor:
+def hinge_loss(chosen, rejected, *, beta: float) -> torch.Tensor:
     """SLiC's hinge on DPO's margin, max(0, 1 - m) (arXiv:2305.10425, so normalized in arXiv:2309.06657)."""
-    chosen, rejected = log_ratios(*logps)
     return F.relu(1 - beta * (chosen - rejected))
 
 
-def exo_loss(*logps, beta: float, label_smoothing: float) -> torch.Tensor:
+def exo_loss(chosen, rejected, *, beta: float, label_smoothing: float) -> torch.Tensor:
     """EXO: KL(policy's preference || smoothed labels), the reverse of DPO's (Eq. 16, arXiv:2402.00856)."""
-    chosen, rejected = log_ratios(*logps)
-    log_p, log_q = (F.logsigmoid(sign * beta * (chosen - rejected)) for sign in (1, -1))  # preferred, or not
-    return log_p.exp() * (log_p - math.log1p(-label_smoothing)) + log_q.exp() * (
-        log_q - math.log(label_smoothing)
-    )
+    margins = beta * (chosen - rejected)  # (B,)
+    log_p, log_q = F.logsigmoid(margins), F.logsigmoid(-margins)  # preferred, or not
+    right = log_p.exp() * (log_p - math.log1p(-label_smoothing))
+    return right + log_q.exp() * (log_q - math.log(label_smoothing))
 
 
-def nca_loss(*logps, beta: float) -> torch.Tensor:
+def nca_loss(chosen, rejected, *, beta: float) -> torch.Tensor:
     """NCA for two answers: raises the chosen reward itself, not only the difference (arXiv:2402.05369)."""
-    chosen, rejected = (beta * log_ratio for log_ratio in log_ratios(*logps))
+    chosen, rejected = beta * chosen, beta * rejected
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
-def bco_loss(*logps, beta: float) -> torch.Tensor:
+def bco_loss(chosen, rejected, *, beta: float) -> torch.Tensor:
     """BCO: a binary classifier of good and bad answers (arXiv:2404.04656; deviation 3: no shift)."""
-    chosen, rejected = log_ratios(*logps)
     return -F.logsigmoid(beta * chosen) - F.logsigmoid(-beta * rejected)
 
 
-def sppo_loss(*logps, beta: float) -> torch.Tensor:
+def sppo_loss(chosen, rejected, *, beta: float) -> torch.Tensor:
     """SPPO-hard: log-ratios to 1/(2 beta) and -1/(2 beta), each by itself (Eq. 4.7, arXiv:2405.00675)."""
-    chosen, rejected = log_ratios(*logps)
     return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
 
 
-def apo_zero_loss(*logps, beta: float) -> torch.Tensor:
+def apo_zero_loss(chosen, rejected, *, beta: float) -> torch.Tensor:
     """APO-zero: chosen up, rejected down; where chosen answers beat the model's (Eq. 7, arXiv:2408.06266)."""
-    chosen, rejected = log_ratios(*logps)
     return 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
 
 
-def apo_down_loss(*logps, beta: float) -> torch.Tensor:
+def apo_down_loss(chosen, rejected, *, beta: float) -> torch.Tensor:
     """APO-down: both down, rejected more; where the model beats chosen answers (Eq. 8, arXiv:2408.06266)."""
-    chosen, rejected = log_ratios(*logps)
     return torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(beta * (chosen - rejected))
 
 
-def discopop_loss(*logps, beta: float, discopop_tau: float) -> torch.Tensor:
+def discopop_loss(chosen, rejected, *, beta: float, discopop_tau: float) -> torch.Tensor:
     """DiscoPOP: logistic loss and e^-m, mixed by sigma(m / tau) (Eq. 5, arXiv:2406.08414)."""
-    chosen, rejected = log_ratios(*logps)
     margins = beta * (chosen - rejected)  # (B,)
     mixing = torch.sigmoid(margins / discopop_tau)  # (B,)
     return (1 - mixing) * -F.logsigmoid(margins) + mixing * torch.exp(-margins)
 
 
-def sigmoid_norm_loss(*avg_logps, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Length-normalized DPO: DPO of log-probs averaged over an answer's tokens (Tulu 3, arXiv:2411.15124)."""
-    return dpo_loss(*avg_logps, beta=beta, label_smoothing=label_smoothing)
-
-
-def dpop_loss(*logps, beta: float, dpop_lambda: float) -> torch.Tensor:
+def dpop_loss(chosen, rejected, *, beta: float, dpop_lambda: float) -> torch.Tensor:
     """DPO-Positive: takes lambda x what the chosen answer lost to the reference off m (arXiv:2402.13228)."""
-    chosen, rejected = log_ratios(*logps)
     return -F.logsigmoid(beta * (chosen - rejected - dpop_lambda * F.relu(-chosen)))
 
 
-def tdpo1_loss(*logps, chosen_kls: torch.Tensor, rejected_kls: torch.Tensor, beta: float) -> torch.Tensor:
-    """TDPO1: DPO minus the difference of sequential KLs (arXiv:2404.11999, section 4.3).
+def tdpo2_loss(chosen, rejected, *, chosen_kls, rejected_kls, beta: float, tdpo_alpha: float) -> torch.Tensor:
+    """TDPO2: DPO minus alpha x the difference of sequential KLs, (B,) (arXiv:2404.11999, section 4.3).
 
-    The KLs (B,) are sum_t KL(ref || pi) over the vocabulary at each token of an answer (`logprobs_and_kls`).
+    The KLs (B,) are sum_t KL(ref || pi) at each token of an answer; no gradient goes into the chosen one's.
     """
-    chosen, rejected = log_ratios(*logps)
-    return -F.logsigmoid(beta * (chosen - rejected) - beta * (rejected_kls - chosen_kls))
-
-
-def tdpo2_loss(
-    *logps, chosen_kls: torch.Tensor, rejected_kls: torch.Tensor, beta: float, tdpo_alpha: float
-) -> torch.Tensor:
-    """TDPO2: as TDPO1, weighted by alpha, and without gradient into the chosen answer's KL."""
-    chosen, rejected = log_ratios(*logps)
-    return -F.logsigmoid(
-        beta * (chosen - rejected) - tdpo_alpha * beta * (rejected_kls - chosen_kls.detach())
-    )
+    difference = rejected_kls - chosen_kls.detach()  # (B,)
+    return -F.logsigmoid(beta * (chosen - rejected) - tdpo_alpha * beta * difference)
 
 
 LOSSES = {
@@ -360,36 +267,25 @@ LOSSES = {
     "robust": robust_loss,
     "hinge": hinge_loss,
     "exo": exo_loss,
+    "discopop": discopop_loss,
+    "sigmoid_norm": dpo_loss,  # of log-probs averaged over an answer's tokens (Tulu 3, arXiv:2411.15124)
+    "step_dpo": dpo_loss,  # of the first step in which the answers differ (arXiv:2406.18629)
     "nca": nca_loss,
     "bco": bco_loss,
     "sppo": sppo_loss,
     "apo_zero": apo_zero_loss,
     "apo_down": apo_down_loss,
-    "discopop": discopop_loss,
-    "sigmoid_norm": sigmoid_norm_loss,
     "dpop": dpop_loss,
-    "tdpo1": tdpo1_loss,
     "tdpo2": tdpo2_loss,
-    "step_dpo": dpo_loss,  # of the first step in which the answers differ (arXiv:2406.18629)
 }
 
 
-def preferred(margins: torch.Tensor) -> torch.Tensor:
-    """1 where the chosen answer has the higher reward, 1/2 in a tie, 0 else: margins (B,) -> (B,)."""
-    return (1 + margins.sign() * (margins.abs() > TIE)) / 2
+def preferred(margins: torch.Tensor, tie: float = 1e-4) -> torch.Tensor:
+    """1 where the chosen answer has the higher reward, 1/2 in a tie, 0 else: margins (B,) -> (B,).
 
-
-def ches_scores(chosen_states, rejected_states, chosen_counts, rejected_counts) -> torch.Tensor:
-    """How alike the answers of a pair are to a model, (B,): high ones displace likelihood when trained on.
-
-    CHES (arXiv:2410.08847, Def. 2), normalized by length as for its filter: <h_w, h_l> - |h_w|^2, where h_w
-    and h_l, (B, H), sum the last hidden states that predict an answer's tokens, divided by their counts (B,).
+    Rewards closer than `tie` are equal: in another row a float32 reward differs by 1e-6.
     """
-    chosen, rejected = (
-        chosen_states / chosen_counts[:, None],
-        rejected_states / rejected_counts[:, None],
-    )  # (B, H)
-    return (chosen * rejected).sum(-1) - chosen.square().sum(-1)
+    return (1 + margins.sign() * (margins.abs() > tie)) / 2
 
 
 @fsdp_forward
@@ -409,14 +305,12 @@ def logprobs_and_kls(policy, batch, ref_states, ref_head, chunk_size: int = 512)
         picked = [x.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1) for x in (logits, ref_logits)]
         return *picked, kl_full(ref_logits, logits)
 
-    chunks = zip(
-        states.split(chunk_size), ref_states.split(chunk_size), targets.split(chunk_size), strict=True
-    )
+    chunks = zip(*(x.split(chunk_size) for x in (states, ref_states, targets)), strict=True)
     outputs = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
     return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
 
-def lr_factor(step: int, *, total_steps: int, warmup_steps: int, lr_schedule: str) -> float:
+def lr_factor(step: int, total_steps: int, warmup_steps: int, lr_schedule: str) -> float:
     """The learning rate of the 1-based `step` as a share of its peak: linear warm-up, then down towards 0."""
     if step <= warmup_steps:
         return step / warmup_steps
@@ -427,122 +321,113 @@ def lr_factor(step: int, *, total_steps: int, warmup_steps: int, lr_schedule: st
 # ------------------------------------------------------------------------------------------------------------
 # Training
 # ------------------------------------------------------------------------------------------------------------
-TIE = 1e-4  # rewards closer than this are equal: float32 sums of some hundred log-probs differ by 1e-5
-DISPLACED_STEPS = 20  # so many steps in a row with chosen answers below the reference bring the warning
-MEANS = (  # over the pairs of a batch
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/ties",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "logps/chosen_drift",
-)
-COLUMNS = {  # of the terminal's lines
-    "loss": ".4f",
-    "rewards/accuracies": ".3f",
-    "rewards/margins": ".3f",
-    "logps/chosen_drift": "+.2f",
-    "grad_norm": ".2f",
-    "learning_rate": ".1e",
-    "tokens_per_second": ",.0f",
-}
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+MEANS = (*REWARDS, "logps/chosen", "logps/rejected", "logps/chosen_drift")  # over the pairs of a batch
 
 
 def main(args: Args) -> dict:
     """Train as `args` says and return the last metrics."""
-    rank, world_size, device = setup_distributed()
-    torch.manual_seed(args.seed)
-    output_dir = choose_output_dir(args, "dpo")
-    tokenizer = load_tokenizer(args)
-    check_reference(args, tokenizer)
-    pairs, held_out = load_preferences(tokenizer, args)
-    ref_name, live = args.ref_model or args.model, args.ref == "live"
-    if args.ches_filter_fraction:
-        pairs = ches_filter(pairs, ref_name, args, tokenizer, device)
-    epoch_size, lengths = (
-        len(pairs),
-        np.array([row_length(pair, args.share_prompt) for pair in pairs]),
-    )  # (P,)
-    total_steps = args.max_steps or max(1, math.ceil(args.num_epochs * epoch_size / args.batch_size))
-    num_epochs = math.ceil(total_steps * args.batch_size / epoch_size)
-    stream = data_order(lengths, [pairs], [1], epoch_size, num_epochs, args.order, args.seed)
+    device, world_size = setup_distributed(), dist.get_world_size()
+    output_dir, tokenizer = choose_output_dir(args), load_tokenizer(args)
+    if args.ref_model and load_tokenizer(replace(args, model=args.ref_model)).vocab != tokenizer.vocab:
+        fail(f"--ref-model {args.ref_model} has another vocabulary than --model {args.model}")
+    if args.max_length > tokenizer.positions:
+        fail(f"--max-length {args.max_length}: the model has {tokenizer.positions} positions")
+    read = read_step if args.loss == "step_dpo" else read_pair
+    sources = [load_pairs(tokenizer, name, args.dataset_split, args, 0, read)[0] for name in args.dataset]
+    pairs = [pair for source in sources for pair in source]
+    held_out, _ = load_pairs(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval, read)
+    end_ids = {int(pair.chosen.input_ids[-1]) for pair in pairs} & set(tokenizer.added_tokens_decoder)
+    if args.loss == "step_dpo":
+        pairs, held_out = ([step_only(pair) for pair in some] for some in (pairs, held_out))
+
+    policy = load_model(args.model, args, device)
+    ends = {
+        "eos_token_id": sorted(end_ids | {tokenizer.eos_token_id}),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    policy.generation_config = GenerationConfig(**ends)
+    matrices = {"params": [p for p in policy.parameters() if p.ndim > 1], "weight_decay": args.weight_decay}
+    vectors = {"params": [p for p in policy.parameters() if p.ndim <= 1], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([matrices, vectors], betas=args.adam_betas, fused=True)
+    ref_policy = policy  # as long as it is not trained
+    if args.ref_model or args.ref == "live":
+        ref_policy = load_model(args.ref_model or args.model, args, device, frozen=True)
+    steps_per_epoch = len(pairs) / args.batch_size
+    total_steps = args.max_steps or max(1, math.ceil(args.num_epochs * steps_per_epoch))
+    rng, num_epochs = np.random.default_rng(args.seed), math.ceil(total_steps / steps_per_epoch)
+    stream = np.concatenate([rng.permutation(len(pairs)) for _ in range(num_epochs)])
     used, stream = np.unique(stream[: total_steps * args.batch_size], return_inverse=True)
-    pairs, lengths = [pairs[i] for i in used], lengths[used]  # from here on only those that a step meets
-    counts = count_tokens(pairs)  # (P, 2)
-    for sequence in pairs[stream[0]]:
-        show_sequence(tokenizer, sequence)
+    pairs = [pairs[i] for i in used]  # from here on only those that a step meets
+    counts, lengths = (
+        count_tokens(pairs),
+        np.array([row_length(pair, args) for pair in pairs]),
+    )  # (P, 2), (P,)
+    (chosen_ids, _), (rejected_ids, trained) = pairs[stream[0]]
+    say(f"first pair:\n{tokenizer.decode(chosen_ids)}\nrejected:\n{tokenizer.decode(rejected_ids[trained])}")
 
-    # 0. Reference: log-probs (P, 2) of chosen and rejected under it and under the starting policy, for drift
-    start_is_ref = ref_name == args.model and not args.sync_ref_every
-    start_logps = None if live and start_is_ref else cached_logps(args.model, pairs, args, tokenizer, device)
-    ref_logps, held_out_ref_logps = start_logps if start_is_ref else None, None
-    if not live:
-        held_out_ref_logps = cached_logps(ref_name, held_out, args, tokenizer, device)
-        if not start_is_ref:
-            ref_logps = cached_logps(ref_name, pairs, args, tokenizer, device)
-    ref_policy = load_model(ref_name, args, tokenizer, device).eval() if live else None
-
-    policy = load_model(args.model, args, tokenizer, device)
-    optimizer = make_optimizer(policy, args)
-    moving = {"ref_policy": ref_policy} if args.sync_ref_every else {}
-    pair_loss, settings = choose_loss(args)
-    at_reference = (
-        pair_loss(*torch.zeros(4, 1), **settings).item() if "tdpo" not in args.loss else math.log(2)
-    )
-    step, num_tokens = load_checkpoint(output_dir, policy, optimizer, moving) if args.resume else (0, 0)
-    logger = Logger(args, output_dir, total_steps, step, COLUMNS)
-    metrics, displaced = {}, 0
-    evaluation = (policy, ref_policy, tokenizer, held_out, held_out_ref_logps, args, device)
+    # 0. Reference: log-probs (P, 2) of both answers under it and, for their drift, under the starting policy
+    ref_logps = start_logps = held_out_logps = None
+    if args.ref == "cached" or args.ref_model or args.sync_ref_every:
+        start_logps = pair_logps(policy, pairs, args, device)
+    if args.ref == "cached":
+        held_out_logps = pair_logps(ref_policy, held_out, args, device)
+        ref_logps = pair_logps(ref_policy, pairs, args, device) if args.ref_model else start_logps
+        ref_policy = None
+        gc.collect()  # FSDP's modules refer to each other
+    moving = torch.nn.ModuleDict({"policy": policy})
+    if args.sync_ref_every:
+        moving["ref_policy"] = ref_policy
+    step = load_checkpoint(output_dir, moving, optimizer).get("step", 0) if args.resume else 0
+    logger = Logger(args, output_dir, total_steps, step)
+    pair_loss, metrics = LOSSES[args.loss], {}
+    taken = [name for name in inspect.signature(pair_loss).parameters if hasattr(args, name)]
+    pair_loss = partial(pair_loss, **{name: getattr(args, name) for name in taken})
+    evaluation = partial(evaluate, policy, ref_policy, tokenizer, held_out, held_out_logps, args, device)
     if step == 0:
-        results, samples = evaluate_pairs(*evaluation)
-        logger.log({"step": 0} | results, samples)
+        evaluated, samples = evaluation()
+        logger.log({"step": 0} | evaluated, samples)
     while step < total_steps:
         # 1. Batch: the pairs of this optimizer step, packed into rows that are dealt to the processes
         step, started = step + 1, time.perf_counter()
         picks = stream[(step - 1) * args.batch_size : step * args.batch_size]
         rows = pack(lengths[picks], args.max_tokens_per_micro_batch, multiple_of=world_size)
-        chosen_tokens = counts[picks, 0].sum()
+        num_tokens, chosen_tokens = int(lengths[picks].sum()), int(counts[picks, 0].sum())
         policy.train()
-        sums = torch.zeros(4 + len(MEANS), device=device)  # told to stop, loss, pair losses, |margins|, MEANS
-        for row in rows[rank::world_size]:
+        sums = torch.zeros(2 + len(MEANS), device=device)  # processes told to stop, loss, MEANS
+        for row in rows[dist.get_rank() :: world_size]:
             # 2. Log-probs: columns (B, 2) are the chosen and the rejected answer of every pair
             ids = picks[row]
-            batch = collate_pairs([pairs[i] for i in ids], device, args.share_prompt)
+            batch = collate_pairs([pairs[i] for i in ids], args, device)
             logps, live_logps, kls = answer_logps(policy, ref_policy, batch, args.loss)
-            ref = live_logps if live else ref_logps[ids]  # (B, 2)
+            logps = logps[: len(ids)]  # none of the filler's
+            ref = ref_logps[ids] if ref_policy is None else live_logps[: len(ids)]  # (B, 2)
             start = ref if start_logps is None else start_logps[ids]  # (B, 2)
 
             # 3. Loss: each row adds its part of the mean over the pairs of the whole optimizer batch
             divisor = torch.tensor(counts[ids] if args.loss == "sigmoid_norm" else 1, device=device)
-            four = (*(logps[: len(ids)] / divisor).T, *(ref[: len(ids)] / divisor).T)  # (B,) each
-            losses = pair_loss(*four, **kls, **settings)  # (B,)
+            log_ratios = ((logps - ref) / divisor).T  # (2, B)
+            losses = pair_loss(*log_ratios, **{name: kl[: len(ids)] for name, kl in kls.items()})  # (B,)
             nll = -logps[:, 0].sum() / chosen_tokens
             loss = losses.sum() / len(picks) + args.sft_coef * nll
             (loss * world_size).backward()  # FSDP2 averages over processes what is to be summed
             with torch.no_grad():
-                chosen, rejected = (args.beta * log_ratio for log_ratio in log_ratios(*four))  # rewards (B,)
-                margins, drift = chosen - rejected, (logps - start)[: len(ids), 0]  # (B,)
-                outcomes = [chosen, rejected, preferred(margins), margins.abs() <= TIE, margins]
-                means = torch.stack([losses, margins.abs(), *outcomes, *logps[: len(ids)].T, drift])
-                sums[1:] += torch.cat([loss[None], means.sum(1)])
+                chosen, rejected = args.beta * log_ratios  # rewards (B,) each
+                margins, drift = chosen - rejected, (logps - start)[:, 0]  # (B,)
+                means = torch.stack([chosen, rejected, preferred(margins), margins, *logps.T, drift])
+                sums[1:] += torch.cat([loss[None], means.sum(1) / len(picks)])
 
         # 4. Update
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * lr_factor(
-                step, total_steps=total_steps, warmup_steps=args.warmup_steps, lr_schedule=args.lr_schedule
-            )
+            factor = lr_factor(step, total_steps, args.warmup_steps, args.lr_schedule)
+            group["lr"] = args.learning_rate * factor
         sums[0] = logger.stopping
-        results = torch.cat([all_reduce(sums), full(grad_norm)[None]])
-        stopping, loss, *means, grad_norm = results.tolist()  # the one synchronisation of a step
+        dist.all_reduce(sums)
+        stopping, loss, *means = sums.tolist()
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
         if not math.isfinite(loss + grad_norm):
-            sequences = [sequence for i in picks for sequence in pairs[i]]
-            stop_on_nonfinite(output_dir, step, sequences, loss, grad_norm)
-        losses, absolute_margins, *means = (mean / len(picks) for mean in means)
-        if step == 1 and ref_name == args.model:
-            check_start(losses, at_reference, absolute_margins, device)
+            fail(f"step {step}: loss {loss}, gradient norm {grad_norm}; --resume goes back to a checkpoint")
         optimizer.step()
         optimizer.zero_grad()
         if args.sync_ref_every and step % args.sync_ref_every == 0:
@@ -550,37 +435,26 @@ def main(args: Args) -> dict:
         seconds = time.perf_counter() - started
 
         # 5. Evaluate, log, save
-        batch_tokens = int(lengths[picks].sum())
-        num_tokens += batch_tokens
-        room = len(rows) * max(args.max_tokens_per_micro_batch, *lengths[picks])
         metrics = {
             "step": step,
-            "epoch": step * args.batch_size / epoch_size,
+            "epoch": step / steps_per_epoch,
             "loss": loss,
-            "learning_rate": optimizer.param_groups[0]["lr"],
+            "learning_rate": group["lr"],
             "grad_norm": grad_norm,
             **dict(zip(MEANS, means, strict=True)),
-            "num_tokens": num_tokens,
-            "tokens_per_second": batch_tokens / seconds,
+            "num_tokens": int(lengths[stream[: step * args.batch_size]].sum()),
+            "tokens_per_second": num_tokens / seconds,
             "step_time": seconds,
-            "packing/fill": batch_tokens / room,
+            "packing/fill": num_tokens / (len(rows) * args.max_tokens_per_micro_batch),
         }
-        if device.type == "cuda":
-            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        displaced = displaced + 1 if metrics["rewards/chosen"] < 0 else 0
-        if displaced == DISPLACED_STEPS:
-            say(
-                f"warning: for {displaced} steps chosen answers have been less likely than under the "
-                "reference (likelihood displacement): try --loss dpop, --sft-coef or --ches-filter-fraction"
-            )
-        samples = []
-        if step == total_steps or (args.eval_every and step % args.eval_every == 0):
-            results, samples = evaluate_pairs(*evaluation)
-            metrics |= results
+        last, samples = step == total_steps, []
+        if last or (args.eval_every and step % args.eval_every == 0):
+            evaluated, samples = evaluation()
+            metrics |= evaluated
         logger.log(metrics, samples)
-        if stopping or (args.save_every and (step == total_steps or step % args.save_every == 0)):
-            save_checkpoint(output_dir, policy, optimizer, step, num_tokens, args.keep_checkpoints, moving)
-        if stopping and step < total_steps:
+        if stopping or (args.save_every and (last or step % args.save_every == 0)):
+            save_checkpoint(output_dir, moving, optimizer, {"step": step})
+        if stopping and not last:
             logger.close(f"stopped; continue with --resume --output-dir {output_dir}")
             return metrics
     save_model(output_dir / "model", policy, tokenizer)
@@ -588,766 +462,355 @@ def main(args: Args) -> dict:
     return metrics
 
 
-def choose_loss(args):
-    """The function of --loss and those flags that it takes."""
-    flags = {
-        "beta": args.beta,
-        "label_smoothing": args.label_smoothing,
-        "discopop_tau": args.discopop_tau,
-        "dpop_lambda": args.dpop_lambda,
-        "tdpo_alpha": args.tdpo_alpha,
-    }
-    taken = inspect.signature(LOSSES[args.loss]).parameters
-    return LOSSES[args.loss], {name: value for name, value in flags.items() if name in taken}
-
-
 def answer_logps(policy, ref_policy, batch, loss: str):
     """Log-probs (B, 2) of a row's chosen and rejected answers under the policy and, if it is in memory, the
     reference (else None), and the sequential KLs (B,) of both answers where the loss asks for them.
     """
-    if ref_policy is None:
-        return pair_sums(token_logprobs(policy, batch), batch), None, {}
-    if loss not in ("tdpo1", "tdpo2"):
+    if loss == "tdpo2":
+        with torch.no_grad():
+            ref_states = fsdp_forward(completion_states)(ref_policy, batch)  # (C, H)
+        per_token = logprobs_and_kls(policy, batch, ref_states, head_settings(ref_policy))  # (C,) each
+        logps, ref_logps, kls = (pair_sums(x, batch) for x in per_token)  # (B, 2) each
+        return logps, ref_logps, {"chosen_kls": kls[:, 0], "rejected_kls": kls[:, 1]}
+    logps, ref_logps = pair_sums(token_logprobs(policy, batch), batch), None  # (B, 2)
+    if ref_policy is not None:
         with torch.no_grad():
             ref_logps = pair_sums(token_logprobs(ref_policy, batch), batch)  # (B, 2)
-        return pair_sums(token_logprobs(policy, batch), batch), ref_logps, {}
-    with torch.no_grad():
-        ref_states = fsdp_forward(completion_states)(ref_policy, batch)  # (C, H)
-    per_token = logprobs_and_kls(policy, batch, ref_states, head_settings(ref_policy))  # (C,) each
-    logps, ref_logps, kls = (pair_sums(x, batch) for x in per_token)  # (B, 2) each
-    return logps, ref_logps, {"chosen_kls": kls[:, 0], "rejected_kls": kls[:, 1]}
+    return logps, ref_logps, {}
 
 
-def evaluate_pairs(policy, ref_policy, tokenizer, held_out, ref_logps, args, device) -> tuple[dict, list]:
+def evaluate(policy, ref_policy, tokenizer, held_out, ref_logps, args, device) -> tuple[dict, list]:
     """Accuracy on held-out pairs, all and those of equal length; right sampled answers and their length."""
     if not held_out:
         return {}, []
-    counts = count_tokens(held_out)  # (P, 2)
+    counts = torch.from_numpy(count_tokens(held_out)).to(device)  # (P, 2)
     logps = pair_logps(policy, held_out, args, device)  # (P, 2)
     if ref_policy is not None:
         ref_logps = pair_logps(ref_policy, held_out, args, device)
-    log_ratio = (logps - ref_logps).cpu()  # (P, 2)
-    per_token = torch.from_numpy(counts) if args.loss == "sigmoid_norm" else torch.ones(1)
-    margins = args.beta * (log_ratio / per_token).diff().neg().squeeze(1)  # (P,)
-    right, alike = preferred(margins), torch.from_numpy(equal_lengths(counts))  # (P,)
-    samples = sample_answers(policy, tokenizer, [pair.chosen for pair in held_out], args, device)
+    log_ratio = logps - ref_logps  # (P, 2)
+    rewards = args.beta * log_ratio / (counts if args.loss == "sigmoid_norm" else 1)  # (P, 2)
+    margins = rewards[:, 0] - rewards[:, 1]  # (P,)
+    alike = counts.diff().abs().squeeze(1) <= 0.1 * counts.amax(1)  # (P,) by 10 % of the longer one
     metrics = {
-        "eval/accuracy": right.mean().item(),
-        "eval/accuracy_length_matched": right[alike].mean().item() if alike.any() else 0.5,
+        "eval/accuracy": preferred(margins).mean().item(),
+        "eval/accuracy_length_matched": preferred(margins)[alike].mean().item(),  # NaN, if there are none
         "eval/margin": margins.mean().item(),
         "eval/chosen_log_ratio": log_ratio[:, 0].mean().item(),
-        "eval/reward": sum(sample["right"] for sample in samples) / max(1, len(samples)),
-        "eval/mean_length": sum(sample["length"] for sample in samples) / max(1, len(samples)),
     }
+    samples = sample_answers(policy, tokenizer, [pair.chosen for pair in held_out], args, device)
+    if samples:
+        lengths = [len(tokenizer(s["completion"], add_special_tokens=False).input_ids) for s in samples]
+        right = [sample["right"] for sample in samples]
+        metrics |= {"eval/reward": float(np.mean(right)), "eval/mean_length": float(np.mean(lengths))}
     return metrics, samples
 
 
-def check_start(loss: float, loss_at_reference: float, margin: float, device):
-    """End the run unless a policy that is its reference has every margin 0, and the loss that follows."""
-    tolerance = 1e-3 if device.type == "cpu" else 0.05  # bfloat16 rounds differently in rows of other lengths
-    if margin > tolerance or abs(loss - loss_at_reference) > tolerance * max(1, loss_at_reference):
-        fail(
-            f"policy and reference are the same model, yet at step 1 margins are {margin:.2g} on average and "
-            f"the loss is {loss:.4f}, not {loss_at_reference:.4f}: --cache-dir has another model's log-probs"
-        )
-
-
+@torch.no_grad()
 def move_reference(ref_policy, policy, alpha: float):
-    """TR-DPO's soft update of the reference: ref <- alpha pi + (1 - alpha) ref (Eq. 5, arXiv:2404.09656)."""
-    with torch.no_grad():
-        for ref, new in zip(ref_policy.parameters(), policy.parameters(), strict=True):
-            ref.lerp_(new, alpha)
+    """TR-DPO's soft update of the reference: ref <- alpha pi + (1 - alpha) ref (Eq. 5, arXiv:2404.09656).
+
+    Each process moves its own shards, in the reference's dtype; the weights that a forward pass has gathered
+    are given up before, or the next pass would use them as they were.
+    """
+    for model in (ref_policy, policy):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    for ref, new in zip(ref_policy.parameters(), policy.parameters(), strict=True):
+        ref, new = (x.to_local() if isinstance(x, DTensor) else x for x in (ref, new))
+        ref.copy_(ref.float().lerp(new.float(), alpha))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Plumbing
 # ------------------------------------------------------------------------------------------------------------
-class Sequence(NamedTuple):
-    """Token ids and which of them are trained, both (length,)."""
-
-    input_ids: np.ndarray
-    trained: np.ndarray
-
-
-class Pair(NamedTuple):
-    """Two answers to the same prompt, each a sequence with the prompt before it."""
-
-    chosen: Sequence
-    rejected: Sequence
-
-
+Sequence = namedtuple("Sequence", ["input_ids", "trained"])  # token ids and which of them are trained
+Pair = namedtuple("Pair", ["chosen", "rejected"])  # two answers, sequences that begin with the same prompt
 FILLER = Sequence(np.zeros(1, np.int32), np.zeros(1, bool))  # for a process that has no row: trains nothing
-PAIR_FORMATS = "prompt + chosen + rejected; chosen + rejected"
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}"
-    "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+COLUMNS = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen_drift", "grad_norm")
+PAIR_FORMATS = "prompt + chosen + rejected; question + chosen + rejected; chosen + rejected; HH's"
 
 
-def say(message: str, file=None):
+def say(message: str):
     """Print a line above the progress bar, from the first process only."""
     if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(message, file=file or sys.stdout)
+        tqdm.write(message)
 
 
 def fail(message: str):
     """End the run over a user's mistake: one line and exit code 2."""
-    say(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def check_flags(args):
-    """End the run over what no run can have, NaN included: flags that scripts share, with their ranges."""
-    ranges = (
-        (
-            "be at least 1",
-            lambda x: x >= 1,
-            "batch_size max_tokens_per_micro_batch max_length max_prompt_length max_completion_length"
-            " generation_batch_size num_generations num_iterations num_ppo_epochs num_minibatches num_members"
-            " num_samples num_rollouts answers_per_prompt eval_samples keep_checkpoints log_every",
-        ),
-        (
-            "be above 0",
-            lambda x: x > 0,
-            "max_grad_norm num_epochs epsilon epsilon_high kl_target kl_horizon target_kl max_kl reward_clip"
-            " cliprange_value kd_temperature desirable_weight undesirable_weight",
-        ),
-        (
-            "be at least 0",
-            lambda x: x >= 0,
-            "learning_rate value_learning_rate weight_decay warmup_steps value_warmup_steps max_steps kl_coef"
-            " vf_coef std_coef missing_eos_penalty temperature num_eval eval_every save_every",
-        ),
-        ("lie in [0, 1]", lambda x: 0 <= x <= 1, "gamma lam kl_discount"),
-        (
-            "lie in [0, 1)",
-            lambda x: 0 <= x < 1,
-            "eval_fraction label_smoothing replay_fraction ches_filter_fraction",
-        ),
-    )
-    for words, holds, names in ranges:
-        for name in names.split():
-            value = getattr(args, name, None)
-            if value is not None and not holds(value):
-                fail(f"--{name.replace('_', '-')} must {words}, not {value}")
-    if "{prompt}" not in (getattr(args, "prompt_template", None) or "{prompt}"):
-        fail("--prompt-template has no {prompt} in it, where the question goes")
-    if args.resume and not args.output_dir:
-        fail("--resume needs --output-dir: which run should continue?")
-
-
-def process() -> tuple[int, int]:
-    """Rank and number of the processes that torchrun started, (0, 1) without it."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def setup_distributed() -> tuple[int, int, torch.device]:
-    """Join the processes that torchrun started -> rank, world size, device.
-
-    CUDA gets a process group for one process, too: FSDP2 then keeps float32 masters and computes in bfloat16.
-    """
+def setup_distributed() -> torch.device:
+    """Join the processes that torchrun started, or be a group of one; silence libraries -> own device."""
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until the Logger takes over
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process
-    cuda, libc = torch.cuda.is_available(), ctypes.CDLL(None)
-    if not cuda and hasattr(libc, "mallopt"):
-        # glibc gives big buffers back to the system and pages them in anew at every step: keep them instead.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    device, libc = torch.device("cpu"), ctypes.CDLL(None)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    elif hasattr(libc, "mallopt"):  # else glibc gives big buffers back and pages them in anew at every step
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer from outside the heap
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    elif cuda and not dist.is_initialized():
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    return *process(), device
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)  # rollouts are waited for
+        atexit.register(lambda: (gc.collect(), dist.destroy_process_group()))  # gloo aborts what leaves later
+    return device
 
 
-def leave_distributed():
-    """Leave the process group at a clean end: threads of gloo that outlive the interpreter abort it."""
-    gc.collect()  # sharded models hold the group
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def located(name: str) -> str:
+    """A path as given, or beside this file: tiny/ is found from any folder; a hub id is left as it is."""
+    return name if Path(name).exists() or not (HERE / name).exists() else str(HERE / name)
 
 
-def all_reduce(x: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def full(x: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that FSDP2 may have sharded."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def locate(name: str) -> str:
-    """A path as given, or beside this file (tiny/ is found from any folder); a hub id is left as it is."""
-    beside = Path(__file__).resolve().parent / name
-    return str(beside) if beside.exists() and not Path(name).exists() else name
-
-
-def choose_output_dir(args, script: str) -> Path:
-    """The folder of the run; one that holds a run already is continued or left alone, never overwritten."""
-    names = [args.output_dir or f"runs/{script}_{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"]
-    if dist.is_initialized():
-        dist.broadcast_object_list(names)  # the clock may tick between two processes
+def choose_output_dir(args) -> Path:
+    """The run's folder: made here, by no other run, and removed if nothing is written; or one to resume."""
+    name = f"runs/{Path(__file__).stem}_{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    names = [args.output_dir or name]
+    dist.broadcast_object_list(names)
     folder = Path(names[0])
-    if not args.resume and (folder / "metrics.jsonl").exists():
-        state = "finished" if (folder / "model").exists() else "unfinished"
-        fail(f"{folder} holds a run ({state}): --resume continues it, another --output-dir starts a new one")
-    if args.resume and (folder / "model").exists() and not list(folder.glob("checkpoints/step_*")):
-        fail(f"{folder} holds a finished run without checkpoints: choose another --output-dir")
+    if args.resume:
+        if not (folder / "args.json").exists():
+            fail(f"--resume: {folder} holds no run")
+        before, now = json.loads((folder / "args.json").read_text()), json.loads(as_json(args))
+        for flag in (flag for flag in before if before[flag] != now.get(flag) and flag != "resume"):
+            stop_or_say = fail if flag in ("script", "model", "dataset", "seed") else say
+            stop_or_say(f"--resume: {flag} was {before[flag]} and is {now.get(flag)}")
+    elif dist.get_rank() == 0:
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            fail(f"--output-dir {folder}: {error.strerror}; name a new one, or --resume the run in it")
+        atexit.register(lambda: folder.is_dir() and not any(folder.iterdir()) and folder.rmdir())
     return folder
 
 
-def load_tokenizer(args, flag: str = "--model"):
-    """The tokenizer of --model, its chat template, and `end_ids`: what may end a turn.
+def as_json(args) -> str:
+    """The flags of a run, and whose they are."""
+    return json.dumps({"script": Path(__file__).name} | asdict(args), indent=2, default=str)
 
-    The architecture is checked here as well, before anything slow is loaded.
-    """
-    path = locate(args.model)
-    if path.startswith((".", "/")) and not Path(path).is_dir():
-        fail(f"{flag} {args.model}: no such folder")
+
+def load_tokenizer(args):
+    """The tokenizer of --model with the chat template of the run; it knows the model's `positions`."""
     try:
-        config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-        check_attention(config, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], args.attn)
-    except KeyError:
-        fail(f"{flag} {args.model}: {config.model_type} is not a causal language model")
+        tokenizer = AutoTokenizer.from_pretrained(located(args.model))
+        config = AutoConfig.from_pretrained(located(args.model)).get_text_config()
     except (OSError, ValueError) as error:
-        fail(f"{flag} {args.model}: {str(error).splitlines()[0]}")
-    if not tokenizer.is_fast:
-        fail(f"{flag} {args.model}: its tokenizer reports no character offsets; only fast tokenizers do")
+        fail(f"--model {args.model}: {error}".splitlines()[0])
+    if tokenizer.eos_token is None:
+        fail(f"--model {args.model}: its tokenizer has no end token (EOS), so a completion could not end")
     if args.chat_template:
-        if not Path(args.chat_template).is_file():
-            fail(f"--chat-template {args.chat_template}: no such file")
-        tokenizer.chat_template = Path(args.chat_template).read_text(encoding="utf-8")
-    tokenizer.known_size = len(tokenizer)  # tokens from here on have no embedding yet
-    try:  # Gemma and Llama 3 end a turn with a token that only their generation config names
-        ends = np.atleast_1d(GenerationConfig.from_pretrained(path).eos_token_id or []).tolist()
-    except OSError:
-        ends = []
-    turn_ends = []
-    try:  # and what the template writes behind a reply: Qwen2.5's base models have another EOS
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!")[2]
-        behind_ids = tokenizer(behind, add_special_tokens=False).input_ids
-        turn_ends = [i for i in behind_ids if i in tokenizer.added_tokens_decoder][:1]
-    except Exception:  # no template, or one that wants another conversation: `render` says so, with the row
-        pass
-    tokenizer.turn_end_id = (turn_ends or [tokenizer.eos_token_id])[0]
-    tokenizer.end_ids = sorted({int(i) for i in [tokenizer.eos_token_id, *ends, *turn_ends] if i is not None})
+        tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
+    if tokenizer.chat_template is None:
+        say(f"{args.model} has no chat template: conversations are written in ChatML")
+        tokenizer.chat_template = CHATML
+    tokenizer.positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     return tokenizer
 
 
-def use_chatml(tokenizer):
-    """Give a tokenizer without a chat template ChatML, its special tokens, and its end of turn as EOS."""
-    say("the tokenizer has no chat template: using ChatML")
-    tokenizer.chat_template = CHATML
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    tokenizer.eos_token = "<|im_end|>"
-    tokenizer.turn_end_id = tokenizer.eos_token_id
-    tokenizer.end_ids = sorted({*tokenizer.end_ids, tokenizer.eos_token_id})
+def load_rows(source: str, split: str, args) -> list[dict]:
+    """The rows of a file, a saved dataset or a hub dataset."""
+    path = located(source)
+    kind = re.search(r"\.(csv|json|parquet)l?(\.gz)?$", path)
+    try:
+        if kind:
+            options = {"keep_default_na": False} if kind[1] == "csv" else {}  # an empty cell is an empty text
+            return list(datasets.load_dataset(kind[1], data_files=path, split="train", **options))
+        if not Path(path).is_dir():
+            return list(datasets.load_dataset(path, args.dataset_config, split=split))
+        saved = datasets.load_from_disk(path)
+        return list(saved[split] if isinstance(saved, dict) else saved)
+    except Exception as error:  # `datasets` raises a dozen kinds; for the user they are one
+        cause = error.__cause__ or error
+        fail(f"{source} cannot be loaded: {type(cause).__name__}: {cause}".splitlines()[0])
 
 
-def load_rows(source: str, split: str, config: str | None) -> list[dict]:
-    """The rows of a .jsonl/.json/.parquet/.csv file, a saved dataset or a hub dataset; at least one."""
-    path, rows = Path(locate(source)), []
-    if not path.exists() and (path.suffix in (".jsonl", ".json", ".parquet", ".csv") or source[0] in "./"):
-        fail(f"{source}: no such file")
-    if path.suffix in (".jsonl", ".json"):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            fail(f"{source}: not UTF-8 ({error})")
-        whole = text.lstrip().startswith("[")  # one list, else one row a line
-        for n, line in enumerate([text] if whole else text.split("\n"), 1):
-            try:
-                rows += (json.loads(line) if whole else [json.loads(line)]) if line.strip() else []
-            except json.JSONDecodeError as error:
-                fail(f"{source}, line {n}: not JSON ({error})")
-    else:
-        import datasets  # here, because the import takes a second that .jsonl does not need
-
-        datasets.disable_progress_bars()
-        try:
-            if path.is_dir():
-                rows = datasets.load_from_disk(str(path))
-                rows = rows[split] if isinstance(rows, dict) else rows
-            elif path.exists():
-                rows = datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
-            else:
-                rows = datasets.load_dataset(source, config, split=split)
-        except Exception as error:  # `datasets` raises a dozen kinds; for the user they are one
-            fail(f"{source}: {type(error).__name__}: {error}".splitlines()[0])
-    if not len(rows):
-        fail(f"{source}: the dataset is empty")
-    return list(rows)
+def report_dropped(source: str, num_rows: int, dropped: dict[str, list[int]]):
+    """Say why rows of a dataset cannot be used, reason by reason; end the run where they are most of it."""
+    lines = [f"{len(rows):,} rows dropped, first row {rows[0]}: {reason}" for reason, rows in dropped.items()]
+    if 2 * sum(map(len, dropped.values())) >= max(1, num_rows):
+        fail(f"{source}: hardly a row of {num_rows:,} can be used; {'; '.join(lines[:3]) or 'it is empty'}")
+    for line in lines[:9]:
+        say(f"{source}: {line}")
 
 
-def as_example(prompt, completion, row: dict, where: str) -> dict:
-    """A prompt and its completion, each text or messages: {"prompt", "completion"} if both are text, else
-    a conversation {"messages", "context", "options"}.
-
-    Of its messages the first `context` are prompt; `options` go to the chat template (from the row's columns
-    `tools` and `chat_template_kwargs`).
-    """
-    if isinstance(prompt, str) and isinstance(completion, str):
-        if not completion.strip():
-            fail(f"{where}: the completion is empty")
-        return {"where": where, "prompt": prompt, "completion": completion}
-    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    messages = [{k: v for k, v in m.items() if v is not None} for m in [*prompt, *completion]]
-    for m in messages:
-        if isinstance(m.get("content"), list):  # parts, of which text is read
-            m["content"] = "".join(part.get("text", "") for part in m["content"])
-        if m.get("role") == "assistant" and not m.get("content", "").strip() and not m.get("tool_calls"):
-            fail(f"{where}: an assistant turn is empty")
-    if not any(m.get("role") == "assistant" for m in messages[max(1, len(prompt)) :]):
-        fail(f"{where}: no assistant turn follows the prompt")
-    options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-    return {"where": where, "messages": messages, "context": len(prompt), "options": options}
+def len_shared(one, other) -> int:
+    """How many items two texts, lists of messages or token ids have in common from their beginning on."""
+    return sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(one, other)))
 
 
-def read_preferences(source: str, split: str, config: str | None, limit: int) -> list[tuple[str, dict]]:
-    """Where each row of a preference dataset stands, and the row with `prompt`, `chosen` and `rejected`.
+def read_pair(row: dict) -> dict:
+    """A row of any accepted format with `prompt`, `chosen` and `rejected`, all texts or all messages.
 
     Without a prompt it is what both answers begin with: whole messages, or whole words of texts.
     """
-    found = []
-    for n, row in enumerate(load_rows(source, split, config)[: limit or None], 1):
-        where = f"{source}, row {n}"
-        if not isinstance(row, dict):
-            fail(f"{where}: not an object with columns, but {type(row).__name__}")
-        chosen, rejected = row.get("chosen"), row.get("rejected")
-        if chosen is None or rejected is None:
-            fail(f"{where}: found the columns {', '.join(row)}; accepted are {PAIR_FORMATS}")
-        if not all(isinstance(answer, str | list) for answer in (chosen, rejected)):
-            fail(f"{where}: chosen and rejected are neither text nor messages")
-        asked = [{"role": "user", "content": row["question"]}] if "question" in row else None
-        prompt = row.get("prompt", asked)
-        talks = isinstance(chosen, list) and chosen and isinstance(chosen[0], dict)
-        if prompt is None or (talks and chosen[0].get("role") != "assistant"):  # the answers contain it
-            shared = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(chosen, rejected)))
-            if isinstance(chosen, str):
-                shared = max(chosen.rfind(" ", 0, shared), chosen.rfind("\n", 0, shared), 0)
-            else:
-                shared = min(shared, len(chosen) - 1, len(rejected) - 1)  # equal ones keep an answer each
-            prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-        found.append((where, row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}))
-    return found
+    row = conversational(row)
+    if not {"chosen", "rejected"} <= row.keys():
+        columns = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
+        raise ValueError(f"found {columns}; accepted are {PAIR_FORMATS}")
+    if "score_chosen" in row and row["score_chosen"] == row.get("score_rejected"):
+        raise ValueError("a tie: score_chosen equals score_rejected")
+    chosen, rejected = row["chosen"], row["rejected"]
+    if not chosen or not rejected:
+        raise ValueError("an answer is empty")
+    start, prompt = 0, row.get("prompt")
+    shared = len_shared(chosen, rejected)
+    if prompt is None and isinstance(chosen, str):
+        start = max(chosen.rfind(" ", 0, shared), chosen.rfind("\n", 0, shared), 0)
+        prompt = chosen[:start]
+    elif prompt is None or (isinstance(chosen, list) and chosen[0]["role"] != "assistant"):
+        start = min(shared, len(chosen) - 1, len(rejected) - 1)  # equal ones keep an answer each
+        prompt = chosen[:start]
+    return row | {"prompt": prompt, "chosen": chosen[start:], "rejected": rejected[start:]}
 
 
-def read_steps(source: str, split: str, config: str | None, limit: int) -> list[tuple[str, dict]]:
-    """As `read_preferences`, the answers cut behind the first step in which they differ (arXiv:2406.18629).
+def read_step(row: dict) -> dict:
+    """As `read_pair`, the answers cut behind the first step in which they differ (arXiv:2406.18629).
 
-    The steps of an answer are the entries of a list, or the lines of a text. In a dataset of labelled steps
-    (`prompt`, `completions`, `labels`) an answer's first wrong step is rejected in favour of a right one
-    that follows the same right steps in another answer to the same prompt.
+    The lines of an answer are its steps. Where a row has those before in `initial_reason_steps`
+    (Math-Step-DPO-10K), an answer is the step itself, and the prompt a question.
     """
-    rows = load_rows(source, split, config)[: limit or None]
-    if "completions" not in rows[0]:
-        found = read_preferences(source, split, config, limit)
+    row = {name: value for name, value in row.items() if value is not None}
+    if "initial_reason_steps" in row:
+        whole = {key: row["initial_reason_steps"] + row[key] for key in Pair._fields}
+        return read_pair(row | {"prompt": [{"role": "user", "content": row["prompt"]}]} | whole)
+    row = read_pair(row)
+    texts = [row[key] if isinstance(row[key], str) else row[key][-1]["content"] for key in Pair._fields]
+    chosen, rejected = (text.split("\n") for text in texts)
+    if (shared := len_shared(chosen, rejected)) == min(len(chosen), len(rejected)):
+        raise ValueError("the steps of one answer begin the other: there is no step to compare")
+    cut = {"chosen": "\n".join(chosen[: shared + 1]), "rejected": "\n".join(rejected[: shared + 1])}
+    return conversational(row | cut)
+
+
+def load_pairs(tokenizer, source: str | None, split: str, args, limit: int = 0, read=read_pair):
+    """A preference dataset as pairs, each once, and the row of each; says how answers differ in length."""
+    if source is None:
+        return [], []
+    rows, found, dropped = load_rows(source, split, args)[: limit or None], {}, {}
+    for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
+        try:
+            row = read(row)
+            pair = Pair(*(encode_answer(tokenizer, row["prompt"], row[key], row) for key in Pair._fields))
+            key = tuple(answer.input_ids.tobytes() for answer in pair)
+            if key[0] == key[1]:
+                raise ValueError("chosen and rejected are the same")
+            if max(len(answer.input_ids) for answer in pair) > args.max_length:
+                raise ValueError("longer than --max-length")
+            found[key] = pair, row
+        except Exception as error:  # chat templates raise what they like
+            dropped.setdefault(str(error).splitlines()[0], []).append(n)
+    report_dropped(source, len(rows), dropped)
+    pairs, rows = map(list, zip(*found.values(), strict=True))
+    chosen, rejected = count_tokens(pairs).T  # (P,) each
+    sizes = f"{chosen.mean():.1f} and {rejected.mean():.1f} tokens an answer"
+    longer = f"chosen ones longer in {np.mean(chosen > rejected):.0%}"
+    say(f"{source}: {len(pairs):,} different pairs, {sizes}, {longer}")
+    return pairs, rows
+
+
+def encode_answer(tokenizer, prompt, answer, row: dict) -> Sequence:
+    """A prompt and one answer to it, both texts or both messages, as a sequence with an end token."""
+    if isinstance(answer, str):
+        bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
+        sequences = [[(bos + prompt, answer)]] if answer.strip() else []
     else:
-        found, answers = [], defaultdict(list)
-        for n, row in enumerate(rows, 1):
-            answers[json.dumps(row["prompt"])].append(
-                (f"{source}, row {n}", row["completions"], row["labels"])
-            )
-        for prompt, steps_of_prompt in answers.items():
-            for where, steps, labels in steps_of_prompt:
-                wrong = next((k for k, label in enumerate(labels) if not label), None)
-                for _, other, other_labels in steps_of_prompt if wrong is not None else ():
-                    if (
-                        other[:wrong] == steps[:wrong]
-                        and all(other_labels[: wrong + 1])
-                        and len(other) > wrong
-                    ):
-                        found.append(
-                            (where, {"prompt": json.loads(prompt), "chosen": other, "rejected": steps})
-                        )
-                        break
-        if not found:
-            fail(f"{source}: no two answers to one prompt share their right steps and then differ")
-    cut = []
-    for where, row in found:
-        chosen, rejected = (as_steps(row[key]) for key in ("chosen", "rejected"))
-        shared = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(chosen, rejected)))
-        if shared < min(len(chosen), len(rejected)):  # else one continues the other: no step to compare
-            texts = {"chosen": "\n".join(chosen[: shared + 1]), "rejected": "\n".join(rejected[: shared + 1])}
-            cut.append((where, row | texts))
-    return cut
+        sequences = render(tokenizer, prompt + answer, max(1, len(prompt)), row)
+    if len(sequences) != 1:
+        raise ValueError("an answer is empty, or the chat template does not render it in one piece")
+    return tokenize(tokenizer, sequences[0], train_on_prompt=False)
 
 
-def as_steps(answer) -> list[str]:
-    """The steps of an answer that is a list of texts, a text, or messages."""
-    if isinstance(answer, list) and answer and isinstance(answer[0], dict):
-        answer = answer[-1]["content"]
-    return answer.split("\n") if isinstance(answer, str) else list(answer)
+def render(tokenizer, messages: list[dict], first: int, row: dict) -> list[list[tuple[str, str]]]:
+    """A conversation as sequences of turns: what stands before a reply, and the reply up to its end token.
+
+    Replies before message `first` are prompt. What stands before a reply is what generation sees: the
+    conversation so far with a generation prompt. Where a template renders earlier turns anew (Qwen3 drops old
+    reasoning), the sequence so far no longer begins it, and a new one does.
+    """
+    apply, sequences, text = template_of(tokenizer, row), [], ""
+    for n in (n for n, turn in enumerate(messages) if n >= first and turn["role"] == "assistant"):
+        head, body = apply(messages[:n], add_generation_prompt=True), apply(messages[: n + 1])
+        content = messages[n].get("content") or ""
+        if not body.startswith(head):
+            raise ValueError("the chat template renders the prompt anew with a reply")
+        if not content.strip() and body == apply([*messages[:n], {"role": "assistant", "content": content}]):
+            raise ValueError("an assistant turn is empty, or the chat template does not show its tool calls")
+        if head == apply(messages[:n]) and content in body[len(head) :]:  # no generation prompt is known:
+            head = body[: body.index(content, len(head))]  # the role's header is no part of the reply
+        if not sequences or not head.startswith(text):
+            sequences.append([])
+            text = ""
+        reply = body[len(head) :].rstrip()  # without the line break that follows the end token
+        sequences[-1].append((head[len(text) :], reply))
+        text = head + reply
+    return sequences
 
 
-def step_only(tokenizer, pair: Pair) -> Pair:
-    """Train only what follows the steps that both answers share, and no end token: an answer goes on.
+def tokenize(tokenizer, turns: list[tuple[str, str]], train_on_prompt: bool) -> Sequence:
+    """Turns as token ids, of which the replies are trained; heads have the tokens they have in generation."""
+    input_ids, trained = [], []
+    for head, reply in turns:
+        texts = [head, reply, head + reply]
+        head_ids, reply_ids, both_ids = tokenizer(texts, add_special_tokens=False).input_ids
+        if both_ids[: len(head_ids)] == head_ids:  # no token reaches across the border
+            reply_ids = both_ids[len(head_ids) :]  # alone, Llama 2's tokenizer puts a space before it
+        input_ids += head_ids + reply_ids
+        trained += [train_on_prompt] * len(head_ids) + [True] * len(reply_ids)
+    if input_ids[-1] not in tokenizer.added_tokens_decoder:  # a text, or a template without an end token
+        input_ids, trained = [*input_ids, tokenizer.eos_token_id], [*trained, True]
+    if input_ids[:2] == [tokenizer.bos_token_id] * 2:
+        raise ValueError("begins with two BOS tokens, the chat template's and the data's")
+    trained[0] = False  # nothing comes before it to predict it
+    return Sequence(np.array(input_ids, np.int32), np.array(trained))
+
+
+def step_only(pair: Pair) -> Pair:
+    """Train only what follows the tokens that both answers share, and no end token: an answer goes on.
 
     Where one step is the beginning of the other, its last token stays trained, too, so that both have one.
     """
-    shared = shared_tokens(pair.chosen.input_ids, pair.rejected.input_ids)
-    last = min(int(np.flatnonzero(t & ~np.isin(ids, tokenizer.end_ids)).max()) for ids, t in pair)
-    shared = min(shared, last)
-    steps = []
-    for input_ids, trained in pair:
-        trained = trained & (np.arange(len(trained)) >= shared) & ~np.isin(input_ids, tokenizer.end_ids)
-        end = int(np.flatnonzero(trained).max(initial=0)) + 1
-        steps.append(Sequence(input_ids[:end], trained[:end]))
-    return Pair(*steps)
+    chosen, rejected = (Sequence(*(x[:-1] for x in answer)) for answer in pair)
+    both = [answer.input_ids.tolist() for answer in (chosen, rejected)]
+    shared = min(len_shared(*both), *(len(ids) - 1 for ids in both))
+    steps = [(ids, trained & (np.arange(len(ids)) >= shared)) for ids, trained in (chosen, rejected)]
+    return Pair(*(Sequence(*step) for step in steps))
 
 
-def render(tokenizer, example: dict) -> list[tuple[str, list[tuple[int, int]]]]:
-    """A conversation as text with the character spans of the assistant's turns after the prompt.
-
-    The spans come from the template's {% generation %} marks, or else from rendering the conversation up to
-    each assistant turn, without it and with it. A template that renders a turn differently once others follow
-    (Qwen3 drops old reasoning) gives one text per turn, each as the model sees it when it writes that turn.
-    """
-    messages, options, where = example["messages"], example["options"], example["where"]
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    wanted = [i for i in turns if i >= max(1, example["context"])]
-
-    def text_of(count, **more):
-        return tokenizer.apply_chat_template(messages[:count], tokenize=False, **options, **more)
-
-    text, template = text_of(len(messages)), tokenizer.get_chat_template(tools=options.get("tools"))
-    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-        variables = {"chat_template": template} | tokenizer.special_tokens_map | options
-        marks = render_jinja_template([messages], return_assistant_tokens_mask=True, **variables)[1][0]
-        if len(marks) != len(turns):
-            fail(f"{where}: the chat template marks {len(marks)} of {len(turns)} assistant turns")
-        return [(text, [mark for i, mark in zip(turns, marks, strict=True) if i in wanted])]
-    heads = [text_of(i, add_generation_prompt=True) for i in wanted]
-    bodies = [text_of(i + 1) for i in wanted]
-    if not all(body.startswith(head) for head, body in zip(heads, bodies, strict=True)):
-        fail(f"{where}: the chat template has no generation marks and renders the prompt anew with a reply")
-    spans, ends = [], [tokenizer.decode(i) for i in tokenizer.end_ids]
-    for head, body in zip(heads, bodies, strict=True):
-        # Up to the last end token, without the line break that follows it.
-        stops = [body.rfind(end) + len(end) for end in ends if body.rfind(end) >= len(head)]
-        spans.append((len(head), max(stops, default=len(body))))
-    whole = all(text.startswith(body) for body in bodies)
-    return [(text, spans)] if whole else [(body, [span]) for body, span in zip(bodies, spans, strict=True)]
+def shared_prompt(answers, args) -> int:
+    """How many tokens the two answers of a pair have in a row once: those that neither trains."""
+    if len(answers) == 1 or args.attn != "packed":
+        return 0
+    untrained = min(int(trained.argmax()) for _, trained in answers)  # 0 of fillers, which train nothing
+    return len_shared(*(ids[:untrained].tolist() for ids, _ in answers))
 
 
-def tokenize(tokenizer, example: dict) -> list[Sequence]:
-    """An example as token ids and which of them are trained: one sequence, or one per turn (see `render`)."""
-    if "messages" in example:
-        sequences = []
-        for text, spans in render(tokenizer, example):
-            # No special tokens: BOS is in the text already.
-            tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            input_ids = np.array(tokens.input_ids, np.int32)
-            begins, ends = np.array(tokens.offset_mapping).T
-            trained = np.any([(ends > begin) & (begins < end) for begin, end in spans], axis=0)
-            # The end token of a trained turn, where a template leaves it outside its marks.
-            trained[1:] |= trained[:-1] & np.isin(input_ids[1:], tokenizer.end_ids)
-            sequences.append(Sequence(input_ids, trained))
-        return sequences
-    if tokenizer.eos_token_id is None:
-        fail("the tokenizer has no end token (EOS), so a completion could not end")
-    prompt_ids = tokenizer(example["prompt"]).input_ids
-    if tokenizer("a").input_ids[-1] != tokenizer("a", add_special_tokens=False).input_ids[-1]:
-        prompt_ids.pop()  # the EOS that some tokenizers append
-    completion_ids = tokenizer(example["prompt"] + example["completion"]).input_ids
-    if completion_ids[: len(prompt_ids)] == prompt_ids:
-        completion_ids = completion_ids[len(prompt_ids) :]
-    else:  # a merge across the boundary: the prompt keeps the tokens that it has when the model is used
-        completion_ids = tokenizer(example["completion"], add_special_tokens=False).input_ids
-    if completion_ids[-1] not in tokenizer.end_ids:
-        completion_ids.append(tokenizer.eos_token_id)
-    input_ids = np.array(prompt_ids + completion_ids, np.int32)
-    trained = np.arange(len(input_ids)) >= max(1, len(prompt_ids))  # nothing predicts the first
-    return [Sequence(input_ids, trained)]
+def row_length(answers, args) -> int:
+    """Tokens that a pair, or a single answer, takes in a row."""
+    return sum(len(ids) for ids, _ in answers) - shared_prompt(answers, args)
 
 
-def tokenize_answer(tokenizer, prompt, answer, row: dict, where: str) -> Sequence:
-    """A prompt and one answer to it, each text or messages (or steps, a list of texts), as one sequence."""
-    if isinstance(answer, list) and answer and isinstance(answer[0], str):
-        answer = "\n".join(answer)
-    try:
-        example = as_example(prompt, answer, row, where)
-        if tokenizer.chat_template is None and "messages" in example:
-            use_chatml(tokenizer)
-        found = tokenize(tokenizer, example)
-    except Exception as error:  # templates raise what they like
-        fail(f"{where}: neither text nor messages that the chat template takes ({error})")
-    if len(found) > 1 or not found[0].trained.any():
-        fail(f"{where}: the chat template does not render it as one prompt and one answer")
-    return found[0]
+def count_tokens(pairs: list) -> np.ndarray:
+    """Trained tokens (P, 2) of the chosen and rejected answers, (P, 1) of single ones."""
+    return np.array([[int(trained.sum()) for _, trained in answers] for answers in pairs])
 
 
-def fit(answers, args, seen: set, notes: Counter):
-    """Answers to one prompt within --max-length, or None; `notes` counts what was cut or dropped."""
-    longest = max(len(sequence.input_ids) for sequence in answers)
-    if longest > args.max_length and args.overlong == "truncate":
-        notes[f"cut to {args.max_length:,} tokens"] += 1
-        cut = [Sequence(*(x[: args.max_length] for x in sequence)) for sequence in answers]
-        answers = Pair(*cut) if len(cut) > 1 else tuple(cut)
-    key = b"|".join(sequence.input_ids.tobytes() for sequence in answers)
-    if len(answers) > 1 and np.array_equal(answers[0].input_ids, answers[1].input_ids):
-        notes["dropped as identical answers"] += 1
-    elif args.dedupe and key in seen:
-        notes["dropped as duplicates"] += 1
-    elif any(len(ids) > args.max_length or not trained.any() for ids, trained in answers):
-        notes[f"dropped as longer than {args.max_length:,} tokens"] += 1
-    else:
-        seen.add(key)
-        return answers
-    return None
-
-
-def load_pairs(
-    tokenizer, source: str | None, split: str, args, limit: int = 0, read=read_preferences
-) -> tuple[list[Pair], list[dict]]:
-    """A preference dataset as pairs of sequences, and the row of each; says what was dropped and how answers
-    differ in length."""
-    if source is None:
-        return [], []
-    rows = read(source, split, args.dataset_config, limit)
-    pairs, kept, seen, notes, lengths = [], [], set(), Counter(), []
-    for where, row in tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None):
-        if row.get("score_chosen") is not None and row["score_chosen"] == row.get("score_rejected"):
-            notes["dropped as ties"] += 1
-            continue
-        chosen, rejected = (
-            tokenize_answer(tokenizer, row["prompt"], row[key], row, f"{where}, {key}")
-            for key in ("chosen", "rejected")
-        )
-        pair = Pair(chosen, rejected)
-        lengths.append(max(len(sequence.input_ids) for sequence in pair))
-        pair = fit(pair, args, seen, notes)
-        if pair is not None:
-            pairs.append(pair)
-            kept.append(row)
-    if not pairs:
-        shortest = f"; the shortest pair has {min(lengths)} tokens an answer" if lengths else ""
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in notes.items())
-        fail(f"{source}: no pair is left ({reasons}){shortest}")
-    chosen, rejected = count_tokens(pairs).T
-    told = "".join(f", {count:,} {reason}" for reason, count in notes.items())
-    longer = (
-        f"chosen longer in {np.mean(chosen > rejected):.0%}, rejected in {np.mean(chosen < rejected):.0%}"
-    )
-    means = f"answers of {chosen.mean():.1f} and {rejected.mean():.1f} tokens"
-    say(f"{source}: {len(pairs):,} pairs{told}; {means}, {longer}")
-    return pairs, kept
-
-
-def load_preferences(tokenizer, args) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out pairs; those of one prompt stay together where --eval-fraction splits them."""
-    read = read_steps if args.loss == "step_dpo" else read_preferences
-    parts = [load_pairs(tokenizer, name, args.dataset_split, args, 0, read) for name in args.dataset]
-    pairs = [pair for part, _ in parts for pair in part]
-    held_out, _ = load_pairs(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval, read)
-    if args.eval_fraction:
-        trained_on, apart = hold_out(pairs, args)
-        pairs, held_out = [pairs[i] for i in trained_on], [pairs[i] for i in apart]
-    count_overlap(pairs, held_out)
-    if args.loss == "step_dpo":
-        pairs, held_out = ([step_only(tokenizer, pair) for pair in some] for some in (pairs, held_out))
-    return pairs, held_out
-
-
-def hold_out(pairs: list, args) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the pairs to train on, and of those whose prompts are in the held-out --eval-fraction."""
-    prompts = sorted({prompt_of(pair) for pair in pairs})
-    number = math.ceil(args.eval_fraction * len(prompts))
-    order = np.random.default_rng(args.seed).permutation(len(prompts))
-    held = {prompts[i] for i in order[:number]}
-    apart = np.array([prompt_of(pair) in held for pair in pairs])
-    if apart.all():
-        fail(f"--eval-fraction {args.eval_fraction} leaves no pair to train on")
-    say(f"held out: {number:,} of {len(prompts):,} prompts, {apart.sum():,} of {len(pairs):,} examples")
-    return np.flatnonzero(~apart), np.flatnonzero(apart)[: args.num_eval or None]
-
-
-def count_overlap(pairs: list, held_out: list):
-    """Warn where what is held out is trained on, too."""
-    asked = {prompt_of(pair) for pair in held_out}
-    overlap = sum(prompt_of(pair) in asked for pair in pairs)
-    if overlap:
-        say(f"warning: {overlap:,} training examples have a prompt that is held out, too")
-
-
-def prompt_of(answers: tuple) -> bytes:
-    """What the answers of a pair, or a single one, are answers to, as a key."""
-    input_ids, trained = answers[0]
-    return input_ids[: int(trained.argmax())].tobytes()
-
-
-def shared_tokens(one: np.ndarray, other: np.ndarray) -> int:
-    """How many tokens two sequences have in common from their beginning on."""
-    size = min(len(one), len(other))
-    differ = np.flatnonzero(one[:size] != other[:size])
-    return int(differ[0]) if len(differ) else size
-
-
-def shared_prompt(pair: Pair) -> int:
-    """How many tokens of its prompt a pair can have in a row once: those that neither answer trains."""
-    untrained = min(int(s.trained.argmax()) if s.trained.any() else 0 for s in pair)
-    return min(untrained, shared_tokens(pair.chosen.input_ids, pair.rejected.input_ids))
-
-
-def row_length(pair: Pair, share_prompt: bool) -> int:
-    """Tokens that a pair takes in a row."""
-    return sum(len(s.input_ids) for s in pair) - (shared_prompt(pair) if share_prompt else 0)
-
-
-def count_tokens(pairs: list[Pair]) -> np.ndarray:
-    """Trained tokens (P, 2) of the chosen and rejected answers."""
-    return np.array([[sequence.trained.sum() for sequence in pair] for pair in pairs])
-
-
-def equal_lengths(counts: np.ndarray) -> np.ndarray:
-    """Which pairs (P,) have answers whose token counts (P, 2) differ by 10 % of the longer one at most."""
-    return np.abs(counts[:, 0] - counts[:, 1]) <= 0.1 * counts.max(1)
-
-
-def show_sequence(tokenizer, sequence: Sequence):
-    """Print a sequence as the model sees it: trained tokens in green, or in [brackets] without colours."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    on, off = ("\033[32m", "\033[0m") if colour else ("[", "]")
-    cuts, parts = np.flatnonzero(np.diff(sequence.trained)) + 1, []
-    for ids, trained in zip(*(np.split(x, cuts) for x in sequence), strict=True):  # runs of one kind
-        text = tokenizer.decode(ids)
-        parts.append(f"{on}{text}{off}" if trained[0] else text)
-    say("".join(parts))
-
-
-def pack(lengths, max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
-    """Best fit decreasing: indices of `lengths` in rows of at most max_tokens; a longer one has its own row.
-
-    >>> pack([3, 5, 2, 4], max_tokens=8)
-    [[1, 0], [3, 2]]  # 5 + 3 and 4 + 2 tokens
-
-    The number of rows is a multiple of `multiple_of` (processes): rows are split for it, at last empty ones
-    added.
-    """
-    rows, spaces = [], []  # spaces: sorted (free tokens, row)
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fit = bisect_left(spaces, (lengths[i], -1))  # the row with the least room that is enough
-        free, row = spaces.pop(fit) if fit < len(spaces) else (max_tokens, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(i)
-        insort(spaces, (free - lengths[i], row))
-    while len(rows) % multiple_of:
-        most = max(rows, key=len)
-        rows.append([most.pop() for _ in range(len(most) // 2)])
-    return rows
-
-
-def data_order(
-    lengths, sources, shares, epoch_size: int, num_epochs: int, order: str, seed: int
-) -> np.ndarray:
-    """Indices of the sequences of all epochs, in the order of training.
-
-    It depends on its arguments alone: the data position of a continued run is its step. Each source gives its
-    share of an epoch, in rounds through it where that takes more than one.
-    """
-    rng, stream, sizes = np.random.default_rng(seed), [], [len(source) for source in sources]
-    counts = np.diff(np.rint(np.cumsum([0, *shares]) / sum(shares) * epoch_size)).astype(int)  # per source
-    for _ in range(num_epochs):
-        picks = []  # per source
-        for first, size, count in zip(np.cumsum([0, *sizes]), sizes, counts, strict=False):
-            rounds = [
-                rng.permutation(size) if order != "given" else np.arange(size) for _ in range(0, count, size)
-            ]
-            picks.append(first + np.concatenate([np.zeros(0, int), *rounds])[:count])
-        epoch = np.concatenate(picks)
-        key = {
-            "shuffled": rng.random(len(epoch)),
-            "length": lengths[epoch],
-            "given": np.concatenate(
-                [(np.arange(len(p)) + 0.5) / len(p) for p in picks]
-            ),  # evenly interleaved
-        }[order]
-        stream.append(epoch[np.argsort(key, kind="stable")])
-    return np.concatenate(stream)
-
-
-def load_model(name: str, args, tokenizer, device):
-    """A model with float32 parameters, checked against packed rows, sharded where processes share it."""
-    path = locate(name)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=args.attn)
-    model.auto_class, model.stored_dtype = AutoModelForCausalLM, AutoConfig.from_pretrained(path).dtype
-    embed_new_tokens(model, tokenizer)
-    prepare_model(model, args, device)
-    try:
-        with unsharded(model):  # sharded again behind it: an optimizer over whole parameters updates copies
-            check_packed(model)
-    except ValueError as error:
-        fail(f"{name}: {error}")
-    size = sum(p.numel() for p in model.parameters())
-    say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, attention {args.attn}")
-    return model
-
-
-def embed_new_tokens(model, tokenizer):
-    """Start the embeddings of tokens that the tokenizer has been given at the mean of the known ones."""
-    if len(tokenizer) > len(model.get_input_embeddings().weight):  # Qwen's tables have spare rows
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    new = slice(tokenizer.known_size, len(tokenizer))
-    tables = {model.get_input_embeddings(), model.get_output_embeddings()} - {None}
-    for table in tables if new.stop > new.start else ():
-        table.weight.data[new] = table.weight.data[: new.start].mean(0)
-
-
-def prepare_model(model, args, device):
-    """Dropout off, checkpointing and compiling as the flags say, onto the device, sharded over processes."""
-    for module in model.modules():
-        for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
-            if isinstance(getattr(module, rate, None), float):
-                setattr(module, rate, 0.0)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
-    for layer in layers if args.compile else ():
-        layer.compile()
-    model.to(device)
-    if dist.is_initialized():
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        policy = MixedPrecisionPolicy()
-        if device.type == "cuda":
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        if hasattr(model, "score"):  # a reward head stays in float32
-            fully_shard(model.score, mesh=mesh)
-        for module in [*layers, model]:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-
-
-def make_optimizer(model, args):
-    """Fused AdamW; weight decay on matrices only, not on norms and biases."""
-    matrices, vectors = (
-        [p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False)
-    )
-    groups = [
-        {"params": matrices, "weight_decay": args.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=args.adam_betas, fused=True)
-
-
-def collate_pairs(pairs: list[Pair], device, share_prompt: bool = False):
+def collate_pairs(pairs: list, args, device):
     """Pairs as one packed row: its sequences 2k and 2k + 1 are the chosen and the rejected one of pair k.
 
-    Of single answers, tuples of one sequence each, sequence k is answer k.
+    Of single answers, tuples of one sequence each, sequence k is answer k. No pair at all: one of fillers.
     """
     pairs = pairs or [Pair(FILLER, FILLER)]
-    shared = [n for pair in pairs for n in (0, shared_prompt(pair))[: len(pair)]] if share_prompt else None
-    return collate([sequence for pair in pairs for sequence in pair], device, shared)
+    sequences = [answer for answers in pairs for answer in answers]
+    shared = [n for answers in pairs for n in (0, shared_prompt(answers, args))[: len(answers)]]
+    return collate(sequences, device, shared if any(shared) else None)
 
 
 def pair_sums(x: torch.Tensor, batch, answers: int = 2) -> torch.Tensor:
@@ -1355,356 +818,210 @@ def pair_sums(x: torch.Tensor, batch, answers: int = 2) -> torch.Tensor:
     return segment_sum(x, batch.sequence_index, batch.num_sequences).view(-1, answers)
 
 
+def rows_of(pairs: list, args, device):
+    """The packed rows of this process, each with the indices of the pairs that are in it."""
+    lengths, world_size = [row_length(answers, args) for answers in pairs], dist.get_world_size()
+    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+    for row in tqdm(rows[dist.get_rank() :: world_size], desc="log-probs", leave=False, disable=None):
+        yield row, collate_pairs([pairs[i] for i in row], args, device)
+
+
 @torch.no_grad()
-def pair_logps(model, pairs: list[Pair], args, device) -> torch.Tensor:
+def pair_logps(model, pairs: list, args, device) -> torch.Tensor:
     """Summed log-probs (P, 2) of the chosen and rejected answers, (P, 1) of single ones, on every process."""
     model.eval()
-    rank, world_size = process()
-    logps = torch.zeros(len(pairs), len(pairs[0]), device=device)
-    lengths = [row_length(pair, args.share_prompt) for pair in pairs]
-    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
-    for row in tqdm(
-        rows[rank::world_size], desc="log-probs", leave=False, disable=None if rank == 0 else True
-    ):
-        batch = collate_pairs([pairs[i] for i in row], device, args.share_prompt)
+    logps = torch.zeros(len(pairs), len(pairs[0]) if pairs else 2, device=device)
+    for row, batch in rows_of(pairs, args, device):
         logps[row] = pair_sums(token_logprobs(model, batch), batch, logps.shape[1])[: len(row)]
-    return all_reduce(logps)
-
-
-def cached_logps(name: str, pairs: list[Pair], args, tokenizer, device, model=None) -> torch.Tensor:
-    """`pair_logps` of a model, from --cache-dir or computed now; it is loaded for that only, if not given.
-
-    The file's name is a digest of all that they depend on: the model's files, the tokens (and with them data,
-    template and lengths), what is trained, the attention, and the device.
-    """
-    if not pairs:
-        return torch.zeros(0, 2)
-    key = hashlib.sha256(f"{model_digest(name)} {args.attn} {device.type} {len(tokenizer)}".encode())
-    for sequence in (sequence for pair in pairs for sequence in pair):
-        key.update(
-            len(sequence.input_ids).to_bytes(8) + sequence.input_ids.tobytes() + sequence.trained.tobytes()
-        )
-    path = Path(args.cache_dir) / f"logps_{key.hexdigest()[:32]}.npy"
-    found = [np.load(path) if path.exists() else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)  # as the first process sees it
-    if found[0] is not None:
-        say(f"{name}: log-probs of {len(pairs):,} pairs from {path}")
-        return torch.tensor(found[0], device=device).view(len(pairs), -1)  # pairs may have been taken apart
-    logps = pair_logps(model or load_model(name, args, tokenizer, device), pairs, args, device)
-    if process()[0] == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.npy")
-        np.save(partial, logps.cpu().numpy())
-        partial.rename(path)
+    dist.all_reduce(logps)
     return logps
 
 
-def model_digest(name: str) -> str:
-    """What tells a model's weights from others: a hash of its files, or the hub's commit."""
-    folder = Path(locate(name))
-    if not folder.is_dir():
-        return f"{name} {AutoConfig.from_pretrained(name)._commit_hash}"
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin")):
-        with open(path, "rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def check_reference(args, tokenizer):
-    """End the run where --ref-model does not exist or has other tokens than --model."""
-    if args.ref_model is None:
-        return
-    path = locate(args.ref_model)
-    if path.startswith((".", "/")) and not Path(path).is_dir():
-        fail(f"--ref-model {args.ref_model}: no such folder")
+def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, check=check_packed):
+    """A model without dropout that passed `check`: float32, or frozen in --dtype; FSDP2 shards and casts."""
+    compute = getattr(torch, args.dtype)
+    settings = {"dtype": compute if frozen else torch.float32, "attn_implementation": args.attn}
     try:
-        vocabulary = AutoTokenizer.from_pretrained(path).get_vocab()
-    except (OSError, ValueError) as error:
-        fail(f"--ref-model {args.ref_model}: {str(error).splitlines()[0]}")
-    if vocabulary != tokenizer.get_vocab():
-        fail(f"--ref-model {args.ref_model}: its tokenizer is not that of --model {args.model}")
+        model = kind.from_pretrained(located(name), **settings).to(device).requires_grad_(not frozen)
+        check(model)
+    except (ImportError, OSError, ValueError) as error:  # ImportError: an --attn that is not installed
+        fail(f"{name}: {error}".splitlines()[0])
+    model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
+    for module in model.modules():
+        for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
+    if args.gradient_checkpointing and not frozen:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    for layer in layers if args.compile else ():
+        layer.compile()
+    if dist.get_world_size() > 1 or compute != model.dtype:
+        mixed = {"param_dtype": compute, "reduce_dtype": torch.float32}
+        if hasattr(model, "score"):  # a reward head stays in float32
+            exact = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float32)
+            fully_shard(model.score, mp_policy=exact)
+        for layer in layers:
+            fully_shard(layer, mp_policy=MixedPrecisionPolicy(**mixed))
+        fully_shard(model, mp_policy=MixedPrecisionPolicy(**mixed, cast_forward_inputs=False))
+    size = sum(p.numel() for p in model.parameters())
+    say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, {args.attn} attention")
+    return model
 
 
-@torch.no_grad()
-def ches_filter(pairs: list[Pair], name: str, args, tokenizer, device) -> list[Pair]:
-    """Drop the --ches-filter-fraction of pairs with the highest CHES scores under a model."""
-    model = load_model(name, args, tokenizer, device).eval()
-    rank, world_size = process()
-    scores = torch.zeros(len(pairs), device=device)
-    rows = pack(
-        [row_length(p, False) for p in pairs], args.max_tokens_per_micro_batch, multiple_of=world_size
-    )
-    for row in tqdm(rows[rank::world_size], desc="CHES", leave=False, disable=None if rank == 0 else True):
-        batch = collate_pairs([pairs[i] for i in row], device)
-        states = fsdp_forward(completion_states)(model, batch).float()  # (C, H)
-        sums = segment_sum(states, batch.sequence_index, batch.num_sequences)  # (2B, H)
-        token_counts = pair_sums(torch.ones_like(states[:, 0]), batch)  # (B, 2)
-        scores[row] = ches_scores(sums[::2], sums[1::2], *token_counts.T)[: len(row)]
-    scores = all_reduce(scores).cpu().numpy()
-    kept = np.sort(
-        np.argsort(scores, kind="stable")[: len(pairs) - int(args.ches_filter_fraction * len(pairs))]
-    )
-    say(
-        f"CHES: {len(pairs) - len(kept):,} of {len(pairs):,} pairs dropped, those above "
-        f"{scores[kept].max():.3g}; mean {scores.mean():.3g} before, {scores[kept].mean():.3g} after"
-    )
-    return [pairs[i] for i in kept]
-
-
-@contextmanager
-def unsharded(model):
-    """All parameters whole on every process: generation then needs no communication per token."""
-    modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for module in modules:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    yield
-    for module in modules:
-        module.set_reshard_after_forward(module is not model, recurse=False)
-        module.reshard()
-
-
-@torch.no_grad()
-def generate(model, tokenizer, prompts: list[list[int]], args, device) -> list[list[int]]:
-    """Sample a completion for each prompt: its token ids up to and with the first end token.
-
-    Every setting is given here: the model's own generation config stays out of it. Sampling has a seed of its
-    own and leaves the training's random state alone.
-    """
-    model.eval()
-    rank, world_size = process()
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
-    own_config, model.generation_config = (
-        model.generation_config,
-        GenerationConfig(
-            max_new_tokens=args.max_completion_length,
-            eos_token_id=tokenizer.end_ids,
-            pad_token_id=pad,
-            **(sampling if args.temperature > 0 else {"do_sample": False}),
-        ),
-    )
-    mine, completions = sorted(range(rank, len(prompts), world_size), key=lambda i: len(prompts[i])), {}
-    with unsharded(model), torch.random.fork_rng():
-        torch.manual_seed(args.seed + rank)
-        for start in range(0, len(mine), args.generation_batch_size):
-            chunk = mine[start : start + args.generation_batch_size]
-            width = max(len(prompts[i]) for i in chunk)
-            input_ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in chunk])
-            attention_mask = torch.tensor(
-                [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk]
-            )
-            prompt = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
-            output = model.generate(**prompt, synced_gpus=False)  # processes have different numbers of chunks
-            for i, ids in zip(chunk, output[:, width:].tolist(), strict=True):
-                stop = next((n for n, token in enumerate(ids) if token in tokenizer.end_ids), len(ids))
-                completions[i] = ids[: stop + 1]
-    model.generation_config = own_config
-    if dist.is_initialized():
-        shares = [None] * world_size
-        dist.all_gather_object(shares, completions)
-        completions = {i: ids for share in shares for i, ids in share.items()}
-    return [completions[i] for i in range(len(prompts))]
-
-
-def sample_answers(model, tokenizer, sequences: list[Sequence], args, device) -> list[dict]:
+@unsharded
+def sample_answers(model, tokenizer, sequences, args, device) -> list[dict]:
     """Sample an answer to what each sequence asks before its last trained turn; compare final answers."""
-    starts = [int(np.flatnonzero(np.diff(s.trained, prepend=True) & s.trained)[-1]) for s in sequences]
-    asked = [
-        (s.input_ids[:n].tolist(), s.input_ids[n:][s.trained[n:]]) for s, n in zip(sequences, starts) if n > 1
-    ]
-    completions, samples = (
-        generate(model, tokenizer, [prompt_ids for prompt_ids, _ in asked], args, device),
-        [],
-    )
-    for (prompt_ids, answer_ids), completion_ids in zip(asked, completions, strict=True):
-        prompt, length = tokenizer.decode(prompt_ids), len(completion_ids)
-        completion, answer = tokenizer.batch_decode([completion_ids, answer_ids], skip_special_tokens=True)
-        right = final_answer(completion) == final_answer(answer)
-        sample = {
-            "prompt": prompt,
-            "completion": completion,
-            "answer": answer,
-            "right": right,
-            "length": length,
-        }
-        samples.append(sample)
-    return samples
+    starts = [int(np.flatnonzero(~trained)[-1]) + 1 for _, trained in sequences]
+    asked = [(ids[:start].tolist(), ids[start:]) for (ids, _), start in zip(sequences, starts) if start > 1]
+    uniforms = np.random.default_rng(args.seed).random((len(asked), args.max_completion_length))
+    lengths, world_size = [len(ids) + args.max_completion_length for ids, _ in asked], dist.get_world_size()
+    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+    samples, everyones = [], [None] * world_size
+    for row in filter(len, rows[dist.get_rank() :: world_size] if args.max_completion_length else ()):
+        prompts, numbers = [asked[i][0] for i in row], torch.tensor(uniforms[row], device=device)
+        sampled = decode(model, prompts, numbers, model.generation_config.eos_token_id, args.temperature)
+        for i, (completion_ids, _) in zip(row, sampled):
+            texts = [completion_ids, asked[i][1]]
+            completion, answer = (tokenizer.decode(ids, skip_special_tokens=True) for ids in texts)
+            sample = {"prompt": tokenizer.decode(asked[i][0]), "completion": completion, "answer": answer}
+            finals = {text.rsplit("####", 1)[-1].strip().replace(",", "") for text in (completion, answer)}
+            samples.append(sample | {"right": len(finals) == 1})  # equal behind GSM8K's mark, or whole
+    dist.all_gather_object(everyones, samples)
+    return sum(everyones, [])
 
 
-def final_answer(text: str) -> str:
-    """What follows the last `####` (GSM8K's mark) without thousands separators, or else the whole text."""
-    return text.rsplit("####", 1)[-1].strip().replace(",", "")
-
-
-def save_checkpoint(output_dir: Path, model, optimizer, step: int, num_tokens: int, keep: int, others=None):
-    """Write all that a continued run needs beside the older ones, rename it into place, drop the oldest.
-
-    `others` are further models that move, by name.
-    """
-    folder, (rank, _) = output_dir / "checkpoints", process()
+def save_checkpoint(output_dir: Path, model, optimizer, progress: dict):
+    """Write what a continued run needs, `progress` as JSON, beside the older ones; keep the last two."""
+    folder = output_dir / "checkpoints"
     weights, moments = dcp_state.get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments, "step": step, "num_tokens": num_tokens}
-    state |= {name: dcp_state.get_model_state_dict(other) for name, other in (others or {}).items()}
-    state[f"rng_{rank}"] = torch.get_rng_state()
-    partial, name = folder / "partial", f"step_{step:08d}"
-    dcp.save(state, checkpoint_id=partial, no_dist=not dist.is_initialized())
-    if rank == 0:
-        shutil.rmtree(folder / name, ignore_errors=True)
-        partial.rename(folder / name)  # from here on it counts
-        for old in sorted(folder.glob("step_*"))[:-keep]:
+    state = {"model": weights, "optimizer": moments, "progress": json.dumps(progress)}
+    dcp.save(state, checkpoint_id=folder / "partial")
+    if dist.get_rank() == 0:
+        (folder / "partial").rename(folder / f"step_{progress['step']:08d}")  # from here on it counts
+        for old in sorted(folder.glob("step_*"))[:-2]:
             shutil.rmtree(old)
-    if dist.is_initialized():
-        dist.barrier()
+    dist.barrier()
 
 
-def load_checkpoint(output_dir: Path, model, optimizer, others=None) -> tuple[int, int]:
-    """Restore the last complete checkpoint -> its step and token count; (0, 0) where there is none yet."""
-    found = sorted((output_dir / "checkpoints").glob("step_*"))
-    if not found:
-        say(f"{output_dir} has no checkpoint yet: starting at step 0")
-        return 0, 0
-    weights, moments = dcp_state.get_state_dict(model, optimizer)
-    state, rng = {"model": weights, "optimizer": moments, "step": 0, "num_tokens": 0}, f"rng_{process()[0]}"
-    state |= {name: dcp_state.get_model_state_dict(other) for name, other in (others or {}).items()}
-    state[rng] = torch.get_rng_state()  # stays so where more processes continue than had begun
-    planner = dcp.default_planner.DefaultLoadPlanner(allow_partial_load=True)
-    dcp.load(state, checkpoint_id=found[-1], planner=planner, no_dist=not dist.is_initialized())
-    dcp_state.set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
-    for name, other in (others or {}).items():
-        dcp_state.set_model_state_dict(other, state[name])
-    torch.set_rng_state(state[rng])
-    say(f"continuing from {found[-1]}")
-    return state["step"], state["num_tokens"]
+def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
+    """Restore the last checkpoint that can be read -> its progress; {} where there is none yet."""
+    found = sorted((output_dir / "checkpoints").glob("step_*"), reverse=True)
+    for folder in found:
+        weights, moments = dcp_state.get_state_dict(model, optimizer)
+        state = {"model": weights, "optimizer": moments, "progress": ""}
+        try:
+            dcp.load(state, checkpoint_id=folder)
+        except (dcp.api.CheckpointException, OSError) as error:
+            say(f"{folder} is damaged, trying the one before: {error}".splitlines()[-1])
+            continue
+        dcp_state.set_model_state_dict(model, state["model"])
+        dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        say(f"continuing from {folder}")
+        return json.loads(state["progress"])
+    if found:
+        fail(f"{output_dir}: no checkpoint can be read")
+    return {}
 
 
 def save_model(folder: Path, model, tokenizer):
-    """Write the model, its tokenizer and generation config as transformers, vLLM and TRL load them."""
+    """Write the model, in the dtype it came in, and its tokenizer as transformers, vLLM and TRL load them."""
     whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp_state.get_model_state_dict(model, options=whole)
-    if process()[0] == 0:
-        with torch.device("meta"):  # a shell without FSDP2's class name; its weights are given beside it
-            shell = model.auto_class.from_config(model.config, dtype=model.stored_dtype or torch.float32)
-        if shell.can_generate():
-            ends = {"eos_token_id": tokenizer.end_ids, "pad_token_id": tokenizer.pad_token_id}
-            shell.generation_config = GenerationConfig(**ends)
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        tied = set(shell.all_tied_weights_keys)  # a tied head is stored once, as the embeddings
-        weights = {k: v.to(shell.dtype) for k, v in weights.items() if k not in tied}
-        shell.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def stop_on_nonfinite(output_dir: Path, step: int, sequences: list[Sequence], loss: float, grad_norm: float):
-    """End the run before the broken update, with the batch that broke it on disk."""
-    path, checkpoints = (
-        output_dir / f"nonfinite_step_{step}.json",
-        (output_dir / "checkpoints").glob("step_*"),
-    )
-    if process()[0] == 0:
-        batch = [
-            {"input_ids": s.input_ids.tolist(), "trained": s.trained.astype(int).tolist()} for s in sequences
-        ]
-        path.write_text(json.dumps(batch))
-    last = max(checkpoints, default="none was saved")
-    say(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}; batch in {path}; last checkpoint: {last}",
-        sys.stderr,
-    )
-    raise SystemExit(1)
+    if dist.get_rank() == 0:
+        plain = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+        with torch.device("meta"):  # a shell of the model's own class; its weights are given beside it
+            shell = plain._from_config(model.config, dtype=model.stored_dtype)
+        shell.generation_config = model.generation_config
+        tied = shell.all_tied_weights_keys  # a tied head is stored once, as the embeddings
+        weights = {name: x.to(model.stored_dtype) for name, x in weights.items() if name not in tied}
+        unfinished = folder.with_name(f"{folder.name}.partial")
+        shell.save_pretrained(unfinished, state_dict=weights)
+        tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was continued beyond its end
+        unfinished.rename(folder)
+    dist.barrier()
 
 
 class Logger:
-    """metrics.jsonl, samples.jsonl, the progress bar, a line per interval, wandb; and the signals to stop."""
+    """The files of a run, the progress bar, a line per interval, wandb; takes the signals to stop."""
 
-    def __init__(self, args, output_dir: Path, total_steps: int, step: int, columns: dict[str, str]):
-        self.args, self.output_dir, self.total_steps, self.columns = args, output_dir, total_steps, columns
-        self.first_step, self.started, self.stopping, self.wandb = step, time.perf_counter(), False, None
-        self.handlers = {
-            number: signal.signal(number, self.stop) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        if process()[0] > 0:
+    def __init__(self, args, folder: Path, total_steps: int, step: int):
+        self.args, self.folder, self.first_step, self.started = args, folder, step, time.perf_counter()
+        self.stopping, self.is_first = False, dist.get_rank() == 0
+        if args.resume and step >= total_steps and (folder / "model").exists():
+            fail(f"{folder} is finished: step {step} of {total_steps}; a larger --max-steps goes on")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.stop)
+        if not self.is_first:
             return
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
-        shutil.copy(sys.modules[type(args).__module__].__file__, output_dir)
-        logs = {output_dir / "metrics.jsonl", output_dir / "samples.jsonl", *output_dir.glob("*.jsonl")}
-        for path in logs:  # that a run continues
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            whole = [line for line in lines if line.endswith("}\n")]  # a killed run may leave half a line
-            partial = path.with_name(f"{path.name}.partial")
-            partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-            partial.rename(path)
-        say(f"run: {output_dir}, {total_steps:,} steps")
+        (folder / "args.json").write_text(as_json(args))
+        for path in (Path(__file__), HERE / "common.py"):
+            shutil.copy(path, folder)
+        for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
+            path.touch()  # of a run that continues: what followed its checkpoint goes
+            lines = [x for x in path.open() if x.endswith("}\n") and json.loads(x)["step"] <= step]
+            path.with_suffix(".partial").write_text("".join(lines))
+            path.with_suffix(".partial").rename(path)
+        say(f"run: {folder}, {total_steps:,} steps")
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
         if args.wandb:
             import wandb
 
-            self.wandb = wandb.init(
-                project="cleanpost", name=output_dir.name, dir=output_dir, config=asdict(args)
-            )
+            self.wandb = wandb.init(project="cleanpost", name=folder.name, dir=folder, config=asdict(args))
 
     def stop(self, *_):
-        """Take a signal: the first asks the loop to save and end, a second does not wait for it."""
-        if self.stopping:
-            raise KeyboardInterrupt
+        """Take a signal: the loop saves and ends after its step; a second Ctrl-C does not wait for it."""
         self.stopping = True
-        say("stopping after this step, with a checkpoint")
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
-    def log(self, metrics: dict, samples: list[dict] = ()):
-        if process()[0] > 0:
+    def log(self, metrics: dict, samples: list[dict]):
+        if not self.is_first:
             return
+        if torch.cuda.is_available():
+            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         metrics = {key: value for key, value in metrics.items() if value == value}  # NaN: nothing is known
-        step, total = metrics["step"], self.total_steps
-        for name, rows in {
-            "metrics": [metrics],
-            "samples": [{"step": step} | sample for sample in samples],
-        }.items():
-            with open(self.output_dir / f"{name}.jsonl", "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-        if self.wandb:
+        step, total = metrics["step"], self.bar.total
+        for name, lines in (("metrics", [metrics]), ("samples", [{"step": step} | s for s in samples])):
+            with open(self.folder / f"{name}.jsonl", "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        if self.args.wandb:
             self.wandb.log(metrics, step=step)
         self.bar.update(step - self.bar.n)
         if step and (step % self.args.log_every == 0 or step == total):
-            left = round((time.perf_counter() - self.started) / (step - self.first_step) * (total - step))
-            shown = {name: form for name, form in self.columns.items() if name in metrics}
-            shown = "  ".join(f"{name} {metrics[name]:{form}}" for name, form in shown.items())
-            say(f"step {step:>{len(str(total))}}/{total}  {shown}  left {left // 60}:{left % 60:02}")
-        evaluated = [
-            f"{k.removeprefix('eval/')} {v:.4g}" for k, v in metrics.items() if k.startswith("eval/")
-        ]
-        if evaluated:
-            say(f"  evaluation at step {step}:  {'  '.join(evaluated)}")
+            left = (time.perf_counter() - self.started) / (step - self.first_step) * (total - step)
+            columns = "  ".join(f"{name} {metrics[name]:<6.4g}" for name in COLUMNS if name in metrics)
+            say(f"step {step:>{len(str(total))}}/{total}  {columns}  left {tqdm.format_interval(left)}")
+        evaluated = [f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("eval/")]
+        for start in range(0, len(evaluated), 3):
+            say(f"  step {step}:  {'  '.join(evaluated[start : start + 3])}")
         for sample in samples[:2]:
-            say(f"    ...{sample['prompt'][-100:]!r} -> {sample['completion'][:200]!r}")
+            say(f"    ...{sample['prompt'][-50:]!r} -> {sample['completion'][:50]!r}")
 
     def close(self, message: str):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if process()[0] == 0:
-            self.bar.close()
-            lines = map(json.loads, (self.output_dir / "metrics.jsonl").read_text().splitlines())
-            curves = {}
-            for line in lines:
-                for key in line:
-                    if key.startswith("eval/"):
-                        curves.setdefault(key, []).append(line[key])
-            for key, values in curves.items():
-                say(f"  {key:<30} {values[0]:.4g} -> {values[-1]:.4g}")
-            say(message)
-        if self.wandb:
+        """Draw curves.png, one panel a metric; say how what was evaluated has moved from first to last."""
+        if not self.is_first:
+            return
+        self.bar.close()
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").open()]
+        evaluated = [name for line in lines for name in line if name.startswith("eval/")]
+        names = list(dict.fromkeys([*COLUMNS, *evaluated]))
+        figure = Figure((14, 2.5 * math.ceil(len(names) / 4)), layout="constrained")
+        for n, name in enumerate(names, 1):
+            known = [(line["step"], line[name]) for line in lines if name in line]
+            figure.add_subplot(math.ceil(len(names) / 4), 4, n, title=name).plot(*zip(*known))
+            if name.startswith("eval/"):
+                say(f"  {name:<32} {known[0][1]:.4g} -> {known[-1][1]:.4g}")
+        figure.savefig(self.folder / "curves.png")
+        say(message)
+        if self.args.wandb:
             self.wandb.finish()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
-    leave_distributed()
+    try:
+        main(tyro.cli(Args))
+    except BaseException as error:  # CheckpointException is no Exception
+        if "No space left" not in str(error):
+            raise
+        fail(f"no space left on the device; what was saved before is whole ({type(error).__name__})")

@@ -16,11 +16,11 @@ what they keep of it (m_i), and in how they average:
 
 Nothing is loaded as a model. The loop goes over tensors, in the order of the output files:
 
-    1. Check     names, shapes, dtypes and vocabularies of all models, before anything is written
+    1. Check     names, shapes, dtypes and vocabularies of all models, before anything is merged
     2. Measure   what a method must know of whole tensors: thresholds, angles, norms
     3. Merge     a tile of every model in float32, one merged tile, one rounding
-    4. Write     a thread of its own writes it where it belongs in its shard, while the next one is computed
-    5. Report    norms and angles of the task vectors, as table, JSON and heat map
+    4. Write     a thread of its own writes a shard while the next one is merged
+    5. Report    norms and angles of the task vectors, as table and JSON
 
 Deviations from the papers, each with its reason (docs/merge.md lists what `--compat mergekit` changes):
     1. `--weights` multiply task vectors everywhere; TIES and DARE have one scale for all. 1 is the paper's.
@@ -45,132 +45,108 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import combinations, zip_longest
+from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import numpy as np
+import pydantic
 import torch
 import tyro
+from huggingface_hub import split_state_dict_into_shards_factory
+from pydantic import Field, FiniteFloat, NonNegativeInt, TypeAdapter
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+Kept = Annotated[float, Field(gt=0, le=1)]
+Dropped = Annotated[float, Field(ge=0, lt=1)]
+Size = Annotated[str, Field(pattern=r"^[1-9]\d*[KMG]B$")]
+Plain = Literal["linear", "soup", "wise_ft", "slerp", "task_arithmetic", "model_stock"]
+Sparse = Literal["ties", "dare_linear", "dare_ties", "breadcrumbs"]
+SPARSE = get_args(Sparse)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Arguments
 # ------------------------------------------------------------------------------------------------------------
-@dataclass
+METHODS_WITH = {  # which methods have a parameter
+    "weight": ("linear", "task_arithmetic", *SPARSE),
+    "lambda": ("task_arithmetic", *SPARSE),
+    "t": ("wise_ft", "slerp"),
+    "density": SPARSE,
+    "outliers": ("breadcrumbs",),
+}
+
+
+@pydantic.dataclasses.dataclass
 class Args:
-    method: Literal[
-        "linear",
-        "wise_ft",
-        "task_arithmetic",
-        "slerp",
-        "ties",
-        "dare_linear",
-        "dare_ties",
-        "model_stock",
-        "breadcrumbs",
-        "soup",
-    ] = "task_arithmetic"
-    """How several models become one. Start with task_arithmetic: the simplest is rarely beaten."""
-    compat: Literal["paper", "mergekit"] = "paper"
-    """Where the two differ (trimming, rescaling, ties of signs): the paper's formula, or mergekit's."""
-
     # Models
-    base: str | None = None
-    """Model the others were tuned from: hub id or folder. linear and soup report on it and take its type."""
-    models: tuple[str, ...] = ()
-    """Models to merge: hub ids or folders; by default tiny/sft, and tiny/base as --base."""
-    pad_vocab: bool = False
-    """Give models with fewer tokens the missing rows of the one with most, if their ids agree otherwise."""
+    base: str | None = None  # what the others were tuned from: a hub id or a folder
+    models: tuple[str, ...] = ()  # hub ids or folders; by default tiny/sft, half-way from tiny/base
+    pad_vocab: bool = False  # fill up smaller vocabularies by rows of the largest, if ids agree otherwise
 
-    # Parameters of the methods
-    weights: tuple[float, ...] = ()
-    """Weight of each model; by default 1 each. linear divides by their sum."""
-    lambda_: Annotated[float | None, tyro.conf.arg(name="lambda")] = None
-    """Scale of the merged task vector; by default 1, or 0.5 in the run without --models."""
-    t: float | None = None
-    """Way from the base (0) to the model (1), for wise_ft and slerp; by default 0.5."""
-    density: float | None = None
-    """Share of each task vector that is kept; by default 0.2 (ties, its paper), 0.1 (dare, breadcrumbs)."""
-    outliers: float | None = None
-    """Share of each tensor's changes, the largest, that breadcrumbs drops; by default 0.01."""
-    soup: Literal["uniform", "greedy"] = "uniform"
-    """Average all, or add a model, best first, only if --eval-command then scores at least as high."""
-    rule: tuple[str, ...] = ()
-    """PATTERN:NAME=V[,V...] for tensors that match, as in 'layers.*.mlp.*:t=0.3'; several V: over layers."""
-    seed: int = 1
-    """Seed of the data order, the noise and the sampling."""
-
-    # Evaluation
-    eval_command: str | None = None
-    """Command that scores a model: {model} is its folder; the last line it prints is a JSON object."""
-    eval_metrics: tuple[str, ...] = ()
-    """Which of these numbers count: two for the plot, one for the soup; `name:min` where less is better."""
-    sweep: str | None = None
-    """NAME=FIRST:LAST:STEP: merge and score at every value of a parameter, e.g. t=0:1:0.1; keeps no model."""
+    # Method
+    method: Plain | Sparse = "task_arithmetic"  # the default is the simplest, and rarely beaten
+    compat: Literal["paper", "mergekit"] = "paper"  # where the two differ: the paper's formula, or mergekit's
+    weights: tuple[FiniteFloat, ...] = ()  # of each model, by default 1 each; linear divides by their sum
+    lambda_: Annotated[FiniteFloat | None, tyro.conf.arg(name="lambda")] = None  # scale; by default 1
+    t: FiniteFloat | None = None  # way from base (0) to model (1) of wise_ft and slerp; by default 0.5
+    density: Kept | None = None  # share of each task vector that is kept; by default 0.2 (ties) or 0.1
+    outliers: Dropped | None = None  # share of largest changes that breadcrumbs drops; by default 0.01
+    rule: tuple[str, ...] = ()  # PATTERN:NAME=V[,V...] for some tensors; several V are a line over layers
+    eval_command: str | None = None  # greedy soup: prints a number last for folder {model}, more is better
+    seed: NonNegativeInt = 1  # of the data order and the sampling
 
     # Output
-    output_dir: str | None = None
-    """Folder of the run; by default runs/<script>_<seed>_<time>."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type that the result is rounded to; auto takes that of the base, or else of the first model."""
-    max_shard_size: str = "5GB"
-    """Largest weights file, in MB or GB of 10^6 or 10^9 bytes; a larger tensor gets its own file."""
-    report: bool = True
-    """Measure norms and angles of the task vectors on the way."""
+    output_dir: str | None = None  # folder of the run; by default runs/merge_<seed>_<time>
+    out_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the result; auto: as the base
+    max_shard_size: Size = "5GB"  # largest file of weights (10^9 bytes); up to two of them are in memory
+    report: bool = True  # measure norms and angles of the task vectors, if there is a --base
+
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def in_range(cls, values, build):
+        try:
+            return build(values)
+        except pydantic.ValidationError as error:
+            problem = error.errors()[0]
+            fail(f"--{problem['loc'][0].replace('_', '-')} {problem['input']}: {problem['msg']}")
 
     def __post_init__(self):
+        given = {"weight": self.weights or None, "lambda": self.lambda_, "t": self.t}
+        given |= {"density": self.density, "outliers": self.outliers}
+        for name in given:
+            if given[name] is not None and self.method not in METHODS_WITH[name]:
+                fail(f"--method {self.method} has no {name}")
+        defaults = {"lambda_": 1.0 if self.models else 0.5, "t": 0.5, "outliers": 0.01}
+        defaults |= {"density": 0.2 if self.method == "ties" else 0.1}  # the paper's of TIES and of DARE
+        for name in defaults:
+            setattr(self, name, defaults[name] if getattr(self, name) is None else getattr(self, name))
         if self.base and not self.models:
             fail("--base without --models: there is nothing to merge with it")
         if not self.models:
-            self.base, self.models = "tiny/base", ("tiny/sft",)
-            if "lambda" in PARAMETERS_OF[self.method] and self.lambda_ is None:
-                self.lambda_ = 0.5  # half-way
-        if self.method in ("wise_ft", "slerp") and self.base is None and len(self.models) == 2:
+            self.base, self.models = f"{HERE}/tiny/base", (f"{HERE}/tiny/sft",)
+        if self.method in METHODS_WITH["t"] and self.base is None and len(self.models) == 2:
             self.base, self.models = self.models[0], self.models[1:]
         if self.method not in ("linear", "soup") and self.base is None:
             fail(f"--method {self.method} needs --base, the model that --models were fine-tuned from")
-        if self.method in ("wise_ft", "slerp") and len(self.models) != 1:
+        if self.method in METHODS_WITH["t"] and len(self.models) != 1:
             fail(f"--method {self.method} takes --base and one model, not {len(self.models)}")
         if self.method == "model_stock" and len(self.models) < 2:
             fail("--method model_stock takes two models or more: it goes by the angle between them")
-        if self.weights and "weight" not in PARAMETERS_OF[self.method]:
-            fail(f"--method {self.method} has no --weights")
         if self.weights and len(self.weights) != len(self.models):
             fail(f"--weights has {len(self.weights)} numbers for {len(self.models)} models")
-        given = {"lambda": self.lambda_, "t": self.t, "density": self.density, "outliers": self.outliers}
-        for name in given:
-            if given[name] is not None and name not in PARAMETERS_OF[self.method]:
-                fail(f"--method {self.method} has no --{name}")
-        if self.soup == "greedy" and (self.method != "soup" or not self.eval_command):
-            fail("--soup greedy needs --method soup and an --eval-command that scores a model")
-        if self.sweep and not self.eval_command:
-            fail("--sweep needs an --eval-command that scores each merged model")
-        if self.eval_command and not (self.sweep or self.soup == "greedy"):
-            fail("--eval-command is read by --sweep and by --soup greedy: neither is given")
-        if self.eval_command and "{model}" not in self.eval_command:
-            fail("--eval-command must say with {model} where the folder of the model goes")
-        if self.eval_metrics and not self.eval_command:
-            fail("--eval-metrics chooses from what an --eval-command prints, and there is none")
-        names = [name.removesuffix(":min") for name in self.eval_metrics]
-        if len(set(names)) < len(names) or any(":" in name for name in names):
-            fail("--eval-metrics takes names, each once, with nothing behind a colon but min")
-        read_size(self.max_shard_size)
-        try:
-            program = shlex.split(self.eval_command)[0] if self.eval_command else sys.executable
-        except ValueError as error:
-            fail(f"--eval-command {self.eval_command!r} is no command line: {error}")
-        if not shutil.which(program):
-            fail(f"--eval-command: there is no program {program}")
+        if self.eval_command and (self.method != "soup" or "{model}" not in self.eval_command):
+            fail("--eval-command is for --method soup, and says with {model} where the folder to score goes")
 
 
 class Settings(NamedTuple):
@@ -246,16 +222,12 @@ def slerp(base: torch.Tensor, tensor: torch.Tensor, coefficients: tuple[float, f
     return (base * coefficients[0]).add_(tensor, alpha=coefficients[1])
 
 
-def task_arithmetic(
-    base: torch.Tensor, task_vectors: torch.Tensor, weights: torch.Tensor, lambda_: float
-) -> torch.Tensor:
+def task_arithmetic(base, task_vectors, weights: torch.Tensor, lambda_: float) -> torch.Tensor:
     """theta_0 + lambda sum_i w_i tau_i, task vectors (K, ...), weights (K,) (arXiv:2212.04089, section 2)."""
     return base + torch.tensordot(lambda_ * weights, task_vectors, 1)
 
 
-def trim(
-    task_vectors: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor | None = None
-) -> torch.Tensor:
+def trim(task_vectors: torch.Tensor, lowest: torch.Tensor, highest=None) -> torch.Tensor:
     """Task vectors (K, n) with 0 where |tau_i| is below lowest (K,), or above highest (K,).
 
     TIES keeps the largest changes (arXiv:2306.01708, section 4, step 1), Model Breadcrumbs those between two
@@ -314,9 +286,7 @@ def breadcrumb_ranks(n: int, density: float, outliers: float, *, compat: str = "
     return min(top, n - 1) + 1, min(top + max(1, kept), n)
 
 
-def ties(
-    task_vectors: torch.Tensor, weights: torch.Tensor, *, compat: str = "paper", mean=True
-) -> torch.Tensor:
+def ties(task_vectors, weights: torch.Tensor, *, compat: str = "paper", mean=True) -> torch.Tensor:
     """Elect a sign and average what agrees with it: trimmed task vectors (K, ...), weights (K,) -> (...).
 
     sign = sgn(sum_i w_i tau_i), then sum_i w_i tau_i / sum_i |w_i| over the non-zero terms of that sign:
@@ -367,16 +337,7 @@ def model_stock(base: torch.Tensor, tensors: torch.Tensor, ratio: float) -> torc
     return torch.lerp(base, tensors.mean(0), ratio)
 
 
-def merge_tensors(
-    method: str,
-    base: torch.Tensor,
-    tensors: torch.Tensor,
-    settings: Settings,
-    measured: dict,
-    draws: torch.Tensor | None = None,
-    *,
-    compat: str = "paper",
-) -> torch.Tensor:
+def merge_tensors(method, base, tensors, settings: Settings, measured: dict, draws=None, compat="paper"):
     """One tile by one of the methods: base (n,) and tensors (K, n) -> (n,), all float32.
 
     `measured` is what was measured on whole tensors: `coefficients` (slerp), `ratio` (model_stock), `lowest`
@@ -407,65 +368,40 @@ def merge_tensors(
 # ------------------------------------------------------------------------------------------------------------
 # Merging
 # ------------------------------------------------------------------------------------------------------------
+SHARDS = "model{suffix}.safetensors"  # the names that transformers looks for
 TILE = 2**18  # numbers of a tensor that are merged at a time: they stay in the processor's cache
-PARAMETERS_OF = {  # which parameters a method has
-    "linear": {"weight"},
-    "wise_ft": {"t"},
-    "task_arithmetic": {"weight", "lambda"},
-    "slerp": {"t"},
-    "ties": {"weight", "lambda", "density"},
-    "dare_linear": {"weight", "lambda", "density"},
-    "dare_ties": {"weight", "lambda", "density"},
-    "model_stock": set(),
-    "breadcrumbs": {"weight", "lambda", "density", "outliers"},
-    "soup": set(),
-}
 
 
 def main(args: Args) -> dict:
-    """Merge, or sweep, as `args` says and return a summary of report.json or sweep.json."""
+    """Merge as `args` says and return a summary."""
     started = time.perf_counter()
-    output_dir = Path(args.output_dir or f"runs/merge_{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}")
-    if output_dir.exists():
-        fail(f"{output_dir} exists: choose another --output-dir")
+    with run_folder(args) as folder:
+        # 1. Check
+        base = Checkpoint(args.base) if args.base else None
+        models = [Checkpoint(name) for name in args.models]
+        lead = check_models(base, models, args)
+        rules = [read_rule(text, args) for text in args.rule]
+        if args.eval_command:
+            models = choose_ingredients(folder, models, lead, args)
+        grams = merge_models(folder / "model.partial", base, models, lead, rules, args)
+        (folder / "model.partial").rename(folder / "model")
 
-    # 1. Check
-    base = Checkpoint(args.base) if args.base else None
-    models = [Checkpoint(name) for name in args.models]
-    lead = check_models(base, models, args)
-    rules = [read_rule(text, args) for text in args.rule]
-    parameter, values = read_sweep(args)
-    moved = {value: [read_rule(f"*:{parameter}={value}", args), *rules] for value in values}
-    for chosen in [*moved.values(), rules]:
-        settings_of_tensors(lead, chosen, args, len(models))
-    with partial_folder(output_dir, args) as folder:
-        if args.sweep:
-            summary = sweep(folder, base, models, lead, parameter, moved, args)
-        else:
-            if args.soup == "greedy":
-                models = choose_ingredients(folder / "candidate", base, models, lead, args)
-            grams = merge_models(folder / "model", base, models, lead, rules, args, args.report)
-            # 5. Report
-            summary = {"models": len(models), "tensors": len(lead.shapes), "parameters": lead.num_parameters}
-            summary |= write_report(folder, grams, base, models) if grams else {}
-        summary["seconds"] = time.perf_counter() - started
-    say(f"{'sweep' if args.sweep else 'merged model'} saved to {output_dir} in {summary['seconds']:.1f} s")
+        # 5. Report
+        summary = {"models": len(models), "tensors": len(lead.shapes), "parameters": lead.num_parameters}
+        summary |= write_report(folder, grams, base, models) if grams else {}
+    summary["seconds"] = time.perf_counter() - started
+    say(f"merged model saved to {folder} in {summary['seconds']:.1f} s")
     return summary
 
 
 class Work(NamedTuple):
-    """One tensor of the result: where its values come from, and all that its tiles need.
-
-    `sources`, of the base, if it is read, and of every model: its values (n,), and those of the model that
-    leads, which fill up missing ones.
-    """
+    """One tensor of the result, and where its values come from."""
 
     name: str
-    sources: list[tuple[torch.Tensor, torch.Tensor]]
-    with_base: bool
+    sources: list[tuple[torch.Tensor, torch.Tensor]]  # of the base and of each model: (n,), see `sources_of`
+    with_base: bool  # whether there is one
     settings: Settings
-    dtype: torch.dtype
-    measured: dict
+    dtype: torch.dtype  # of the result
 
     @property
     def size(self) -> int:
@@ -476,193 +412,156 @@ class Work(NamedTuple):
         return [slice(start, min(start + TILE, self.size)) for start in range(0, self.size, TILE)]
 
     def load(self, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """A tile as float32: base (n,), or the first model where none is read, and models (K, n)."""
+        """A tile as float32: base (n,), or the first model where there is none, and models (K, n)."""
         rows = torch.empty(len(self.sources), tile.stop - tile.start)
-        for row, (flat, filler) in zip(rows, self.sources, strict=True):
+        for row, (flat, filler) in zip(rows, self.sources):
             own = flat[tile]
             row[: len(own)].copy_(own)
             row[len(own) :].copy_(filler[tile.start + len(own) : tile.stop])
         return rows[0], rows[int(self.with_base) :]
 
-    def draws(self, tile: slice, args: Args) -> torch.Tensor:
+    def changes(self, tile: slice) -> torch.Tensor:
+        """A tile of the task vectors, (K, n)."""
+        base, tensors = self.load(tile)
+        return tensors - base
+
+    def draws(self, tile: slice, seed: int) -> torch.Tensor:
         """Uniform numbers for a tile, (K, n)."""
         models = range(len(self.settings.weights))
-        return torch.stack([uniform(args.seed, i, self.name, tile) for i in models])
+        return torch.stack([uniform(seed, i, self.name, tile) for i in models])
 
 
-def merge_models(folder: Path, base, models: list, lead, rules: list, args: Args, with_report=False) -> dict:
-    """Write the merged model; for a report, return the `gram` of base and task vectors by tensor.
-
-    Without a base the first model takes its place there.
-    """
+def merge_models(folder: Path, base, models: list, lead, rules: list, args: Args) -> dict:
+    """Write the merged model into a new folder -> the `gram` of each tensor, with --report and a base."""
     settings = settings_of_tensors(lead, rules, args, len(models))
-    with_base = base is not None and (with_report or args.method not in ("linear", "soup"))
-    read, works, dtypes = [base] * with_base + models, {}, {}
+    read, works = [base] * bool(base) + models, {}
     for name in lead.shapes:
-        dtypes[name] = DTYPES[(base or models[0]).dtypes[name]]
-        if args.dtype != "auto" and dtypes[name].is_floating_point:
-            dtypes[name] = getattr(torch, args.dtype)
-        works[name] = Work(name, sources_of(name, read, lead), with_base, settings[name], dtypes[name], {})
-    shards = plan_shards(lead.shapes, dtypes, args.max_shard_size)
-    needed, free = sum(shard.size for shard in shards), shutil.disk_usage(folder.parent).free
-    if needed > free:
-        fail(f"{folder.parent} has {free / 1e9:.1f} GB left, the merged model takes {needed / 1e9:.1f} GB")
+        dtype = DTYPES[read[0].dtypes[name]]
+        if args.out_dtype != "auto" and dtype.is_floating_point:
+            dtype = getattr(torch, args.out_dtype)
+        works[name] = Work(name, sources_of(name, read, lead), bool(base), settings[name], dtype)
+    sizes = {name: work.size * work.dtype.itemsize for name, work in works.items()}
+    plan = split_state_dict_into_shards_factory(
+        sizes, get_storage_size=int, filename_pattern=SHARDS, max_shard_size=args.max_shard_size
+    )
+    if sum(sizes.values()) > shutil.disk_usage(folder.parent).free:
+        fail(f"{folder.parent}: no room for the {sum(sizes.values()) / 1e9:.1f} GB of the merged model")
     say(f"{args.method} of {', '.join(m.name for m in read)}: {lead.num_parameters:,} parameters")
     folder.mkdir()
-    grams, synced = {}, []
-    with workers() as pool, ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(1) as disk:
-        # 2. Measure: here what is needed of all tensors together, in `jobs` what is needed of each
+    grams, measured, written = {}, {}, None
+    with worker_threads() as pool, ThreadPoolExecutor(1) as writer:
+        # 2. Measure: here what is needed of all tensors together, in `merge_tensor` what is needed of each
         if args.method == "ties" and args.compat == "paper":
-            trim_whole_models(pool, list(works.values()), Progress("thresholds", read, passes=2))
-        progress = Progress("merging", read)
-
-        def jobs(shard: Shard) -> Iterator[Callable]:
-            for work in map(works.get, shard.names):
-                work.measured.update(measure(pool, work, args))
-                for tile in work.tiles:
-                    yield partial(merge_tile, work, tile, args, with_report)
+            floats = [work for work in works.values() if work.dtype.is_floating_point]
+            measured = {"lowest": largest_changes(pool, floats)}
 
         # 3. Merge
-        def merged_tiles(shard: Shard) -> Iterator[torch.Tensor]:
-            for work, merged, inner in in_order(pool, jobs(shard)):
-                if merged is None:
-                    fail(f"{work.name}: the result is not finite (NaN in a model, or beyond {work.dtype})")
-                if inner is not None:
-                    grams[work.name] = grams.get(work.name, 0) + inner
-                progress.update(merged.numel())
-                yield merged
+        bar = tqdm(total=lead.num_parameters, desc="merging", unit="", unit_scale=True, disable=None)
+        for file, names in plan.filename_to_tensors.items():
+            tensors = {}
+            for name in names:
+                merged, grams[name] = merge_tensor(pool, works[name], measured, args)
+                tensors[name] = merged.view(lead.shapes[name])
+                bar.update(works[name].size)
 
-        # 4. Write
-        for shard in shards:
-            write_shard(folder, shard, thread, merged_tiles(shard))
-            synced.append(disk.submit(sync, folder / shard.file))  # while the next one is merged
-        for result in synced:
-            result.result()
-    progress.bar.close()
-    write_other_files(folder, shards, lead, dtypes)
-    return grams
+            # 4. Write
+            if written:
+                written.result()  # no more than two shards are in memory
+            written = writer.submit(write_shard, folder / file, tensors)
+        written.result()
+        bar.close()
+    write_other_files(folder, plan, lead, works)
+    return {name: inner for name, inner in grams.items() if inner is not None}
+
+
+def merge_tensor(pool, work: Work, measured: dict, args: Args) -> tuple:
+    """A tensor of the result, (n,), in its type, and for a report the `gram` of base and task vectors."""
+    if not work.dtype.is_floating_point or not work.size:  # counters and the like: equal everywhere
+        return work.sources[0][0].to(work.dtype, copy=True), None
+    merged, limit = torch.empty(work.size, dtype=work.dtype), torch.finfo(work.dtype).max
+    measured, with_report = measured or measure(pool, work, args), args.report and work.with_base
+
+    def merge_tile(tile: slice) -> tuple:
+        base, tensors = work.load(tile)
+        draws = work.draws(tile, args.seed) if args.method.startswith("dare") else None
+        result = merge_tensors(args.method, base, tensors, work.settings, measured, draws, args.compat)
+        merged[tile] = result
+        lowest, highest = result.aminmax()  # NaN if there is one
+        finite = bool(-limit <= lowest and highest <= limit)
+        return finite, gram(base, tensors - base) if with_report else None
+
+    finite, grams = zip(*pool.map(merge_tile, work.tiles))
+    if not all(finite):
+        fail(f"{work.name}: the result is not finite (NaN in a model, or beyond {work.dtype})")
+    return merged, sum(grams) if with_report else None
 
 
 def measure(pool, work: Work, args: Args) -> dict:
     """What the method must know of the whole tensor before its first tile is merged."""
-    settings, densities, n = work.settings, work.settings.densities, work.size
-    if not work.dtype.is_floating_point or "lowest" in work.measured:
-        return {}
-    if n == 0:
-        return {"coefficients": (0.0, 0.0), "ratio": 0.0, "lowest": torch.zeros(len(densities))}
 
-    def total(function: Callable) -> torch.Tensor:
-        return sum(in_order(pool, (partial(function, tile) for tile in work.tiles)))
-
-    def inner_products(tile: slice) -> torch.Tensor:
+    def inner_products(work: Work, tile: slice) -> torch.Tensor:
         base, tensors = work.load(tile)
         return gram(base, tensors - base)
 
-    def l1_norms(tile: slice) -> torch.Tensor:
-        base, tensors = work.load(tile)
-        kept = dare(tensors - base, work.draws(tile, args), torch.tensor(densities))
-        return torch.stack([(tensors - base).abs().sum(-1), kept.abs().sum(-1)]).double()
+    def l1_norms(work: Work, tile: slice) -> torch.Tensor:
+        changes = work.changes(tile)
+        kept = dare(changes, work.draws(tile, args.seed), torch.tensor(settings.densities))
+        return torch.stack([changes.abs().sum(-1), kept.abs().sum(-1)]).double()
 
+    settings, compat = work.settings, args.compat
     if args.method == "slerp":
-        return {"coefficients": slerp_coefficients(total(inner_products), settings.t, compat=args.compat)}
+        inner = total(pool, inner_products, [work])
+        return {"coefficients": slerp_coefficients(inner, settings.t, compat=compat)}
     if args.method == "model_stock":
-        return {"ratio": model_stock_ratio(total(inner_products), compat=args.compat)}
+        return {"ratio": model_stock_ratio(total(pool, inner_products, [work]), compat=compat)}
     if args.method == "ties":
-        return {"lowest": thresholds(pool, [work], [max(1, int(density * n)) for density in densities])}
+        return {"lowest": largest_changes(pool, [work])}
     if args.method == "breadcrumbs":
-        ranks = [breadcrumb_ranks(n, density, settings.outliers, compat=args.compat) for density in densities]
-        highest, lowest = (thresholds(pool, [work], list(ks)) for ks in zip(*ranks, strict=True))
+        outliers, n = settings.outliers, work.size
+        ranks = [breadcrumb_ranks(n, density, outliers, compat=compat) for density in settings.densities]
+        highest, lowest = (largest_changes(pool, [work], list(ks)) for ks in zip(*ranks))
         return {"lowest": lowest, "highest": highest}
-    if args.method.startswith("dare") and args.compat == "mergekit":
-        before, after = total(l1_norms)  # (K,) each
+    if args.method.startswith("dare") and compat == "mergekit":
+        before, after = total(pool, l1_norms, [work])  # (K,) each
         return {"rescale": torch.where((before < 1e-7) | (after < 1e-7), 1.0, before / after).float()}
     return {}
 
 
-def thresholds(pool, works: list[Work], ks: list[int], progress=None) -> torch.Tensor:
-    """The k-th largest change of each model over all the tensors of `works`, (K,)."""
-
-    def counts_of(work: Work, tile: slice, upper: list[int] | None) -> tuple[torch.Tensor, int]:
-        base, tensors = work.load(tile)
-        return magnitude_counts(tensors - base, upper), len(base)
+def largest_changes(pool, works: list[Work], ks: list[int] | None = None) -> torch.Tensor:
+    """The k-th largest change of each model over all tensors of `works`, (K,); by default by the density."""
+    if ks is None:
+        n = sum(work.size for work in works)
+        ks = [max(1, int(density * n)) for density in works[0].settings.densities]
 
     def counts(upper: list[int] | None) -> torch.Tensor:
-        total, jobs = 0, (partial(counts_of, work, tile, upper) for work in works for tile in work.tiles)
-        for of_tile, size in in_order(pool, jobs):
-            total = total + of_tile
-            if progress:
-                progress.update(size)
-        return total
+        return total(pool, lambda work, tile: magnitude_counts(work.changes(tile), upper), works)
 
     return kth_largest(counts, ks)
 
 
-def trim_whole_models(pool, works: list[Work], progress):
-    """Give every tensor TIES' threshold of each task vector over all of them."""
-    works = [work for work in works if work.dtype.is_floating_point]
-    n = sum(work.size for work in works)
-    ks = [max(1, int(density * n)) for density in works[0].settings.densities]
-    lowest = thresholds(pool, works, ks, progress)
-    for work in works:
-        work.measured["lowest"] = lowest
-    progress.bar.close()
+def total(pool, function: Callable[[Work, slice], torch.Tensor], works: list[Work]) -> torch.Tensor:
+    """The sum of a function over all tiles; the results of few of them are in memory at a time."""
+    result = 0
+    for work in tqdm(works, "measuring", unit="tensor", disable=None if len(works) > 1 else True):
+        for start in range(0, len(work.tiles), 64):
+            tiles = work.tiles[start : start + 64]
+            result = result + sum(pool.map(function, [work] * len(tiles), tiles))
+    return result
 
 
-def merge_tile(work: Work, tile: slice, args: Args, with_report: bool) -> tuple:
-    """The work, its merged tile (n,), rounded, None where it is not finite; the `gram` of it for a report."""
-    if not work.dtype.is_floating_point:  # counters and the like: equal everywhere
-        return work, work.sources[0][0][tile], None
-    base, tensors = work.load(tile)
-    draws = work.draws(tile, args) if args.method.startswith("dare") else None
-    merged = merge_tensors(
-        args.method, base, tensors, work.settings, work.measured, draws, compat=args.compat
-    )
-    lowest, highest = merged.aminmax()  # NaN if there is one
-    limit = torch.finfo(work.dtype).max
-    if not (-limit <= lowest and highest <= limit):
-        return work, None, None
-    others = tensors if work.with_base else tensors[1:]
-    return work, merged.to(work.dtype), gram(base, others - base) if with_report else None
-
-
-def choose_ingredients(folder: Path, base, models: list, lead, args: Args) -> list:
+def choose_ingredients(folder: Path, models: list, lead, args: Args) -> list:
     """The models of the greedy soup: scored one by one, then in soups that are thrown away."""
-    names = [name.removesuffix(":min") for name in args.eval_metrics[:1]]
-
-    def score(path: Path, label: str) -> float:
-        metrics = score_model(path, args, names)
-        names[:] = names or list(metrics)[:1]
-        say(f"  {names[0]} {metrics[names[0]]:.4g}: {label}")
-        less_is_better = args.eval_metrics[:1] == (f"{names[0]}:min",)
-        return -metrics[names[0]] if less_is_better else metrics[names[0]]
 
     def score_of(indices: list[int]) -> float:
         chosen = [models[i] for i in indices]
-        merge_models(folder, base, chosen, lead, [], args)
-        result = score(folder, " + ".join(model.name for model in chosen))
-        shutil.rmtree(folder)
-        return result
+        merge_models(folder / "candidate", None, chosen, lead, [], args)
+        score = score_model(folder / "candidate", " + ".join(model.name for model in chosen), args)
+        shutil.rmtree(folder / "candidate")
+        return score
 
-    kept = greedy_soup([score(model.folder, model.name) for model in models], score_of)
+    kept = greedy_soup([score_model(model.folder, model.name, args) for model in models], score_of)
     say(f"the greedy soup has {len(kept)} of {len(models)} models")
     return [models[i] for i in kept]
-
-
-def sweep(folder: Path, base, models: list, lead, parameter: str, moved: dict, args: Args) -> dict:
-    """Merge and score at every value of a parameter: `moved` has the rules that hold there, by value."""
-    points, names = [], [name.removesuffix(":min") for name in args.eval_metrics]
-    for value, rules in moved.items():
-        merge_models(folder / "model", base, models, lead, rules, args)
-        metrics = score_model(folder / "model", args, names)
-        names = names or [name for name in metrics if name != parameter]
-        points.append({parameter: value} | metrics | {parameter: value})  # also if a metric has its name
-        text = json.dumps({"args": asdict(args), "points": points}, indent=2)
-        (folder / "sweep.json").write_text(text + "\n")
-        say("  ".join(f"{key} {number:.4g}" for key, number in points[-1].items()))
-        shutil.rmtree(folder / "model")
-    draw_sweep(folder / "sweep.png", points, [parameter, *names[:2]], args.method)
-    ends = {"first": points[0], "last": points[-1]}
-    return {"points": len(points)} | {f"{name}/{end}": ends[end][name] for name in names[:2] for end in ends}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -673,6 +572,7 @@ INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": to
 DTYPES = FLOATS | INTEGERS | {"BOOL": torch.bool}
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
 HEAD = re.compile(r"^(lm_head|embed_out|output)\.(weight|bias)$")
+OF_TOKENS = re.compile(f"{EMBEDDING.pattern}|{HEAD.pattern}")  # has a row for each token
 LAYER = re.compile(r"^(.*?\.)(\d+)\.")
 # What the numbers of a model mean depends on these.
 CONFIG_KEYS_COMPARED = ("rope_theta", "rope_parameters", "num_attention_heads", "head_dim", "hidden_act")
@@ -683,60 +583,77 @@ NOT_COPIED = (*OTHER_WEIGHTS, "*.safetensors", "*.index.json", "adapter_config.j
 def say(message: str, file=None):
     """Print a line above the progress bar, from the first process only."""
     if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(message, file=file or sys.stdout)
+        tqdm.write(message, file=file)
 
 
 def fail(message: str):
     """End the run over a user's mistake: one line and exit code 2."""
-    say(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}", sys.stderr)
     raise SystemExit(2)
 
 
-def locate(name: str) -> str:
-    """A path as given, or beside this file (tiny/ is found from any folder); a hub id is left as it is."""
-    beside = Path(__file__).resolve().parent / name
-    return str(beside) if beside.exists() and not Path(name).exists() else name
-
-
-def read_json(path: Path, part: str | None = None) -> dict:
-    """A JSON object; `part` has to be one, too, if it is given."""
+@contextmanager
+def run_folder(args: Args):
+    """The folder of the run, a new one, which a run that fails takes away again."""
+    folder = Path(args.output_dir or f"runs/merge_{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        fail(f"{path} cannot be read: {error}")
-    if not isinstance(found, dict) or (part and not isinstance(found.get(part), dict)):
-        fail(f"{path} is no JSON object" + (f" with a {part}" if part else ""))
-    return found
+        folder.mkdir(parents=True)
+    except OSError as error:
+        fail(f"--output-dir {folder}: {error.strerror}")
+    try:
+        (folder / "args.json").write_text(json.dumps({"script": "merge.py"} | asdict(args), indent=2))
+        shutil.copy(__file__, folder)
+        yield folder
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, KeyboardInterrupt):
+            fail("interrupted")
+        if isinstance(error, OSError | SafetensorError):  # a full disk, a file that cannot be read
+            fail(f"{getattr(error, 'filename', None) or folder}: {getattr(error, 'strerror', None) or error}")
+        raise
+
+
+def read(source: Path | str, function: Callable):
+    """function(source); what it cannot read ends the run."""
+    try:
+        return function(source)
+    except Exception as error:  # libraries have all kinds of them
+        fail(f"{source} cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 class Checkpoint:
     """A model folder: its config, and its tensors as views of the files, which the page cache holds."""
 
     def __init__(self, name: str):
-        self.name, self.folder = name, Path(locate(name))
-        self.rows = None  # how many of those for tokens count, if not all: see check_models
+        self.name, self.folder = name, Path(name)
         if not self.folder.is_dir():
-            self.folder = download(name)
-        self.config = read_json(self.folder / "config.json")
-        index = self.folder / "model.safetensors.index.json"
-        listed = read_json(index, "weight_map")["weight_map"] if index.exists() else {}
+            from huggingface_hub import snapshot_download  # slow
+
+            self.folder = Path(read(name, partial(snapshot_download, ignore_patterns=list(OTHER_WEIGHTS))))
+        self.rows = None  # how many of those for tokens count, if not all: see check_models
+        self.config = read(self.folder / "config.json", lambda path: {**json.loads(path.read_bytes())})
+        index, tokenizer = self.folder / "model.safetensors.index.json", self.folder / "tokenizer.json"
+        listed, self.tokens = {}, {}  # the file of each tensor; the id of each token
+        if index.exists():
+            listed = read(index, lambda path: {**json.loads(path.read_bytes())["weight_map"]})
+        if tokenizer.exists():
+            self.tokens = read(tokenizer, lambda path: Tokenizer.from_file(str(path)).get_vocab())
+        self.num_tokens = max(self.tokens.values(), default=-1) + 1
         self.handles, self.shapes, self.dtypes = {}, {}, {}  # by tensor, in the order of the files
         for file in sorted(set(listed.values())) or ["model.safetensors"]:
-            try:
-                handle = safe_open(self.folder / file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                fail(f"{self.folder / file} cannot be read as safetensors: {error}")
+            handle = read(self.folder / file, lambda path: safe_open(path, framework="pt"))
             for key in handle.offset_keys():
                 view = handle.get_slice(key)
-                self.handles[key] = handle
-                self.shapes[key], self.dtypes[key] = view.get_shape(), view.get_dtype()
+                self.handles[key], self.shapes[key] = handle, view.get_shape()
+                self.dtypes[key] = view.get_dtype()
         if listed and listed.keys() != self.shapes.keys():
             fail(f"{index} and its files differ in {some(listed.keys() ^ self.shapes.keys())}")
         heads = [key for key in self.shapes if HEAD.match(key) and key.endswith("weight")]
         of_text = self.config.get("text_config") or self.config
-        self.tied = of_text.get("tie_word_embeddings", self.config.get("tie_word_embeddings", not heads))
+        tied = of_text.get("tie_word_embeddings", self.config.get("tie_word_embeddings", not heads))
+        self.kind = (self.config.get("model_type"), "tied" if tied else "untied")
         embedding = next((key for key in self.shapes if EMBEDDING.search(key)), None)
-        for head in heads if self.tied and embedding else ():  # stored twice: the head is dropped
+        for head in heads if tied and embedding else ():  # stored twice: the head is dropped
             if not torch.equal(self[head], self[embedding]):
                 fail(f"{name}: {head} is not {embedding}, though the config ties them")
             del self.shapes[head], self.dtypes[head], self.handles[head]
@@ -749,82 +666,47 @@ class Checkpoint:
     def num_parameters(self) -> int:
         return sum(map(math.prod, self.shapes.values()))
 
-    def vocabulary(self) -> list[str | None]:
-        """The text of every token id; empty without a tokenizer.json."""
-        if not (self.folder / "tokenizer.json").exists():
-            return []
-        tokenizer = read_json(self.folder / "tokenizer.json", "model")
-        tokens = tokenizer["model"].get("vocab", {})
-        if isinstance(tokens, list):  # unigram: [text, score] in the order of the ids
-            tokens = {text: i for i, (text, _) in enumerate(tokens)}
-        known = {i: text for text, i in tokens.items()}
-        known |= {token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])}
-        return [known.get(i) for i in range(max(known, default=-1) + 1)]
 
-
-def of_tokens(name: str) -> bool:
-    """Whether a tensor has a row for each token."""
-    return bool(EMBEDDING.search(name) or HEAD.match(name))
-
-
-def download(name: str) -> Path:
-    """The local copy of a model of the hub."""
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, ignore_patterns=list(OTHER_WEIGHTS)))
-    except Exception as error:  # of many kinds: no such name, no network, no access
-        fail(f"{name} is no folder, and the hub does not give it: {str(error).splitlines()[0]}")
-
-
-def some(names: Iterable[str], limit: int = 5) -> str:
-    """The first of some names, and how many more there are."""
+def some(names: Iterable) -> str:
+    """The first five of some names, and how many there are."""
     names = sorted(map(str, names))
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(names[:5]) + f", ... ({len(names)})" * (len(names) > 5)
 
 
 def check_models(base, models: list, args: Args):
-    """Compare all models; end with one line of all that differs.
+    """Compare all models, and end with one line of all that differs -> the model that leads.
 
-    Returns the model that leads: its other files are kept, and its rows fill up those that another lacks. It
-    is the first, or with --pad-vocab the one with most tokens. What the others have in rows beyond their own
-    tokenizer stands for no token, and does not count.
+    Its other files are kept, and its rows fill up those that another lacks. It is the first, or with
+    --pad-vocab the one with most tokens. Rows of others beyond their own tokenizer do not count.
     """
-    every, problems = [*models, *([base] if base else [])], []
-    tokens = {model: model.vocabulary() for model in every}
-    lead = models[0]
+    every, problems, lead = [*models, *([base] if base else [])], [], models[0]
     if args.pad_vocab:
-        lead = max(every, key=lambda model: (len(tokens[model]), model.num_parameters))
-    for other in every:
-        if other is lead:
-            continue
+        lead = max(every, key=lambda model: (model.num_tokens, model.num_parameters))
+    for other in [model for model in every if model is not lead]:
         pair = f"{lead.name} and {other.name}"
         if alone := lead.shapes.keys() ^ other.shapes.keys():
             problems.append(f"{pair} differ in the tensors {some(alone)}")
         for name, shape in lead.shapes.items():
             found = other.shapes.get(name, shape)
-            of_rows = of_tokens(name) and shape[1:] == found[1:]
-            fits = args.pad_vocab and of_rows and (shape[0] > found[0] or tokens[other])
-            if shape != found and not fits:
+            of_rows = OF_TOKENS.search(name) and shape[1:] == found[1:]
+            if shape != found and not (args.pad_vocab and of_rows and (shape[0] > found[0] or other.tokens)):
                 hint = " (--pad-vocab fills them up)" if of_rows and not args.pad_vocab else ""
                 problems.append(f"{name} is {shape} in {lead.name}, {found} in {other.name}{hint}")
-        if lead.tied != other.tied:
-            problems.append(f"{pair} differ in tie_word_embeddings")
-        if lead.config.get("model_type") != other.config.get("model_type"):
-            problems.append(f"{pair} differ in model_type")
-        if not tokens[lead] or not tokens[other]:
-            say(f"note: without a tokenizer.json in both, tokens of {pair} are not compared")
-        else:  # what the longer one has more is an error, if it is not to be padded
-            both = (zip if args.pad_vocab else zip_longest)(tokens[lead], tokens[other])
-            if unequal := [i for i, (text, other_text) in enumerate(both) if text != other_text]:
+        if lead.kind != other.kind:
+            problems.append(f"{pair} differ in model_type or tie_word_embeddings: {lead.kind}, {other.kind}")
+        if lead.tokens and other.tokens:  # a longer vocabulary is a difference, if it is not to be padded
+            shared = min(lead.num_tokens, other.num_tokens) if args.pad_vocab else math.inf
+            unequal = {i for _, i in lead.tokens.items() ^ other.tokens.items() if i < shared}
+            if unequal:
                 problems.append(f"{pair} differ in the tokens with the ids {some(unequal)}")
-            other.rows = len(tokens[other]) if len(tokens[other]) < len(tokens[lead]) else None
+            other.rows = other.num_tokens if other.num_tokens < lead.num_tokens else None
+        else:
+            say(f"note: without a tokenizer.json in both, tokens of {pair} are not compared")
         changed = [key for key in CONFIG_KEYS_COMPARED if lead.config.get(key) != other.config.get(key)]
         if changed:
             say(f"note: the configs of {pair} differ in {some(changed)}; that of {lead.name} is kept")
-    for model in every:
-        if unknown := {dtype for dtype in model.dtypes.values() if dtype not in DTYPES}:
-            problems.append(f"{model.name} has tensors of type {some(unknown)}")
+    unknown = {dtype for model in every for dtype in model.dtypes.values()} - DTYPES.keys()
+    problems += [f"{dtype} is no type that can be merged" for dtype in sorted(unknown)]
     for name in lead.shapes if not problems else ():
         types = {model.dtypes[name] for model in every}
         if types <= FLOATS.keys():
@@ -837,54 +719,30 @@ def check_models(base, models: list, args: Args):
 
 
 class Rule(NamedTuple):
-    """Values of a parameter for the tensors whose name matches, of all models or of the given one."""
+    """Values of a parameter for the tensors whose name, or its end behind a dot, matches."""
 
     pattern: str
     name: str
-    model: int | None
+    model: int | None  # of which model; None: of all
     values: tuple[float, ...]
-
-    def matches(self, tensor: str) -> bool:
-        return fnmatchcase(tensor, self.pattern) or fnmatchcase(tensor, f"*.{self.pattern}")
-
-
-def read_parameter(text: str, flag: str, args: Args) -> tuple[str, int | None]:
-    """`weight.2` -> ("weight", 1): a parameter of the method, and the model that it is of."""
-    name, _, number = text.partition(".")
-    if name not in PARAMETERS_OF[args.method]:
-        known = ", ".join(sorted(PARAMETERS_OF[args.method])) or "none"
-        fail(f"{flag}: --method {args.method} has no parameter {name!r}; it has: {known}")
-    numbers = [str(i) for i in range(1, len(args.models) + 1)] if name in ("weight", "density") else []
-    if number and number not in numbers:
-        fail(f"{flag}: {text} should be {name}, or weight.i or density.i with i from 1 to {len(args.models)}")
-    return name, int(number) - 1 if number else None
 
 
 def read_rule(text: str, args: Args) -> Rule:
-    match = re.fullmatch(r"(.+):([\w.]+)=(.+)", text)
+    """`layers.*:weight.2=0,1`: pattern, a parameter of the method and the model that it is of, values."""
+    match = re.fullmatch(r"(.+):(\w+)(?:\.(\d+))?=(.+)", text)
     if not match:
         fail(f"--rule {text!r} is not PATTERN:NAME=V[,V...]")
+    pattern, name, number, values = match.groups()
+    if args.method not in METHODS_WITH.get(name, ()):
+        fail(f"--rule {text!r}: --method {args.method} has no {name}")
+    if number and (name not in ("weight", "density") or not 1 <= int(number) <= len(args.models)):
+        fail(f"--rule {text!r}: only weight.i and density.i exist, with i from 1 to {len(args.models)}")
+    kind = TypeAdapter({"density": Kept, "outliers": Dropped}.get(name, FiniteFloat))
     try:
-        values = tuple(map(float, match[3].split(",")))
-    except ValueError:
-        fail(f"--rule {text!r}: {match[3]!r} is not a number, nor several with commas between them")
-    return Rule(match[1], *read_parameter(match[2], f"--rule {text!r}", args), values)
-
-
-def read_sweep(args: Args) -> tuple[str, list[float]]:
-    """--sweep as the name of a parameter and its values."""
-    if not args.sweep:
-        return "", []
-    match = re.fullmatch(r"([\w.]+)=([^:]+):([^:]+):([^:]+)", args.sweep)
-    try:
-        first, last, step = map(float, match.groups()[1:])
-        steps = int((last - first) / step + 1e-9) + 1 if last >= first and 0 < step < math.inf else 0
-    except (AttributeError, ValueError, OverflowError):
-        steps = 0
-    if not steps:
-        fail(f"--sweep {args.sweep!r} is not NAME=FIRST:LAST:STEP with LAST from FIRST on and STEP above 0")
-    read_parameter(match[1], "--sweep", args)
-    return match[1], [round(first + i * step, 10) for i in range(steps)]
+        numbers = tuple(map(kind.validate_python, values.split(",")))
+    except pydantic.ValidationError as error:
+        fail(f"--rule {text!r}: {error.errors()[0]['msg']}")
+    return Rule(pattern, name, int(number) - 1 if number else None, numbers)
 
 
 def settings_of_tensors(model, rules: list[Rule], args: Args, num_models: int) -> dict[str, Settings]:
@@ -893,40 +751,26 @@ def settings_of_tensors(model, rules: list[Rule], args: Args, num_models: int) -
     Several values are points of a line over the layers. Outside of the layers the embeddings have the first
     value and what comes behind the last layer has the last (mergekit: all of these have the first).
     """
-    density = (0.2 if args.method == "ties" else 0.1) if args.density is None else args.density
-    count = {}  # layers of each stack
-    for name in model.shapes:
-        if match := LAYER.match(name):
-            count[match[1]] = max(count.get(match[1], 0), int(match[2]) + 1)
-    result, unused = {}, set(rules)
+    last, result, unused = {}, {}, set(rules)
+    start = {"weight": args.weights or (1.0,) * num_models, "density": (args.density,) * num_models}
+    start |= {"lambda": (args.lambda_,), "t": (args.t,), "outliers": (args.outliers,)}
+    for match in filter(None, map(LAYER.match, model.shapes)):  # the last layer of each stack
+        last[match[1]] = max(last.get(match[1], 0), int(match[2]))
     for name in model.shapes:
         match = LAYER.match(name)
         depth = float(not EMBEDDING.search(name) and args.compat == "paper")
         if match:
-            depth = int(match[2]) / (count[match[1]] - 1) if count[match[1]] > 1 else 1.0
-        weights, densities = list(args.weights or (1.0,) * num_models), [density] * num_models
-        chosen = {  # in the order of Settings
-            "lambda": 1.0 if args.lambda_ is None else args.lambda_,
-            "t": 0.5 if args.t is None else args.t,
-            "outliers": 0.01 if args.outliers is None else args.outliers,
-        }
-        for rule in [rule for rule in rules if rule.matches(name)]:
+            depth = int(match[2]) / last[match[1]] if last[match[1]] else 1.0
+        chosen = {key: list(numbers) for key, numbers in start.items()}
+        for rule in [rule for rule in rules if fnmatchcase(f".{name}", f"*.{rule.pattern}")]:
             unused.discard(rule)
-            points = range(len(rule.values))
-            value = float(np.interp(depth * points[-1], points, rule.values))
-            if rule.name in chosen:
-                chosen[rule.name] = value
-            else:
-                per_model = weights if rule.name == "weight" else densities
-                for i in range(num_models) if rule.model is None else [rule.model]:
-                    per_model[i] = value
-        if not all(0 < density <= 1 for density in densities) or not 0 <= chosen["outliers"] < 1:
-            fail(f"{name}: --density must lie in (0, 1] and --outliers in [0, 1)")
-        if not all(map(math.isfinite, [*weights, *chosen.values()])):
-            fail(f"{name}: a parameter is not a finite number")
+            points, numbers = range(len(rule.values)), chosen[rule.name]
+            for i in range(len(numbers)) if rule.model is None else [rule.model]:
+                numbers[i] = float(np.interp(depth * points[-1], points, rule.values))
+        weights, densities, (lambda_,), (t,), (outliers,) = map(tuple, chosen.values())
         if args.method == "linear" and abs(sum(weights)) <= 1e-6 * sum(map(abs, weights)):
             fail(f"{name}: the weights add up to 0, and linear divides by their sum")
-        result[name] = Settings(tuple(weights), tuple(densities), *chosen.values())
+        result[name] = Settings(weights, densities, lambda_, t, outliers)
     if unused:
         fail(f"--rule: no tensor matches {some(rule.pattern for rule in unused)}")
     if args.method == "ties" and args.compat == "paper" and len({s.densities for s in result.values()}) > 1:
@@ -937,23 +781,21 @@ def settings_of_tensors(model, rules: list[Rule], args: Args, num_models: int) -
 def sources_of(name: str, read: list, lead) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(values, filler) of a tensor in each model: the one that leads fills up missing rows for tokens."""
     width = math.prod(lead.shapes[name][1:])
-    ends = [model.rows * width if model.rows and of_tokens(name) else None for model in read]
-    return [(model[name][:end], lead[name]) for model, end in zip(read, ends, strict=True)]
+    ends = [model.rows * width if model.rows and OF_TOKENS.search(name) else None for model in read]
+    return [(model[name][:end], lead[name]) for model, end in zip(read, ends)]
 
 
 def uniform(seed: int, model: int, name: str, tile: slice) -> torch.Tensor:
-    """Draws in [0, 1), (n,), from a counter-based generator: they depend on nothing but their place.
-
-    So tiles and shards of any size give the same masks. The counter moves on once in 8 draws.
-    """
+    """Draws in [0, 1), (n,), that depend on these and their place alone, not on tiles, shards and threads."""
     key = hashlib.blake2b(f"{seed} {model} {name}".encode(), digest_size=16).digest()
-    generator = np.random.Philox(key=int.from_bytes(key, "little")).advance(tile.start // 8)
+    generator = np.random.Philox(key=int.from_bytes(key, "little"))
+    generator.advance(tile.start // 8)  # the counter moves on once in 8 draws
     draws = np.random.Generator(generator).random(tile.stop - tile.start, dtype=np.float32)
     return torch.from_numpy(draws)
 
 
 @contextmanager
-def workers():
+def worker_threads():
     """As many threads as torch has, each for a tile of its own."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc gives tiles back to the system and pages them in anew: keep them
@@ -961,286 +803,75 @@ def workers():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
     count = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(count) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(count)
+    with ThreadPoolExecutor(count) as pool:
+        yield pool
+    torch.set_num_threads(count)
 
 
-def in_order(pool, jobs: Iterable[Callable]) -> Iterator:
-    """The results of jobs in their order; a few are under way, so that few are held in memory."""
-    pending = deque()
-    for job in jobs:
-        pending.append(pool.submit(job))
-        if len(pending) > 2 * pool._max_workers:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+def write_shard(path: Path, tensors: dict[str, torch.Tensor]):
+    """Write a file of weights, free its tensors, and wait until it is on the disk."""
+    save_file(tensors, path, {"format": "pt"})
+    tensors.clear()
+    shutil.copymode(path.parent.parent / "args.json", path)  # save_file lets nobody else read its files
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
-class Progress:
-    """A bar of the bytes read, and a line every ten seconds where there is no terminal to draw it on."""
-
-    def __init__(self, what: str, read: list, passes: int = 1):
-        widths = [(model.shapes[k], DTYPES[model.dtypes[k]].itemsize) for model in read for k in model.shapes]
-        size = sum(math.prod(shape) * width for shape, width in widths)
-        self.what, self.per_number, self.total = what, size / max(1, read[0].num_parameters), passes * size
-        self.bar = tqdm(total=self.total, unit="B", unit_scale=True, desc=what, disable=None)
-        self.started, self.done = time.perf_counter(), 0
-        self.last = self.started
-
-    def update(self, numbers: int):
-        self.done += numbers * self.per_number
-        self.bar.update(int(self.done) - self.bar.n)
-        now = time.perf_counter()
-        if now - self.last > 10:
-            speed, self.last = self.done / (now - self.started), now
-            left = round((self.total - self.done) / speed)
-            done, total, speed = self.done / 1e9, self.total / 1e9, speed / 1e9
-            eta = f"{left // 60}:{left % 60:02}"
-            say(f"{self.what}  {done:.1f} of {total:.1f} GB, {speed:.2f} GB/s, left {eta}")
-
-
-class Shard(NamedTuple):
-    """A file of the result: its tensors in order, and what stands before their values."""
-
-    file: str
-    names: list[str]
-    header: bytes
-    size: int
-
-
-def read_size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
-    if not match or float(match[1]) == 0:
-        fail(f"--max-shard-size {text!r} is not a size such as 500MB or 5GB")
-    return int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()])
-
-
-def plan_shards(shapes: dict, dtypes: dict, max_shard_size: str) -> list[Shard]:
-    """The files of the result, headers and all, before a number of it is known."""
-    limit, groups, sizes, total = read_size(max_shard_size), [[]], {}, 0
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    for name, shape in shapes.items():
-        sizes[name] = math.prod(shape) * dtypes[name].itemsize
-        if groups[-1] and total + sizes[name] > limit:
-            groups.append([])
-            total = 0
-        groups[-1].append(name)
-        total += sizes[name]
-    shards = []
-    for i, group in enumerate(groups, 1):
-        group.sort(key=lambda name: -dtypes[name].itemsize)  # every tensor starts at a multiple of its width
-        header, end = {"__metadata__": {"format": "pt"}}, 0
-        for name in group:
-            start, end = end, end + sizes[name]
-            header[name] = {"dtype": codes[dtypes[name]], "shape": shapes[name], "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        file = "model.safetensors" if len(groups) == 1 else f"model-{i:05}-of-{len(groups):05}.safetensors"
-        shards.append(Shard(file, group, len(text).to_bytes(8, "little") + text, end))
-    return shards
-
-
-def write_shard(folder: Path, shard: Shard, thread, tiles: Iterable[torch.Tensor]):
-    """Write a file tile by tile, in a thread of its own, while the next ones are computed."""
-    with open(folder / shard.file, "wb") as file:
-        file.write(shard.header)
-        writes = (partial(file.write, tile.view(torch.uint8).numpy()) for tile in tiles)
-        size = sum(in_order(thread, writes))
-    if size != shard.size:
-        raise RuntimeError(f"{shard.file} has {size} bytes of tensors, not {shard.size}")
-
-
-def write_other_files(folder: Path, shards: list[Shard], lead, dtypes: dict):
-    """All but the weights: their index, where they are in several files, and what the model that leads has.
-
-    That is its config, tokenizer, generation config, chat template and whatever else is no weights.
-    """
-    if len(shards) > 1:
-        weight_map = {name: shard.file for shard in shards for name in shard.names}
-        index = {"metadata": {"total_size": sum(s.size for s in shards)}, "weight_map": weight_map}
+def write_other_files(folder: Path, plan, lead, works: dict[str, Work]):
+    """The index of several files of weights, and all of the model that leads that is no weights."""
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for path in sorted(lead.folder.iterdir()):
+    for path in lead.folder.iterdir():
         if path.is_file() and not any(fnmatchcase(path.name, pattern) for pattern in NOT_COPIED):
             shutil.copyfile(path, folder / path.name)
-    stored = str(max(dtypes.values(), key=list(dtypes.values()).count)).removeprefix("torch.")
+    dtypes = [work.dtype for work in works.values()]
+    stored = str(max(dtypes, key=dtypes.count)).removeprefix("torch.")
     config = {k: stored if k in ("dtype", "torch_dtype") else v for k, v in lead.config.items()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def sync(path: Path):
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-@contextmanager
-def partial_folder(output_dir: Path, args: Args):
-    """The folder of the run under another name until all of it is on disk: what has the name is whole.
-
-    A run that fails leaves nothing but the scores of a sweep, under that other name.
-    """
-    folder = output_dir.with_name(f"{output_dir.name}.partial")
-    scores = folder / "sweep.json"
-    if os.path.exists(scores) or (os.path.exists(folder) and not os.path.exists(folder / "args.json")):
-        fail(f"{folder} is in the way, and not what a killed merge leaves: move it or delete it")
-    shutil.rmtree(folder, ignore_errors=True)
+def score_model(folder: Path, label: str, args: Args) -> float:
+    """The number that --eval-command prints last of a model."""
+    command = args.eval_command.replace("{model}", shlex.quote(str(folder)))
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
     try:
-        folder.mkdir(parents=True)
-        (folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
-        shutil.copy(__file__, folder)
-        yield folder
-        for path in (*folder.rglob("*"), folder):
-            sync(path)
-    except BaseException as error:
-        shutil.rmtree(folder / "model" if scores.exists() else folder, ignore_errors=True)
-        if scores.exists():
-            say(f"the scores so far are in {scores}")
-        if isinstance(error, OSError):
-            fail(f"{error.filename or folder}: {error.strerror or error}")
-        raise
-    folder.rename(output_dir)
-    sync(output_dir.parent)
+        score = math.nan if done.returncode else float(done.stdout.split()[-1])
+    except (IndexError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        printed = " ".join((done.stdout + done.stderr).split())[-200:]
+        fail(f"--eval-command should print a finite number last (exit code {done.returncode}): {printed}")
+    say(f"  {score:.4g}: {label}")
+    return score
 
 
-def score_model(folder: Path, args: Args, names: list[str]) -> dict[str, float]:
-    """What --eval-command says of a model: the numbers in the JSON object it prints last, `names` too."""
-    command = [word.replace("{model}", str(folder)) for word in shlex.split(args.eval_command)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    printed = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[-1]
-    if done.returncode:
-        why = (done.stderr.strip() or printed).splitlines()[-1]
-        fail(f"--eval-command ends with exit code {done.returncode}: {why}")
-    try:
-        metrics = {k: float(v) for k, v in json.loads(printed).items() if isinstance(v, int | float)}
-    except (ValueError, AttributeError):
-        metrics = {}
-    missing = [name for name in names if name not in metrics]
-    if not metrics or missing:
-        wanted = f" with {', '.join(missing)}" if missing else ""
-        fail(f"--eval-command should print a JSON object of numbers{wanted} last, not: {printed[:200]}")
-    if wrong := [name for name in metrics if not math.isfinite(metrics[name])]:
-        fail(f"--eval-command gives {metrics[wrong[0]]} for {wrong[0]}, which is no score")
-    return metrics
-
-
-def draw_sweep(path: Path, points: list[dict], names: list[str], method: str):
-    """Metrics against the parameter, the first of `names`, and two metrics against each other."""
-    from matplotlib.figure import Figure
-
-    (parameter, *chosen), columns = names, {name: [point[name] for point in points] for name in names}
-    pairs = [(parameter, name) for name in chosen] + [tuple(chosen)] * (len(chosen) > 1)
-    figure = Figure(figsize=(3.7 * len(pairs), 3.4), layout="tight")
-    for axis, (x, y) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
-        color = "tab:blue" if x == parameter else "tab:red"
-        axis.plot(columns[x], columns[y], "o-", markersize=4, color=color)
-        axis.set(xlabel=x, ylabel=y)
-        for name, letter in ((x, "x"), (y, "y")):
-            low, high = min(columns[name]), max(columns[name])
-            if 0 < 10 * low < high:
-                ticks = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5)]
-                ticks = [tick for tick in ticks if low <= tick <= high]
-                axis.set(**{f"{letter}scale": "log", f"{letter}ticks": ticks})
-                getattr(axis, f"{letter}axis").set(major_formatter="{x:g}", minor_formatter="")
-        for value, *place in zip(*columns.values(), strict=True) if x != parameter else ():
-            axis.annotate(f" {value:g}", place, fontsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{method}, along {parameter}", fontsize=10)
-    figure.savefig(path, dpi=120)
-
-
-def sizes_and_angles(inner: torch.Tensor) -> dict:
-    """From a `gram`: norms of base and task vectors, and cosines of these with it and one another."""
-    norms = inner.diagonal().clamp(min=0).sqrt()
-    cosines = (inner / (norms[:, None] * norms).clamp(min=1e-300)).tolist()
-    pairs = combinations(range(1, len(norms)), 2)
+def norms_and_cosines(inner: torch.Tensor) -> dict:
+    """From a `gram`: norms of the task vectors, also over that of the base, and cosines among them."""
+    norms = inner.diagonal().clamp(min=0).sqrt()  # (K + 1,)
+    cosines = inner / (norms[:, None] * norms).clamp(min=1e-300)  # (K + 1, K + 1)
     return {
-        "base_norm": norms[0].item(),
-        "norm": norms[1:].tolist(),
-        "relative_norm": (norms[1:] / norms[0].clamp(min=1e-300)).tolist(),
-        "cosine_with_base": cosines[0][1:],
-        "cosine": {f"{i}-{j}": cosines[i][j] for i, j in pairs},
+        "relative_norm": {str(i): x.item() for i, x in enumerate(norms / norms[0].clamp(min=1e-300)) if i},
+        "cosine": {f"{i}-{j}": cosines[i, j].item() for i, j in combinations(range(1, len(norms)), 2)},
     }
-
-
-def kind_of(name: str) -> str:
-    """The name of a tensor without the number of its layer."""
-    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def write_report(folder: Path, grams: dict[str, torch.Tensor], base, models: list) -> dict:
-    """Norms and cosines of the task vectors: report.json by tensor, a table by kind of tensor, a heat map."""
-    kinds = {}
+    """Norms and cosines of the task vectors, by kind of tensor over all layers, as table and JSON."""
+    kinds = {"all": sum(grams.values())}
     for name, inner in grams.items():
-        kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + inner
-    whole = sizes_and_angles(sum(grams.values()))
-    named = [model.name for model in (models if base else models[1:])]
-    result = {
-        "base": (base or models[0]).name,
-        "models": named,
-        "whole": whole,
-        "kinds": {kind: sizes_and_angles(inner) for kind, inner in kinds.items()},
-        "tensors": {name: sizes_and_angles(inner) for name, inner in grams.items()},
-    }
-    (folder / "report.json").write_text(json.dumps(result, indent=2) + "\n")
-    if not named:  # a single model, compared with nothing
-        return {}
-    widest, shown = max(map(len, [*kinds, "all"])), 9
-    titles = [f"change {i}" for i in range(1, len(named) + 1)]
-    titles += [f"cosine {pair}" for pair in whole["cosine"]]
-    say(f"norm of each task vector over that of {result['base']}, and cosines of task vectors:")
-    for i, name in enumerate(named, 1):
-        say(f"  {i} is {name}")
-    more = f"  and {len(titles) - shown} more in report.json" if len(titles) > shown else ""
-    say(f"{'':{widest}}" + "".join(f"{title:>13}" for title in titles[:shown]) + more)
-    for kind, figures in [*result["kinds"].items(), ("all", whole)]:
-        cells = [f"{norm:.4f}" for norm in figures["relative_norm"]]
-        cells += [f"{cosine:+.4f}" for cosine in figures["cosine"].values()]
-        say(f"{kind:{widest}}" + "".join(f"{cell:>13}" for cell in cells[:shown]))
-    draw_report(folder / "report.png", result)
-    summary = {f"relative_norm/{i}": x for i, x in enumerate(whole["relative_norm"], 1)}
-    return summary | {f"cosine/{pair}": x for pair, x in whole["cosine"].items()}
-
-
-def draw_report(path: Path, result: dict):
-    """Kinds of tensors by layers: mean change; of two models or more, mean cosine of their task vectors."""
-    from matplotlib.figure import Figure
-
-    cells, layers = {}, {-1}  # -1: none
-    for name, figures in result["tensors"].items():
-        layer = int(match[2]) if (match := LAYER.match(name)) else -1
-        layers.add(layer)
-        cells.setdefault((kind_of(name), layer), []).append(figures)
-    kinds, layers = list(result["kinds"]), sorted(layers)
-    panels = [("mean norm of the task vectors over that of the base", "relative_norm", "viridis", 0, None)]
-    if result["whole"]["cosine"]:
-        panels.append(("mean cosine of the task vectors", "cosine", "coolwarm", -1, 1))
-    size = (4.5 + (0.32 * len(layers) + 2) * len(panels), 1.5 + 0.28 * len(kinds))
-    figure = Figure(figsize=size, layout="tight")
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axis, (title, key, colours, lowest, highest) in zip(axes, panels, strict=True):
-        values = np.full((len(kinds), len(layers)), np.nan)
-        for (kind, layer), of_cell in cells.items():
-            rows = [list(f[key].values()) if key == "cosine" else f[key] for f in of_cell]
-            row, column = kinds.index(kind), layers.index(layer)
-            values[row, column] = np.mean(rows)
-            axis.text(column, row, f"{np.mean(rows):.2f}", ha="center", va="center", fontsize=6)
-        # Pale, so that the numbers can be read.
-        image = axis.imshow(values, aspect="auto", cmap=colours, vmin=lowest, vmax=highest, alpha=0.6)
-        axis.set_title(title, fontsize=9)
-        axis.set_xticks(range(len(layers)), ["–" if layer < 0 else layer for layer in layers], fontsize=7)
-        axis.set_yticks(range(len(kinds)), kinds, fontsize=7)
-        axis.set_xlabel("layer", fontsize=8)
-        figure.colorbar(image, ax=axis)
-    figure.savefig(path, dpi=120)
+        kind = re.sub(r"\.\d+(?=\.)", ".*", name)  # without the number of the layer
+        kinds[kind] = kinds.get(kind, 0) + inner
+    kinds = {kind: norms_and_cosines(inner) for kind, inner in kinds.items()}
+    report = {"base": base.name, "models": [model.name for model in models], "kinds": kinds}
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    say("norms of the task vectors over that of the base, and their cosines:")
+    for kind, figures in kinds.items():
+        cells = [f"{i} {norm:.4f}" for i, norm in figures["relative_norm"].items()]
+        cells += [f"{pair} {cosine:+.3f}" for pair, cosine in figures["cosine"].items()]
+        say(f"{kind:{max(map(len, kinds))}}  {'  '.join(cells[:7])}")  # of many models the first
+    return {f"{key}/{i}": x for key in ("relative_norm", "cosine") for i, x in kinds["all"][key].items()}
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except KeyboardInterrupt:
-        say("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    main(tyro.cli(Args))

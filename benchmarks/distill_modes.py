@@ -62,7 +62,7 @@ def main(args: Args):
     panels[-1].grid(alpha=0.3)
     panels[0].legend(fontsize=7, frameon=False)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=130)
+    figure.savefig(args.output, dpi=105)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def draw(result: dict, path: Path):
         panel.grid(alpha=0.3)
     panels[2].legend(loc="upper left", fontsize=7)  # where no curve passes
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=120)
 
 
 def main(args: Args):

@@ -61,7 +61,7 @@ def draw(result: dict, path: Path):
         panel.set_title(name, fontsize=10)
     panels[0].legend(fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=120)
 
 
 def main(args: Args):

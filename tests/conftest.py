@@ -27,53 +27,47 @@ FAKE = f'''"""Fits one number by gradient descent.
     python fake.py --rate 0.5
 """
 
-from dataclasses import dataclass, field
-
+import pydantic
 import tyro
+from pydantic import PositiveInt
+
 
 {BANNER.format("Arguments")}
-
-
-@dataclass
+@pydantic.dataclasses.dataclass
 class Args:
-    rate: float = 0.1
-    """Step size, in units of the target."""
-    num_steps: int = 4
-    """Number of steps."""
-    verbose: bool = False
-    """Print the loss."""
-    half: int = field(init=False)
-    """Half of the steps, over which the rate is constant."""
+    # Optimization
+    rate: float = 0.1  # step size, in units of the target
+    # number of steps,
+    # over the whole run
+    num_steps: PositiveInt = 4
+
+    # Output
+    verbose: bool = False  # print the loss
+    folder: str | None = None  # folder of the run; by default run
 
     def __post_init__(self):
+        self.folder = self.folder or "run"
         if self.rate <= 0:
             raise ValueError("--rate must be positive")
-        self.half = self.num_steps // 2
 
 
 {BANNER.format("Algorithm")}
-
-
 def square_loss(x, target):
     """Half the squared distance of the numbers `x` and `target`."""
     return 0.5 * (x - target) ** 2
 
 
 {BANNER.format("Training")}
-
-
 def main(args):
     x = 0.0
-    for _ in range(args.half):
+    for _ in range(args.num_steps):
         x = descend(x, 1.0, args.rate)
     if args.verbose:
-        print(square_loss(x, 1.0))
+        print(args.folder, square_loss(x, 1.0))
     return {{"loss": square_loss(x, 1.0)}}
 
 
 {BANNER.format("Plumbing")}
-
-
 # No momentum.
 def descend(x, target, rate):
     """One step of gradient descent."""
@@ -128,12 +122,6 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session")
-def repo() -> Path:
-    """The repository's root."""
-    return ROOT
-
-
-@pytest.fixture(scope="session")
 def tiny() -> Path:
     """The folder of the embedded tokenizer, checkpoints and data."""
     return ROOT / "tiny"
@@ -146,6 +134,22 @@ def gsm8k() -> Path:
     if not path.is_dir():
         pytest.skip("no local copy of GSM8K")
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """A real model, SmolLM2-135M-Instruct, for slow tests: made once by ../shared/data/get_smollm2.py."""
+    folder = Path.home() / ".cache" / "cleanpost" / "smollm2"
+    maker, half = ROOT.parent / "shared" / "data" / "get_smollm2.py", folder.with_name("smollm2.half")
+    if not folder.exists():
+        pytest.importorskip("gguf")
+        pytest.importorskip("accelerate")
+        if not maker.exists():
+            pytest.skip("no ../shared/data/get_smollm2.py")
+        half.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, maker, half], check=True)
+        half.rename(folder)
+    return folder
 
 
 @pytest.fixture

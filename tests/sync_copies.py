@@ -1,15 +1,13 @@
 """Carries one script's version of every shared function to the other scripts.
 
-Each script is a file to read and to fork on its own, so its plumbing is a deliberate copy of its siblings': a
-function, a class, or a constant of the Plumbing section that has the same name in two scripts is the same
+A function, a class, or a constant of the Plumbing section that has the same name in two scripts is the same
 text in both. Edit it in one script, then
 
     python tests/sync_copies.py grpo.py            # carry grpo.py's version to every script that has the name
     python tests/sync_copies.py grpo.py --check    # only say what differs; exit status 1 when something does
 
 `main` and `Args` are each script's own. The text carried starts at the comment lines directly above the
-definition and its decorators. What a copied function needs is not imported for it: ruff (F821) finds what is
-missing.
+definition. What a copied function needs is not imported for it: ruff (F821) finds what is missing.
 """
 
 import argparse
@@ -37,22 +35,14 @@ class Definition(NamedTuple):
 
 
 def scripts(root: Path = ROOT) -> list[Path]:
-    """The scripts of `root`: its *.py files that define a class `Args` and a function `main`."""
-    return [
-        path
-        for path in sorted(root.glob("*.py"))
-        if OWN <= {n.name for n in definitions_of(path.read_text())}
-    ]
+    """The *.py files of `root` that define a class `Args` and a function `main`."""
+    return [p for p in sorted(root.glob("*.py")) if OWN <= {d.name for d in definitions_of(p.read_text())}]
 
 
 def sections(source: str) -> list[tuple[str, int]]:
     """(title, 0-based line of the banner's first rule) of every section banner, in order of appearance."""
-    lines = source.splitlines()
-    return [
-        (lines[i + 1].removeprefix("# "), i)
-        for i in range(len(lines) - 2)
-        if lines[i] == lines[i + 2] == RULE and re.fullmatch(r"# \S.*", lines[i + 1]) and lines[i + 1] != RULE
-    ]
+    banner = re.compile(rf"^{RULE}\n# (\S.*)\n{RULE}$", re.MULTILINE)
+    return [(match[1], source.count("\n", 0, match.start())) for match in banner.finditer(source)]
 
 
 def section_of(source: str, line: int) -> str:
@@ -62,21 +52,14 @@ def section_of(source: str, line: int) -> str:
 
 def definitions_of(source: str) -> list[Definition]:
     """Every top-level function and class, and the constants of Plumbing, with the comments above them."""
-    lines = source.splitlines()
-    found = []
+    lines, found = source.splitlines(), []
     for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            name = node.name
-        elif (
-            isinstance(node, ast.Assign | ast.AnnAssign) and section_of(source, node.lineno - 1) == "Plumbing"
-        ):
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            if not isinstance(target, ast.Name):
-                continue
-            name = target.id
-        else:
+        name = getattr(node, "name", None)  # of a function or a class
+        if isinstance(node, ast.Assign | ast.AnnAssign) and section_of(source, node.lineno) == "Plumbing":
+            name = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+        if name is None:
             continue
-        start = min([node.lineno] + [d.lineno for d in getattr(node, "decorator_list", [])]) - 1
+        start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
         while start > 0 and lines[start - 1].startswith("#") and lines[start - 1] != RULE:
             start -= 1
         end = node.end_lineno
@@ -102,34 +85,23 @@ def drifted(paths: list[Path]) -> dict[str, list[list[str]]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replaces the file at once: whoever reads it sees the old text or the new one, never half."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(name, path.stat().st_mode)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, path.stat().st_mode)
+    os.replace(file.name, path)
 
 
 def carry(source: Path, targets: list[Path], write: bool = True) -> list[tuple[Path, str]]:
     """Gives `targets` the text that `source` has for every name they share; returns what differed."""
     wanted, changes = definitions(source), []
     for target in targets:
-        lines = target.read_text().splitlines()
-        stale = [
-            d for name, d in definitions(target).items() if name in wanted and d.text != wanted[name].text
-        ]
-        for old in sorted(
-            stale, key=lambda d: -d.start
-        ):  # from the bottom up: earlier line numbers stay true
+        lines, own = target.read_text().splitlines(), definitions(target)
+        stale = [d for name, d in own.items() if name in wanted and d.text != wanted[name].text]
+        for old in sorted(stale, key=lambda d: -d.start):  # from below: earlier line numbers stay true
             lines[old.start : old.end] = wanted[old.name].text.splitlines()
         changes += [(target, d.name) for d in stale]
         if stale and write:
-            text = "\n".join(lines) + "\n"
-            ast.parse(text)
-            write_atomically(target, text)
+            write_atomically(target, "\n".join(lines) + "\n")
     return changes
 
 
@@ -142,11 +114,9 @@ def main() -> int:
     siblings = scripts(source.parent)
     if source not in siblings:
         parser.error(f"{args.script} is not a script (a file that defines `Args` and `main`)")
-    changes = carry(source, [path for path in siblings if path != source], write=not args.check)
+    changes = carry(source, siblings, write=not args.check)
     for target, name in changes:
         print(f"{target.name}: {name} {'differs from' if args.check else 'taken from'} {source.name}")
-    if not changes:
-        print(f"every copy of {source.name}'s definitions is the same text")
     return int(args.check and bool(changes))
 
 

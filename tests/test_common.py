@@ -1,4 +1,4 @@
-"""common.py: packed equals alone, the head against float64, refusals, KL estimators by enumeration.
+"""common.py: packed equals alone, the head against float64, sampling, refusals, KL estimators by enumeration.
 
 The code is held against transformers' own forward pass over one unpadded sequence at a time, plain float64
 arithmetic, or numbers worked by hand; only a setting that must change nothing is held against its absence.
@@ -19,21 +19,25 @@ import transformers
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common import (
-    check_attention,
     check_packed,
     collate,
     completion_states,
+    conversational,
+    decode,
+    draw,
     head_logits,
     head_settings,
     kl_full,
     kl_k1,
     kl_k2,
     kl_k3,
+    pack,
     packed_attention,
     segment_sum,
+    template_of,
     token_logprobs,
 )
 
@@ -221,20 +225,6 @@ def test_chunk_size_changes_neither_values_nor_gradients(family):
     assert_equal_gradients(gradients(model, *few[:2]), gradients(model, *many[:2]))
 
 
-@torch.no_grad()
-def test_embedding_noise_is_added_to_the_input_embeddings_of_its_own_token():
-    model, stock, sequences = cached("llama"), cached("llama", "eager"), make_sequences()
-    noise = 0.5 * torch.randn(sum(LENGTHS), HIDDEN_SIZE, generator=torch.Generator().manual_seed(0))
-    expected = []
-    for (ids, trained), e in zip(sequences, noise.split(LENGTHS), strict=True):
-        logits = stock(inputs_embeds=(stock.model.embed_tokens(ids) + e)[None], use_cache=False).logits
-        log_p = F.pad(logits[0, :-1].log_softmax(-1), (0, 0, 1, 0))  # the row before a token predicts it
-        expected.append(log_p.gather(-1, ids[:, None]).squeeze(-1)[trained])
-    noisy = token_logprobs(model, collate(sequences), embedding_noise=noise)
-    assert_equal(noisy, torch.cat(expected), 1e-5)
-    assert (noisy - token_logprobs(model, collate(sequences))).abs().max() > 0.1
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3", "cohere"])
 @torch.no_grad()
 def test_temperature_is_that_of_sampling(family):
@@ -344,7 +334,7 @@ def test_neither_the_logits_nor_a_dense_mask_of_a_row_ever_exist():
             return output
 
     model, batch, shapes, chunk_size = build("llama"), collate(make_sequences((60,) * 5)), set(), 40
-    assert batch.num_completion_tokens > 3 * chunk_size
+    assert len(batch.completion_index) > 3 * chunk_size
     with Shapes():
         logprobs, entropy = token_logprobs(model, batch, return_entropy=True, chunk_size=chunk_size)
         gradients(model, logprobs, entropy)
@@ -479,7 +469,7 @@ def test_gradient_is_the_slope_of_the_values():
     batch = collate(make_sequences())
     model = Head(batch.input_ids.shape[1], True, size=0.5, final_logit_softcapping=3.0, logit_scale=0.5)
     generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(2, batch.num_completion_tokens, generator=generator)  # (2, C)
+    weights = torch.randn(2, len(batch.completion_index), generator=generator)  # (2, C)
 
     def value():
         outputs = token_logprobs(model, batch, temperature=0.7, return_entropy=True)
@@ -583,39 +573,10 @@ def test_frozen_head_gets_no_gradient_and_the_backbone_the_same():
 # What is refused --------------------------------------------------------------------------------------------
 
 
-def model_class(config):
-    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-
-
-@pytest.mark.parametrize(
-    "model_type, attn",
-    [("gemma2", "packed"), ("gemma2", "sdpa")]
-    + [("gpt_oss", attn) for attn in ("packed", "sdpa", "eager")]
-    + [
-        (model_type, attn)
-        for model_type in ("mamba", "qwen3_next", "falcon_h1")
-        for attn in ("packed", "eager", "flash_attention_2")
-    ],
-)
-def test_architecture_that_packed_rows_would_get_wrong_is_refused_by_name(model_type, attn):
-    config = AutoConfig.for_model(model_type)
-    with pytest.raises(ValueError, match=rf"\b{model_type}\b"):
-        check_attention(config, model_class(config), attn)
-
-
-@pytest.mark.parametrize("attn", ["packed", "sdpa"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_supported_family_is_not_refused(family, attn):
-    model_type, settings = FAMILIES[family]
-    config = AutoConfig.for_model(model_type, **(SIZES | settings))
-    check_attention(config, model_class(config), attn)
-
-
 def test_gemma2_is_exact_under_eager():
     """Soft-capped attention scores, soft-capped logits, windows."""
     settings = {"head_dim": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0} | WINDOWS
     model, sequences = build("gemma2", "eager", **settings), make_sequences()
-    check_attention(model.config, type(model), "eager")
     check_packed(model)
     outputs = token_logprobs(model, collate(sequences), return_entropy=True)
     expected = stock_logprobs(model, sequences)
@@ -636,16 +597,31 @@ def test_check_packed_accepts_what_is_exact(family):
     check_packed(cached(family))
 
 
+@pytest.mark.parametrize("attn", ["packed", "eager"])
 @pytest.mark.parametrize(
     "model_type, settings",
     [
         ("gpt_oss", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}),
         ("mamba", {"state_size": 8}),
+        ("qwen3_next", {"head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1}),
     ],
 )
-def test_check_packed_refuses_a_model_that_leaks(model_type, settings):
-    with pytest.raises(ValueError, match=rf"\b{model_type}\b.*--attn eager"):
-        check_packed(build(model_type, "eager", **settings))
+def test_check_packed_refuses_a_model_that_leaks(model_type, settings, attn):
+    with pytest.raises(ValueError, match="--attn|packed sequences"):  # some models refuse themselves
+        check_packed(build(model_type, attn, **settings))
+
+
+def test_check_packed_names_the_attention_that_soft_caps():
+    with pytest.raises(ValueError, match="use --attn eager"):
+        check_packed(build("gemma2", head_dim=8, attn_logit_softcapping=2.0))
+
+
+@pytest.mark.parametrize("scale", [1, 8])
+def test_check_packed_accepts_a_healthy_bfloat16_model(scale):
+    """Its logits are coarse: the larger they are, the further apart equal ones may come out."""
+    model = build("llama")
+    model.lm_head.weight.data *= scale
+    check_packed(model.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("factor", [1.2, math.nan])
@@ -669,6 +645,131 @@ def test_check_packed_refuses_attention_that_sees_the_sequence_before(monkeypatc
         check_packed(model)
 
 
+# Sampling ---------------------------------------------------------------------------------------------------
+
+PROMPTS = [[5, 6, 7, 8], [9, 10], [5, 6, 7, 8], [11, 12, 13, 14, 15, 16, 17]]
+
+
+def uniforms(rows, columns, seed=0):
+    return torch.rand(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("attn", ["packed", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_decoding_is_that_of_generate(family, attn):
+    model = cached(family, attn)
+    model.generation_config = GenerationConfig(eos_token_id=[2, 3], pad_token_id=0, max_new_tokens=40)
+    for prompt, (ids, _) in zip(PROMPTS, decode(model, PROMPTS, uniforms(4, 40), [2, 3], 0.0), strict=True):
+        expected = model.generate(torch.tensor([prompt]), do_sample=False)[0, len(prompt) :].tolist()
+        assert ids == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "cohere", "gpt2"])
+def test_sampled_log_probs_are_those_of_the_packed_row(family):
+    model = cached(family)
+    sampled = decode(model, PROMPTS, uniforms(4, 30), [2, 3], 0.7)
+    rows = [(p + ids, [0] * len(p) + [1] * len(ids)) for p, (ids, _) in zip(PROMPTS, sampled, strict=True)]
+    expected = token_logprobs(model, collate(rows), temperature=0.7)
+    assert_equal(torch.cat([logprobs for _, logprobs in sampled]), expected, 1e-4)
+    for ids, _ in sampled:
+        assert set(ids[:-1]).isdisjoint([2, 3]) and (len(ids) == 30 or ids[-1] in (2, 3))
+
+
+def test_a_sample_depends_on_no_other_sequence():
+    model, numbers = cached("llama"), uniforms(40, 50)
+    prompts = PROMPTS * 10
+    together = decode(model, prompts, numbers, [2, 3], 1.0)
+    assert len({len(ids) for ids, _ in together}) > 5  # some end long before others
+    for i in (0, 7, 22, 39):
+        [(alone, _)] = decode(model, [prompts[i]], numbers[i : i + 1], [2, 3], 1.0)
+        assert alone == together[i][0]
+
+
+def test_draws_follow_the_distribution_at_each_temperature():
+    """Uniform numbers on a grid give each token as often as its probability says, to a grid point or two."""
+    logits = 2 * torch.randn(1, 700, generator=torch.Generator().manual_seed(0))  # over two blocks
+    grid = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    for temperature in (0.5, 1.0):
+        p = (logits[0].double() / temperature).softmax(0)
+        tokens, logprobs = draw(logits.expand(20_000, -1), grid, temperature)
+        assert (torch.bincount(tokens, minlength=700) - 20_000 * p).abs().max() <= 1.5
+        assert_equal(logprobs, p.log()[tokens], 1e-4)
+    assert draw(logits, grid[:1], 0.0)[0] == logits.argmax()
+    assert draw(logits * math.nan, grid[:1], 1.0)[0] < 700
+
+
+def test_packs_the_example_of_the_docstring():
+    assert pack([3, 5, 2, 4], max_tokens=8) == [[1, 0], [3, 2]]
+
+
+@pytest.mark.parametrize("multiple_of", [1, 2, 3, 8])
+def test_packs_every_index_once_within_the_budget(multiple_of):
+    for seed in range(5):
+        lengths = np.random.default_rng(seed).integers(1, 120, 40)
+        rows = pack(lengths, 100, multiple_of)
+        assert sorted(i for row in rows for i in row) == list(range(40)) and len(rows) % multiple_of == 0
+        assert all(len(row) == 1 or lengths[row].sum() <= 100 for row in rows if row)
+        assert multiple_of > 1 or lengths.sum() / 100 / len(rows) > 0.8  # rows are full
+    assert pack([], 100) == []
+
+
+# Chat formats -----------------------------------------------------------------------------------------------
+
+USER, REPLY = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({"question": "a", "answer": "b"}, {"prompt": [USER], "completion": [REPLY]}),
+        ({"question": 1, "answer": 2}, {"prompt": [USER | {"content": "1"}]}),
+        ({"question": "a", "chosen": "b", "rejected": 3}, {"prompt": [USER], "chosen": [REPLY]}),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            {"messages": [USER, REPLY]},
+        ),
+        ({"conversations": [USER, REPLY]}, {"messages": [USER, REPLY]}),
+        ({"instruction": "a", "input": "", "output": "b"}, {"prompt": [USER], "completion": [REPLY]}),
+        ({"instruction": "a", "input": "x", "output": "b"}, {"prompt": [USER | {"content": "a\n\nx"}]}),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: "},
+            {"chosen": [USER, REPLY], "rejected": [USER, REPLY | {"content": ""}]},
+        ),
+        (
+            {"prompt": "\n\nHuman: a\n\nAssistant:", "completion": "b"},
+            {"prompt": [USER], "completion": [REPLY]},
+        ),
+        ({"text": "\n\nHuman: a\n\nAssistant: b"}, {"messages": [USER, REPLY]}),
+        (
+            {"prompt": "a", "chosen": [REPLY], "rejected": "c"},
+            {"prompt": [USER], "rejected": [REPLY | {"content": "c"}]},
+        ),
+        (
+            {"prompt": "a", "completion": "b", "label": True},
+            {"prompt": "a", "completion": "b", "label": True},
+        ),
+        ({"prompt": "a", "completion": 4.5}, {"completion": "4.5"}),
+        ({"prompt": None, "text": "t"}, {"text": "t"}),
+        ({"messages": [USER], "tools": None}, {"messages": [USER]}),
+    ],
+)
+def test_rows_of_all_formats_say_the_same(row, expected):
+    read = conversational(row)
+    assert {name: read[name] for name in expected} == expected and None not in read.values()
+
+
+def test_template_shows_tools_null_contents_and_parts(random_model):
+    tokenizer = AutoTokenizer.from_pretrained(random_model)
+    apply = template_of(tokenizer, {})
+    parts = [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]
+    assert apply([USER | {"content": parts}]) == apply([USER | {"content": "xy", "name": None}])
+    assert apply([USER | {"content": None}]) == apply([USER | {"content": ""}])
+    with pytest.raises(ValueError, match="does not show the tools"):
+        template_of(tokenizer, {"tools": '[{"name": "f"}]'})
+    tokenizer.chat_template = "{{ tools }}" + tokenizer.chat_template
+    assert template_of(tokenizer, {"tools": '[{"name": "f"}]'})([USER]).startswith("[{'name': 'f'}]")
+
+
 # Packed rows ------------------------------------------------------------------------------------------------
 
 
@@ -681,7 +782,7 @@ def test_collate_lays_out_the_worked_example(kind):
     assert batch.completion_index.tolist() == [1, 2, 4]
     assert batch.sequence_index.tolist() == [0, 0, 1]
     assert batch.lengths == (3, 2) and all(type(length) is int for length in batch.lengths)
-    assert (batch.num_sequences, batch.num_completion_tokens) == (2, 3)
+    assert (batch.num_sequences, len(batch.completion_index)) == (2, 3)
     assert batch.cu_seqlens.dtype == torch.int32  # what the kernels take
     assert batch.predictor_index.tolist() == [0, 1, 3]
     for tensor in (batch.input_ids, batch.position_ids, batch.completion_index, batch.sequence_index):
@@ -865,8 +966,8 @@ def compare_sharded(rank):
             whole.zero_grad()
             (weights * torch.stack(expected)).sum().backward()
 
-            start = parts[0].num_completion_tokens if rank else 0
-            mine = slice(start, start + parts[rank].num_completion_tokens)
+            start = len(parts[0].completion_index) if rank else 0
+            mine = slice(start, start + len(parts[rank].completion_index))
             sharded.zero_grad()  # before the forward pass, which leaves the root's parameters unsharded
             outputs = token_logprobs(sharded, parts[rank], **settings)
             for x, y in zip(outputs, expected, strict=True):

@@ -1,30 +1,32 @@
-"""grpo.py: its advantages, losses and weights, the sampler, rewards, rollouts, short runs and errors.
+"""grpo.py: its advantages, losses and weights, rewards, rollouts, rows, short runs and errors.
 
 Gradients are held against those of the expected reward over every sequence of a small vocabulary, values
-against numbers worked by hand. What dapo.py and rloo_remax.py share with it word for word is tested here.
+against numbers worked by hand.
 """
 
 import functools
 import itertools
 import json
 import math
+import random
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import common
 import grpo
 
-CPU, END = torch.device("cpu"), 2  # <|im_end|> of tiny's tokenizer, whose padding is 0
-CLOCK = {"tokens_per_second", "step_time"}  # what no two runs share
-CLOCK |= {f"time/{stage}" for stage in ("rollout", "reward", "logprobs", "update")}
+CPU, END = torch.device("cpu"), 2  # <|im_end|> of tiny's tokenizer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def process_group():
+    grpo.setup_distributed()
 
 
 def float64(*values):
@@ -81,23 +83,20 @@ def expected_gradient(table, group_size, advantages_of, loss_of, loss_agg="seq_m
     chances = table.probabilities().detach()[groups].prod(1)  # of each group
     assert chances.sum().item() == pytest.approx(1)
     lengths = table.lengths[groups]
-    weights = grpo.token_weights(
-        lengths.flatten(),
-        loss_agg=loss_agg,
-        num_sequences=group_size,
-        num_tokens=0,
-        max_completion_length=1,
-    )
-    of_sequence = chances.repeat_interleave(group_size) * weights
+    weights = torch.stack([grpo.token_weights(x, loss_agg, max_completion_length=1) for x in lengths])
+    of_sequence = (chances[:, None] * weights).flatten()
     logps = table.token_logps(groups.flatten().tolist())
     spread = lambda x: x.repeat_interleave(lengths.flatten())
     losses = loss_of(logps, spread(advantages_of(table.rewards[groups]).flatten()))
     return -table.gradient((losses * spread(of_sequence)).sum())
 
 
-def on_policy(logps, advantages, **settings):
-    settings = {"epsilon": 0.2, "epsilon_high": 0.2} | settings
-    return grpo.grpo_loss(logps, logps.detach(), settings.pop("ref", None), advantages, **settings)
+def on_policy(logps, advantages):
+    return grpo.grpo_loss(grpo.importance_ratio(logps, logps.detach()), advantages, 0.2, 0.2)
+
+
+def cispo_on_policy(logps, advantages):
+    return grpo.cispo_loss(grpo.importance_ratio(logps, logps.detach()), advantages, logps, 4.0)
 
 
 def distance(one, other):
@@ -105,12 +104,11 @@ def distance(one, other):
     return (one - other).abs().max().item()
 
 
-@pytest.mark.parametrize("policy_loss", ["clip", "cispo"])
+@pytest.mark.parametrize("loss_of", [on_policy, cispo_on_policy])
 @pytest.mark.parametrize("end", [None, 2], ids=["equal-lengths", "an-end"])
-def test_gradient_with_plain_rewards_is_that_of_the_expected_reward(end, policy_loss):
+def test_gradient_with_plain_rewards_is_that_of_the_expected_reward(end, loss_of):
     table = Table(0, end)
     assert len(table.sequences) == (27 if end is None else 15)
-    loss_of = functools.partial(on_policy, policy_loss=policy_loss)
     found = expected_gradient(table, 1, lambda rewards: rewards, loss_of)
     assert distance(found, true_gradient(table)) < 1e-6
 
@@ -128,9 +126,7 @@ def bernoulli_gradient(p, group_size, scale):
     odds = torch.tensor(math.log(p / (1 - p)), dtype=torch.float64, requires_grad=True)
     groups = torch.tensor(list(itertools.product((0.0, 1.0), repeat=group_size))).double()
     chances = (p**groups * (1 - p) ** (1 - groups)).prod(1, keepdim=True)
-    logps = torch.where(groups == 1, odds, -odds) - torch.nn.functional.softplus(
-        torch.where(groups == 1, odds, -odds)
-    )
+    logps = torch.nn.functional.logsigmoid(torch.where(groups == 1, odds, -odds))
     advantages = grpo.group_advantages(groups, scale=scale)
     losses = on_policy(logps.flatten(), advantages.flatten()).view(groups.shape)
     return -torch.autograd.grad((losses * chances / group_size).sum(), odds)[0].item()
@@ -194,14 +190,12 @@ def test_gradient_of_the_kl_in_the_loss_depends_on_the_estimator(end):
     table, ref = Table(3, end), Table(4, end)
     ref_logps = ref.token_logps(range(len(table.sequences))).detach()
 
-    def pull(kl, beta):
-        loss_of = functools.partial(on_policy, ref=ref_logps, beta=beta, kl=kl)
-        return -expected_gradient(table, 1, lambda r: 0 * r, loss_of)
+    def pull(kl):
+        return -expected_gradient(table, 1, lambda r: r, lambda logps, _: common.KL[kl](logps, ref_logps))
 
-    assert pull("k1", 1.0).abs().max() < 1e-6
-    assert distance(pull("k2", 1.0), prefix_kl_gradient(table, ref, forward=False)) < 1e-6
-    assert distance(pull("k3", 1.0), prefix_kl_gradient(table, ref, forward=True)) < 1e-6
-    assert distance(pull("k3", 0.04), 0.04 * pull("k3", 1.0)) < 1e-6
+    assert pull("k1").abs().max() < 1e-6
+    assert distance(pull("k2"), prefix_kl_gradient(table, ref, forward=False)) < 1e-6
+    assert distance(pull("k3"), prefix_kl_gradient(table, ref, forward=True)) < 1e-6
 
 
 # Advantages -------------------------------------------------------------------------------------------------
@@ -236,7 +230,6 @@ def test_advantages_of_equal_rewards_are_exactly_0(scale):
             rewards = torch.tensor([[value] * 3, [0.0, 1.0, 5.0], [value] * 3], dtype=dtype)
             found = grpo.group_advantages(rewards, scale=scale)
             assert found[[0, 2]].abs().max() == 0 and found[1].abs().min() > 0
-            assert grpo.group_std(rewards.double())[[0, 2]].tolist() == [0, 0]
     alone = grpo.group_advantages(torch.full((1, 7), 0.1), scale=scale)
     assert alone.tolist() == [[0] * 7]
 
@@ -251,19 +244,12 @@ def test_completion_without_a_reward_is_left_out_and_gets_no_advantage(scale):
     assert with_gaps[1:].tolist() == [[0] * 4] * 2
 
 
-def test_group_std_by_hand():
-    found = grpo.group_std(float64([1, 0, 0, 0], [1, math.nan, 0, 5], [math.nan] * 4, [2, *[math.nan] * 3]))
-    assert found.tolist() == pytest.approx([0.5, math.sqrt(7), 0, 0])
-
-
 # Loss -------------------------------------------------------------------------------------------------------
 
 
-def loss_and_slope(ratio, advantage, **settings):
-    settings = {"epsilon": 0.2, "epsilon_high": 0.28} | settings
+def loss_and_slope(loss_of, ratio):
     logprobs = float64(-1.3).requires_grad_()
-    old = logprobs.detach() - math.log(ratio)
-    loss = grpo.grpo_loss(logprobs, old, None, float64(advantage), **settings)
+    loss = loss_of(grpo.importance_ratio(logprobs, logprobs.detach() - math.log(ratio)), logprobs)
     return loss.item(), torch.autograd.grad(loss.sum(), logprobs)[0].item()
 
 
@@ -283,14 +269,15 @@ def loss_and_slope(ratio, advantage, **settings):
     ],
 )
 def test_clip_by_hand(ratio, advantage, loss, slope):
-    assert loss_and_slope(ratio, advantage) == pytest.approx((loss, slope))
+    loss_of = lambda rho, _: grpo.grpo_loss(rho, float64(advantage), 0.2, 0.28)
+    assert loss_and_slope(loss_of, ratio) == pytest.approx((loss, slope))
 
 
 @pytest.mark.parametrize("ratio, weight", [(0.01, 0.01), (0.5, 0.5), (1, 1), (4.9, 4.9), (5.1, 5), (90, 5)])
 @pytest.mark.parametrize("advantage", [2, -2])
 def test_cispo_clamps_the_weight_and_keeps_every_gradient(ratio, weight, advantage):
-    found = loss_and_slope(ratio, advantage, policy_loss="cispo", epsilon_high=4.0)
-    assert found == pytest.approx((weight * advantage * 1.3, -weight * advantage))
+    loss_of = lambda rho, logprobs: grpo.cispo_loss(rho, float64(advantage), logprobs, 4.0)
+    assert loss_and_slope(loss_of, ratio) == pytest.approx((weight * advantage * 1.3, -weight * advantage))
 
 
 def test_sequence_ratio_is_the_geometric_mean_with_its_gradient():
@@ -303,8 +290,8 @@ def test_sequence_ratio_is_the_geometric_mean_with_its_gradient():
     assert grpo.importance_ratio(old + moved, old).tolist() == pytest.approx(moved.exp().tolist())
 
     def loss(logprobs):
-        clip = {"epsilon": 0.25, "epsilon_high": 0.25, "sequence_index": index}
-        return (grpo.grpo_loss(logprobs, old, None, advantages, **clip) / lengths).sum()
+        ratio = grpo.importance_ratio(logprobs, old, index)
+        return (grpo.grpo_loss(ratio, advantages, 0.25, 0.25) / lengths).sum()
 
     logprobs = (old + moved).requires_grad_()
     assert torch.autograd.gradcheck(loss, (logprobs,))
@@ -315,71 +302,16 @@ def test_sequence_ratio_is_the_geometric_mean_with_its_gradient():
     assert loss(logprobs).item() == pytest.approx(value)
 
 
-def test_kl_in_the_loss_by_hand():
-    # log-ratio 0.5: k1 = 0.5, k2 = 0.125, k3 = e^-0.5 - 1 + 0.5; slopes 1, 0.5, 1 - e^-0.5
-    values = {"k1": (0.5, 1), "k2": (0.125, 0.5), "k3": (0.1065307, 0.3934693)}
-    for kl, (value, slope) in values.items():
-        logprobs = float64(-1.0).requires_grad_()
-        old, ref = logprobs.detach(), logprobs.detach() - 0.5
-        clip = {"epsilon": 0.2, "epsilon_high": 0.2}
-        loss = grpo.grpo_loss(logprobs, old, ref, float64(2.0), beta=0.1, kl=kl, **clip)
-        assert loss.item() == pytest.approx(-2 + 0.1 * value)
-        assert torch.autograd.grad(loss.sum(), logprobs)[0].item() == pytest.approx(-2 + 0.1 * slope)
+def test_weights_of_the_sampler_by_hand():
+    old, sampler = float64(-1, -1, -2), float64(-1, -2, -1)  # ratios 1, e, 1 / e
+    assert grpo.sampler_weights(old, sampler, 2.0).tolist() == pytest.approx([1, 2, math.exp(-1)])
 
 
 def test_token_weights_by_hand():
-    settings = {"num_sequences": 2, "num_tokens": 6, "max_completion_length": 8}
-    weights = lambda agg: grpo.token_weights(torch.tensor([2, 4]), loss_agg=agg, **settings).tolist()
+    weights = lambda agg: grpo.token_weights(torch.tensor([2, 4]), agg, 8).tolist()
     assert weights("seq_mean_token_mean") == pytest.approx([1 / 4, 1 / 8])
     assert weights("token_mean") == pytest.approx([1 / 6] * 2)
     assert weights("seq_mean_token_sum_norm") == pytest.approx([1 / 16] * 2)
-
-
-@pytest.mark.parametrize("loss_agg", ["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"])
-def test_loss_is_the_same_for_any_split_into_micro_batches(loss_agg):
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 9, 7)
-    losses = [rng.normal(size=n) for n in lengths]
-    means = {
-        "seq_mean_token_mean": np.mean([x.mean() for x in losses]),
-        "token_mean": np.concatenate(losses).mean(),
-        "seq_mean_token_sum_norm": np.mean([x.sum() / 9 for x in losses]),
-    }
-    for split in ([range(7)], [[3], [0, 6], [1, 2, 4, 5]], [[i] for i in range(7)]):
-        total = 0.0
-        for row in split:
-            weights = grpo.token_weights(
-                torch.tensor(lengths[list(row)]),
-                loss_agg=loss_agg,
-                num_sequences=7,
-                num_tokens=int(lengths.sum()),
-                max_completion_length=9,
-            )
-            total += sum(w * losses[i].sum() for w, i in zip(weights.tolist(), row, strict=True))
-        assert total == pytest.approx(means[loss_agg], rel=1e-5)
-
-
-def test_clip_shares_count_where_the_gradient_is_lost():
-    ratio, advantages = torch.tensor([0.7, 0.7, 1.3, 1.3, 1.0, 1.25]), torch.tensor([1.0, -1, 1, -1, 1, 1])
-    found = grpo.clip_shares(ratio, advantages, 0.2, 0.28)
-    assert found.tolist() == [[0, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
-    assert grpo.clip_shares(ratio, 0 * advantages, 0.2, 0.28).sum() == 0
-
-
-# Measures ---------------------------------------------------------------------------------------------------
-
-
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
-    right = np.array([[0, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]], bool)
-    for k in range(1, 6):
-        wanted = np.mean([[any(some) for some in itertools.combinations(line, k)] for line in right])
-        assert grpo.pass_at_k(right, k) == pytest.approx(wanted)
-
-
-def test_majority_is_the_first_of_the_most_frequent_answers():
-    assert grpo.majority(["7", "3", "3", "7", "3"]) == 1
-    assert grpo.majority(["5", "8", "8", "5"]) == 0
-    assert grpo.majority(["5"]) == 0
 
 
 def test_distinct_ngrams_by_hand():
@@ -390,53 +322,15 @@ def test_distinct_ngrams_by_hand():
     assert grpo.distinct_ngrams([[1], [2]]) == 0
 
 
-def test_self_bleu_by_hand():
-    assert grpo.self_bleu([[1, 2, 3, 4, 5]] * 3) == pytest.approx(1)
-    # 2 of 4, 1 of 3, then half a match of 2 and of 1
-    assert grpo.self_bleu([[1, 2, 3, 4], [1, 2, 5, 6]]) == pytest.approx((1 / 2 / 3 / 4 / 2) ** 0.25)
-    # a match counts once (1 of 4, then halves of 3, 2, 1), and the short one pays for its length
-    clipped = [(1 / 4 / 6 / 4 / 2) ** 0.25] * 2
-    assert grpo.self_bleu([[1, 1, 1, 1], [1, 2, 3, 4]]) == pytest.approx(np.mean(clipped))
-    short = [math.exp(1 - 4 / 2), (1 / 2 / 3 / 4 / 2) ** 0.25]
-    assert grpo.self_bleu([[1, 2], [1, 2, 3, 4]]) == pytest.approx(np.mean(short))
-    # the sibling that is nearest in length and the best matches of all of them count
-    three = [1.0, (1 / 2 / 3 / 4 / 2) ** 0.25, 1.0]
-    assert grpo.self_bleu([[1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 3, 4]]) == pytest.approx(np.mean(three))
-    assert grpo.self_bleu([list(range(8)), list(range(8, 16))]) < 0.1
+def test_distinct_ngrams_read_a_bounded_number_of_tokens(monkeypatch):
+    read = []
+    monkeypatch.setattr(grpo, "distinct_ngrams", lambda group: read.append(sum(map(len, group))) or 0.5)
+    rollout = [completion_of([7] * 8000)] * 512
+    assert grpo.describe_rollout(rollout, 8)["completions/distinct_2"] == 0.5
+    assert sum(read) <= 2**16
 
 
-def test_symptoms_are_told_by_their_thresholds():
-    first = {"entropy": 1.0, "completions/mean_length": 10.0, "reward": 0.5, "gold_reward": 0.5}
-    healthy = {"entropy": 0.51, "completions/mean_length": 19.0, "reward": 0.9, "gold_reward": 0.49}
-    assert grpo.symptoms(first, healthy) == []
-    found = lambda **changes: grpo.symptoms(first, healthy | changes)
-    assert ["entropy" in message for message in found(entropy=0.49)] == [True]
-    assert ["length" in message for message in found(**{"completions/mean_length": 21.0})] == [True]
-    assert ["hacked" in message for message in found(gold_reward=0.4)] == [True]
-    assert found(gold_reward=0.4, reward=0.4) == []  # both fall: that is no hacking
-    no_gold = {key: value for key, value in healthy.items() if key != "gold_reward"}
-    assert grpo.symptoms(first, no_gold) == []
-
-
-def test_each_symptom_is_told_once(tmp_path, capsys):
-    monitor = grpo.Monitor(tmp_path, 0)
-    steps = [
-        {"step": n, "entropy": 1 / n, "completions/mean_length": 5.0, "reward": 0.1} for n in range(1, 16)
-    ]
-    for metrics in steps:
-        monitor(metrics)
-    [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("warning: step 10: entropy")
-
-
-def test_monitor_knows_the_steps_before_a_resume(tmp_path):
-    lines = [{"step": 0, "eval/reward": 1.0}, *({"step": n, "x": n * 10} for n in range(1, 5))]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert grpo.Monitor(tmp_path, 3).before("x") == 30 and len(grpo.Monitor(tmp_path, 3).history) == 3
-    assert grpo.Monitor(tmp_path, 0).before("x") == 0
-
-
-# The sampler ------------------------------------------------------------------------------------------------
+# Rollouts ---------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -444,9 +338,13 @@ def tiny_tokenizer():
     return grpo.load_tokenizer(grpo.Args())
 
 
-@functools.cache
-def tiny_policy(name="tiny/sft"):
-    return grpo.load_model(name, grpo.Args(), tiny_tokenizer(), CPU)
+def load_policy(folder="tiny/sft"):
+    policy = grpo.load_model(str(folder), grpo.Args(), CPU)
+    policy.generation_config.eos_token_id = grpo.end_tokens(tiny_tokenizer(), policy)
+    return policy
+
+
+tiny_policy = functools.cache(load_policy)
 
 
 @functools.cache
@@ -464,93 +362,48 @@ def read_lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def prompts_of(rows, tokenizer=None):
-    tokenizer = tokenizer or tiny_tokenizer()
-    return [grpo.Prompt(grpo.prompt_tokens(tokenizer, row["prompt"], row), row) for row in rows]
+def prompts_of(rows):
+    return [grpo.read_prompt(tiny_tokenizer(), row, f"row {n}", grpo.Args()) for n, row in enumerate(rows, 1)]
 
 
-def sample(prompts, policy=None, tokenizer=None, seed=5, **flags):
+def completion_of(token_ids, prompt=None, text="", ended=True):
+    prompt = prompt or grpo.Prompt([5, 6], {"prompt": "?"}, "row 1")
+    return grpo.Completion(prompt, token_ids, torch.zeros(len(token_ids)), text, ended)
+
+
+def sample(prompts, policy=None, group_size=1, temperature=1.0, seed=5, **flags):
     args = grpo.Args(**({"max_completion_length": 24} | flags))
-    policy, tokenizer = policy or tiny_policy(), tokenizer or tiny_tokenizer()
-    return grpo.roll_out(policy, tokenizer, prompts, args, CPU, seed=seed)
-
-
-LOGITS = float64(0.3, -1.2, 2.0, -math.inf, 0.0, 1.1, -0.4)
-
-
-def sampled_tokens(uniforms, temperature, logits=LOGITS):
-    sampler = grpo.InverseSampler(float64(*uniforms)[:, None], temperature)
-    scores = sampler(None, logits.float().expand(len(uniforms), -1))
-    assert ((scores == 0).sum(1) == 1).all() and (scores.isinf().sum(1) == len(logits) - 1).all()
-    return scores.argmax(1), sampler.logprobs[0]
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
-def test_sampler_draws_the_tokens_as_often_as_softmax_says(temperature):
-    count = 20_000
-    tokens, logprobs = sampled_tokens([(n + 0.5) / count for n in range(count)], temperature)
-    wanted = (LOGITS / temperature).softmax(0)
-    shares = torch.bincount(tokens, minlength=7) / count
-    assert (shares - wanted).abs().max() < 1.5 / count  # evenly spaced numbers leave no noise
-    assert torch.allclose(logprobs.double(), wanted.log()[tokens], atol=1e-5)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_token_changes_where_the_distribution_function_is_crossed(temperature):
-    ends = (LOGITS / temperature).softmax(0).cumsum(0).tolist()
-    allowed = [0, 1, 2, 4, 5, 6]
-    below, above = [ends[k] - 1e-6 for k in allowed[:-1]], [ends[k] + 1e-6 for k in allowed[:-1]]
-    assert sampled_tokens(below, temperature)[0].tolist() == allowed[:-1]
-    assert sampled_tokens(above, temperature)[0].tolist() == allowed[1:]
-    assert sampled_tokens([0.0, 1 - 1e-12], temperature)[0].tolist() == [0, 6]
-
-
-def test_tokens_without_any_chance_are_never_drawn():
-    forbidden = float64(-math.inf, 0.0, -math.inf, 0.0, -math.inf)
-    assert sampled_tokens([0.0, 0.25, 0.5, 1 - 1e-12], 1.0, forbidden)[0].tolist() == [1, 1, 3, 3]
-
-
-def test_sampler_takes_another_number_at_each_step():
-    sampler = grpo.InverseSampler(float64([0.01, 0.99], [0.99, 0.01]), 1.0)
-    tokens = [sampler(None, LOGITS.float().expand(2, -1)).argmax(1).tolist() for _ in range(2)]
-    assert tokens == [[0, 6], [6, 0]]
+    policy = policy or tiny_policy()
+    return grpo.roll_out(policy, tiny_tokenizer(), prompts, group_size, temperature, seed, args)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.6])
 def test_kept_logprobs_are_those_of_packed_rows(one_cpu, temperature):
-    found = sample(prompts_of(tiny_rows()[:12]), temperature=temperature)
-    sequences = [grpo.Sequence(completion.input_ids, completion.trained) for completion in found]
-    args = grpo.Args(temperature=temperature, max_tokens_per_micro_batch=200, share_prompt=False)
-    packed = grpo.completion_logps(tiny_policy(), sequences, args, CPU)
-    for completion, logprobs in zip(found, packed, strict=True):
-        assert len(completion.logprobs) == len(completion.token_ids) == completion.trained.sum()
-        assert completion.input_ids[completion.trained].tolist() == completion.token_ids
-        assert completion.logprobs.tolist() == pytest.approx(logprobs.tolist(), abs=1e-4)
+    found = sample(prompts_of(tiny_rows()[:6]), group_size=2, temperature=temperature)
+    args = grpo.Args(max_tokens_per_micro_batch=200)
+    for row in grpo.pack_rollout(found, list(range(12)), args, CPU):
+        logprobs = grpo.token_logprobs(tiny_policy(), row.batch, temperature=temperature)
+        assert row.sampler_logprobs.tolist() == pytest.approx(logprobs.tolist(), abs=1e-4)
+        tokens = [token for i in row.completion.unique_consecutive() for token in found[i].token_ids]
+        assert row.batch.input_ids[0, row.batch.completion_index].tolist() == tokens
     assert min(completion.logprobs.min() for completion in found) < -0.5
 
 
-def test_samples_do_not_depend_on_the_batch_or_on_the_other_prompts(one_cpu):
+def test_samples_do_not_depend_on_what_is_sampled_beside_them(one_cpu):
     rows = sorted(tiny_rows()[:10], key=lambda row: len(str(row)))
     prompts = prompts_of(rows[::2] + rows[1::2])  # of many lengths, so that padding differs
     ids = [completion.token_ids for completion in sample(prompts)]
     assert len({tuple(x) for x in ids}) > 5
-    for size in (1, 3):
-        assert [c.token_ids for c in sample(prompts, generation_batch_size=size)] == ids
+    for budget in (1, 300):  # one at a time, or a few
+        assert [c.token_ids for c in sample(prompts, max_tokens_per_rollout=budget)] == ids
     assert [c.token_ids for c in sample(prompts[:4])] == ids[:4]
-    others = prompts[:4] + prompts[:3:-1]  # the same four before others
-    assert [c.token_ids for c in sample(others, generation_batch_size=5)][:4] == ids[:4]
+    assert [c.token_ids for c in sample(prompts[:4] + prompts[:3:-1])][:4] == ids[:4]
     assert [c.token_ids for c in sample(prompts, seed=6)] != ids
 
 
-def stock(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def test_sampling_at_a_temperature_of_almost_0_is_greedy(one_cpu):
+def test_sampling_at_temperature_0_is_greedy(one_cpu):
     prompts, model = prompts_of(tiny_rows()[:4]), stock(ROOT / "tiny" / "sft")
-    args = replace(grpo.Args(max_completion_length=12), temperature=1e-6)
-    found = grpo.roll_out(tiny_policy(), tiny_tokenizer(), prompts, args, CPU, seed=0)
-    for prompt, completion in zip(prompts, found, strict=True):
+    for prompt, completion in zip(prompts, sample(prompts, temperature=0.0, max_completion_length=12)):
         ids = list(prompt.input_ids)
         while len(ids) < len(prompt.input_ids) + 12 and ids[-1] != END or ids == prompt.input_ids:
             with torch.no_grad():
@@ -558,32 +411,20 @@ def test_sampling_at_a_temperature_of_almost_0_is_greedy(one_cpu):
         assert completion.token_ids == ids[len(prompt.input_ids) :]
 
 
-def test_generation_config_of_the_model_stays_out(one_cpu, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(ROOT / "tiny" / "sft", folder)
-    path = folder / "generation_config.json"
-    own = {"do_sample": True, "top_k": 1, "temperature": 0.1, "repetition_penalty": 7.0, "max_new_tokens": 3}
-    own |= {"min_new_tokens": 2, "num_beams": 2, "no_repeat_ngram_size": 1, "forced_eos_token_id": 7}
-    path.write_text(json.dumps(json.loads(path.read_text()) | own))
-    policy = grpo.load_model(str(folder), grpo.Args(), tiny_tokenizer(), CPU)
-    assert policy.generation_config.top_k == 1  # it is there
-    prompts = prompts_of(tiny_rows()[:6])
-    assert [c.token_ids for c in sample(prompts, policy)] == [c.token_ids for c in sample(prompts)]
-    assert policy.generation_config.repetition_penalty == 7.0  # and is put back
+def stock(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def test_every_end_token_ends_a_completion(one_cpu, tmp_path):
+def test_every_end_token_ends_a_completion_and_other_settings_of_the_model_stay_out(one_cpu, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(ROOT / "tiny" / "sft", folder)
     newline = tiny_tokenizer()("1\n2", add_special_tokens=False).input_ids[1]
-    path = folder / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [END, newline]}))
-    tokenizer = grpo.load_tokenizer(grpo.Args(model=str(folder)))
-    assert tokenizer.end_ids == sorted({END, newline})
-    prompts = prompts_of(tiny_rows()[:12])
-    plain, found = sample(prompts), sample(prompts, tokenizer=tokenizer)
-    cut = [c.token_ids.index(newline) + 1 for c in plain if newline in c.token_ids]
-    assert len(cut) > 5
+    own = {"eos_token_id": newline, "do_sample": True, "top_k": 1, "repetition_penalty": 7.0}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    policy, prompts = load_policy(folder), prompts_of(tiny_rows()[:12])
+    assert policy.generation_config.eos_token_id == sorted({END, newline})  # the template writes the other
+    plain, found = sample(prompts), sample(prompts, policy)
+    assert sum(newline in c.token_ids for c in plain) > 5
     for one, other in zip(found, plain, strict=True):
         end = other.token_ids.index(newline) + 1 if newline in other.token_ids else None
         assert one.token_ids == other.token_ids[:end]
@@ -601,10 +442,56 @@ def test_completion_that_is_cut_off_has_not_ended(one_cpu):
     assert len({completion.ended for completion in found}) == 2
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_shares_of_processes_are_whole_groups_that_make_up_all(monkeypatch, world_size):
+    monkeypatch.setattr(grpo.dist, "get_world_size", lambda: world_size)
+    shares = []
+    for rank in range(world_size):
+        monkeypatch.setattr(grpo.dist, "get_rank", lambda rank=rank: rank)
+        shares.append(list(grpo.my_share(12, 3)))
+    assert sum(shares, []) == list(range(12)) and all(len(share) % 3 == 0 for share in shares)
+
+
+# Rows -------------------------------------------------------------------------------------------------------
+
+
+def batch_of(row, answers):
+    sequences = [(x + y, [0] * len(x) + [1] * len(y)) for x, y in (answers[i] for i, _ in row)]
+    shared = [n for _, n in row]
+    return common.collate(sequences, shared=shared if any(shared) else None)
+
+
+def test_group_larger_than_the_budget_is_split():
+    # A prompt of 512 tokens and 8 answers of 4,000: in one row they would be 32,512 tokens.
+    answers = [(list(range(512)), [n] * 4000) for n in range(8)]
+    rows = grpo.pack_siblings(answers, 16384)
+    assert sorted(i for row in rows for i, _ in row) == list(range(8))
+    sizes = [batch_of(row, answers).input_ids.shape[1] for row in rows]
+    assert sorted(sizes) == [512 + 2 * 4000, 512 + 3 * 4000, 512 + 3 * 4000]
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("max_tokens, multiple_of", [(40, 1), (64, 2), (1000, 3), (9, 4)])
+def test_rows_keep_to_the_budget_and_deal_evenly(max_tokens, multiple_of, share):
+    rng = random.Random(0)
+    answers = [([n // 4] * (3 + n // 4), [50 + n] * rng.randint(1, 12)) for n in range(24)]
+    rows = grpo.pack_siblings(answers, max_tokens, multiple_of, share)
+    assert sorted(i for row in rows for i, _ in row) == list(range(24)) and len(rows) % multiple_of == 0
+    for row in filter(None, rows):
+        batch = batch_of(row, answers)
+        trained = batch.input_ids[0, batch.completion_index].tolist()
+        assert trained == [token for i, _ in row for token in answers[i][1]]
+        assert batch.input_ids.shape[1] <= max_tokens or len(row) == 1
+    assert any(n for row in rows for _, n in row) == share
+    assert grpo.pack_siblings([], max_tokens, multiple_of, share) == [[]] * multiple_of
+
+
 # Short runs -------------------------------------------------------------------------------------------------
 
 REWARDS = r"""
-import json, re
+import json
+
+import torch
 
 
 def residue(completion_ids, **columns):
@@ -625,6 +512,44 @@ def nothing(completions, **columns):
 
 def short(completions, **columns):
     return [0.0]
+
+
+def text(completions, **columns):
+    return "1" * len(completions)
+
+
+def texts(completions, **columns):
+    return ["1.0"] * len(completions)
+
+
+def endless(completions, **columns):
+    return [float("inf")] * len(completions)
+
+
+def tensor(completion_ids, **columns):
+    return torch.tensor([sum(ids) % 7 / 3 for ids in completion_ids])
+
+
+def matrix(completions, **columns):
+    return torch.zeros(len(completions), 2)
+
+
+def raises(completions, answer, **columns):
+    if "13" in answer:
+        raise KeyError("no\nsuch key")
+    return [0.0] * len(completions)
+
+
+def together(completions, **columns):
+    return [1 / (len(completions) == 1)] * len(completions)
+
+
+def rubric(completions, rubric, **columns):
+    return [0.0] * len(completions)
+
+
+def positional(completions):
+    return [0.0] * len(completions)
 
 
 def solved(completions, answer, **columns):
@@ -663,9 +588,8 @@ def train(tmp_path, rewards, one_cpu):
         path = write_rows(tmp_path / f"prompts_{run.count}.jsonl", rows or tiny_rows())
         defaults = {"dataset": (path,), "output_dir": str(folder), "reward": rewards("residue")}
         defaults |= {"batch_size": 16, "num_generations": 4, "max_completion_length": 12, "max_steps": 2}
-        defaults |= {"eval_every": 0, "save_every": 0, "warmup_steps": 0}
-        run.result = grpo.main(grpo.Args(**(defaults | flags)))
-        folder = Path((defaults | flags)["output_dir"])
+        defaults |= {"eval_every": 0, "save_every": 0, "warmup_steps": 0, "log_every": 1}
+        grpo.main(grpo.Args(**(defaults | flags)))
         lines = read_lines(folder / "metrics.jsonl")
         return folder, [line for line in lines if len(line) > 1]  # without step 0 where nothing was evaluated
 
@@ -676,9 +600,9 @@ def train(tmp_path, rewards, one_cpu):
 @pytest.fixture
 def ratios(monkeypatch):
     """The ratios of every row of a run, in order."""
-    found, clip_shares = [], grpo.clip_shares
-    spy = lambda ratio, *rest: found.append(ratio) or clip_shares(ratio, *rest)
-    monkeypatch.setattr(grpo, "clip_shares", spy)
+    found, grpo_loss = [], grpo.grpo_loss
+    spy = lambda ratio, *rest: found.append(ratio.detach()) or grpo_loss(ratio, *rest)
+    monkeypatch.setattr(grpo, "grpo_loss", spy)
     return found
 
 
@@ -686,11 +610,12 @@ def assert_same_metrics(one, other, rel=1e-5, abs_=1e-6, without=()):
     assert len(one) == len(other)
     for line, wanted in zip(one, other, strict=True):
         assert line.keys() == wanted.keys()
-        for key in wanted.keys() - CLOCK - {"packing/fill"} - set(without):
+        clock = {"tokens_per_second", "step_time", "time/rollout"}
+        for key in wanted.keys() - clock - set(without):
             assert line[key] == pytest.approx(wanted[key], rel=rel, abs=abs_), (key, wanted["step"])
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
 def test_first_pass_has_ratios_of_exactly_1_no_loss_and_a_gradient(train, ratios, temperature):
     _, lines = train(temperature=temperature, max_tokens_per_micro_batch=256)
     assert len(ratios) >= 4 and all((ratio == 1).all() for ratio in ratios)
@@ -702,20 +627,21 @@ def test_first_pass_has_ratios_of_exactly_1_no_loss_and_a_gradient(train, ratios
     assert lines[0]["reward_std"] > 0 and lines[0]["epoch"] == 4 / 64
 
 
-def test_second_pass_over_a_rollout_has_other_ratios(train, ratios):
-    _, [line] = train(num_iterations=2, max_steps=1, epsilon=1e-3)
+@pytest.mark.parametrize("flags", [{"num_iterations": 2}, {"num_minibatches": 2}], ids=str)
+def test_second_update_of_a_rollout_has_other_ratios(train, ratios, flags):
+    _, [line] = train(max_steps=1, epsilon=1e-3, learning_rate=1e-3, max_tokens_per_micro_batch=256, **flags)
     first, second = torch.cat(ratios[: len(ratios) // 2]), torch.cat(ratios[len(ratios) // 2 :])
-    assert (first - 1).abs().max() < 1e-4 and (second - 1).abs().max() > 0.01
+    assert (first == 1).all() and (second - 1).abs().max() > 0.01  # old log-probs are those of the same rows
     assert line["clip_ratio/low_mean"] > 0 and line["clip_ratio/high_mean"] > 0
     region = line["clip_ratio/low_mean"] + line["clip_ratio/high_mean"]
     assert line["clip_ratio/region_mean"] == pytest.approx(region)
-    assert line["sampling/logp_difference_mean"] < 1e-4  # of the old policy, in both passes
+    assert line["sampling/logp_difference_mean"] < 1e-4  # of the old policy, in both updates
 
 
-def test_second_minibatch_has_other_ratios(train, ratios):
-    train(num_minibatches=2, max_steps=1, learning_rate=1e-3)
-    first, second = torch.cat(ratios[: len(ratios) // 2]), torch.cat(ratios[len(ratios) // 2 :])
-    assert (first - 1).abs().max() < 1e-4 and (second - 1).abs().max() > 0.01
+def test_clip_ratio_of_cispo_has_no_lower_side(train):
+    flags = {"policy_loss": "cispo", "num_iterations": 2, "learning_rate": 1e-3, "epsilon": 1e-3}
+    _, [line] = train(max_steps=1, epsilon_high=1e-3, **flags)
+    assert line["clip_ratio/low_mean"] == 0 < line["clip_ratio/high_mean"] == line["clip_ratio/region_mean"]
 
 
 LENGTHS = (1, 3, 5, 2, 4, 4, 1, 6)  # of 2 groups of 4
@@ -725,15 +651,25 @@ UNSCALED = (0.75, -0.25, -0.25, -0.25, 1, -1, -1, 1)
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """scripted(lengths, scores): completions of given lengths and rewards in place of sampled ones."""
+    """scripted(lengths, scores): completions of given lengths and rewards in place of sampled ones.
 
-    def script(lengths, scores):
-        def roll_out(policy, tokenizer, prompts, args, device, *, seed):
-            ids = [[*range(10, 9 + n), END] for n in lengths]
-            return [
-                grpo.completion_of(tokenizer, prompt, x, np.zeros(len(x), np.float32))
-                for prompt, x in zip(prompts, ids, strict=True)
-            ]
+    Those whose numbers are in `cut` have no end; `surprise` makes the sampler's log-probs other than the
+    policy's: by that much below it.
+    """
+
+    def script(lengths, scores, cut=(), surprise=None):
+        def roll_out(policy, tokenizer, prompts, group_size, *_):
+            asked = [prompt for prompt in prompts for _ in range(group_size)]
+            ids = [[*range(10, 9 + n), 9 if i in cut else END] for i, n in enumerate(lengths)]
+            found = [completion_of(x, p, ended=i not in cut) for i, (x, p) in enumerate(zip(ids, asked))]
+            if surprise is None:
+                return found
+            rows = grpo.pack_rollout(found, list(range(len(found))), grpo.Args(), CPU)
+            for row in rows:
+                logprobs = grpo.token_logprobs(policy, row.batch).detach()
+                for i in row.completion.unique().tolist():
+                    found[i] = found[i]._replace(logprobs=logprobs[row.completion == i] - surprise)
+            return found
 
         monkeypatch.setattr(grpo, "roll_out", roll_out)
         line = torch.tensor([scores], dtype=torch.float64)
@@ -743,41 +679,81 @@ def scripted(monkeypatch):
     return script
 
 
+def run_of_8(train, **flags):
+    defaults = {"scale_rewards": "none", "max_completion_length": 8, "batch_size": 8, "max_steps": 1}
+    return train(**(defaults | flags))[1][0]
+
+
+SUM = 0.75 - 0.25 * 10 + 4 - 4 - 1 + 6  # of A over the 26 tokens
+
+
 @pytest.mark.parametrize(
     "loss_agg, loss",
     [
-        # -sum over tokens of A, each with its weight; 26 tokens, a longest of 8
         ("seq_mean_token_mean", 0.0),
-        ("token_mean", -(0.75 - 0.25 * 10 + 4 - 4 - 1 + 6) / 26),
-        ("seq_mean_token_sum_norm", -(0.75 - 0.25 * 10 + 4 - 4 - 1 + 6) / (8 * 8)),
+        ("token_mean", -SUM / 26),
+        ("seq_mean_token_sum_norm", -SUM / (8 * 8)),  # 8 sequences, a longest of 8
     ],
 )
 def test_loss_of_a_step_by_hand(train, scripted, loss_agg, loss):
     scripted(LENGTHS, SCORES)
-    flags = {"scale_rewards": "none", "loss_agg": loss_agg, "max_completion_length": 8}
-    _, [line] = train(batch_size=8, max_steps=1, **flags)
+    line = run_of_8(train, loss_agg=loss_agg)
     assert line["loss"] == pytest.approx(loss, abs=1e-6) and line["grad_norm"] > 0.01
     assert line["reward"] == pytest.approx(9 / 8)
     assert line["reward_std"] == pytest.approx((0.5 + math.sqrt(4 / 3)) / 2)
     assert line["completions/mean_length"] == 26 / 8 and line["completions/clipped_ratio"] == 0
-    assert [line["completions/min_length"], line["completions/max_length"]] == [1, 6]
+
+
+@pytest.mark.parametrize("why", ["no reward", "cut off"])
+@pytest.mark.parametrize("loss_agg", ["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"])
+def test_completions_that_are_not_trained_on_are_in_no_normaliser(train, scripted, loss_agg, why):
+    # of the second group the 4 of 4 tokens and the 6: advantages 1, -1 (no reward) or as they were (cut off)
+    scores = [*SCORES[:4], 3.0, 1.0, math.nan, math.nan] if why == "no reward" else SCORES
+    scripted(LENGTHS, scores, cut=() if why == "no reward" else (6, 7))
+    advantages, lengths = UNSCALED[:6], LENGTHS[:6]  # (3, 1) has the mean 2, as (3, 1, 1, 3)
+    weights = {
+        "seq_mean_token_mean": [1 / (6 * n) for n in lengths],
+        "token_mean": [1 / 19] * 6,
+        "seq_mean_token_sum_norm": [1 / (6 * 8)] * 6,
+    }[loss_agg]
+    wanted = -sum(a * n * w for a, n, w in zip(advantages, lengths, weights, strict=True))
+    line = run_of_8(train, loss_agg=loss_agg, mask_truncated=True)
+    assert line["loss"] == pytest.approx(wanted, abs=1e-6) and line["grad_norm"] > 0.01
+    if why == "cut off":
+        assert run_of_8(train, loss_agg="token_mean")["loss"] == pytest.approx(-SUM / 26, abs=1e-6)
+
+
+def test_minibatch_in_which_nothing_is_trained_changes_nothing(train, scripted):
+    scripted(LENGTHS, SCORES, cut=range(8))
+    line = run_of_8(train, mask_truncated=True, num_minibatches=2)
+    assert line["loss"] == line["grad_norm"] == 0 and line["completions/clipped_ratio"] == 1
 
 
 def test_loss_of_minibatches_is_the_mean_of_theirs(train, scripted, ratios):
     scripted(LENGTHS, SCORES)
-    flags = {"scale_rewards": "none", "loss_agg": "token_mean", "learning_rate": 0.0}
-    _, [line] = train(batch_size=8, num_minibatches=2, max_steps=1, **flags)
+    line = run_of_8(train, loss_agg="token_mean", num_minibatches=2, learning_rate=0.0)
     # 11 tokens of one group, 15 of the other
     wanted = -((0.75 - 0.25 * 10) / 11 + (4 - 4 - 1 + 6) / 15) / 2
     assert line["loss"] == pytest.approx(wanted, abs=1e-5)
     assert sorted(len(ratio) for ratio in ratios) == [11, 15]
 
 
-def test_gradient_of_a_step_is_that_of_the_weighted_log_probs(train, scripted, tmp_path):
+@pytest.mark.parametrize("surprise, weight", [(math.log(1.5), 1.5), (math.log(8), 2.0), (-1.0, math.exp(-1))])
+def test_truncated_importance_weights_of_a_step_by_hand(train, scripted, surprise, weight):
+    scripted(LENGTHS, SCORES, surprise=surprise)
+    plain = run_of_8(train, loss_agg="token_mean")
+    line = run_of_8(train, loss_agg="token_mean", tis_cap=2.0)
+    assert plain["loss"] == pytest.approx(-SUM / 26, abs=1e-5)
+    assert line["loss"] == pytest.approx(-SUM / 26 * weight, abs=1e-5)
+    assert line["grad_norm"] == pytest.approx(plain["grad_norm"] * weight, rel=1e-4)
+    assert line["sampling/logp_difference_mean"] == pytest.approx(abs(surprise), abs=1e-4)
+
+
+def test_gradient_of_a_step_is_that_of_the_weighted_log_probs(train, scripted):
     # -sum w A log pi of the stock model, token by token
     scripted(LENGTHS, SCORES)
     rows = [tiny_rows()[0]] * 2
-    _, [line] = train(rows, batch_size=8, max_steps=1, scale_rewards="none", loss_agg="token_mean")
+    line = run_of_8(train, rows=rows, loss_agg="token_mean")
     model, [prompt] = stock(ROOT / "tiny" / "sft"), prompts_of(rows[:1])
     loss = 0
     for length, advantage in zip(LENGTHS, UNSCALED, strict=True):
@@ -795,211 +771,172 @@ def test_gradient_of_a_step_is_that_of_the_weighted_log_probs(train, scripted, t
     [
         {"loss_agg": "token_mean"},
         {"importance_sampling": "sequence", "num_iterations": 2, "num_minibatches": 2, "beta": 0.04},
-        {"policy_loss": "cispo", "num_iterations": 2, "scale_rewards": "batch", "order": "length"},
+        {"policy_loss": "cispo", "num_iterations": 2, "scale_rewards": "batch"},
     ],
     ids=["token-mean", "gspo", "cispo"],
 )
-def test_memory_flags_change_nothing(train, flags):
+def test_memory_flags_change_nothing(train, monkeypatch, flags):
+    sizes, collate = [], common.collate
+    spy = lambda *a: sizes.append((batch := collate(*a)).input_ids.shape[1] * (len(a[0]) > 1)) or batch
     _, wanted = train(**flags)
-    _, found = train(max_tokens_per_micro_batch=128, generation_batch_size=3, **flags)
+    monkeypatch.setattr(common, "collate", spy)
+    _, found = train(max_tokens_per_micro_batch=64, max_tokens_per_rollout=200, **flags)
     assert_same_metrics(found[:1], wanted[:1])
     assert_same_metrics(found[1:], wanted[1:], rel=1e-3, abs_=1e-5)  # after steps of Adam
     assert wanted[1]["grad_norm"] > 0.1
+    assert max(sizes) <= 64 and len(sizes) > 8  # but for sequences that are longer by themselves
 
 
-@pytest.mark.parametrize("budget", [128, 2048])
-def test_prompts_that_groups_share_change_nothing(train, budget):
-    flags = {"num_iterations": 2, "beta": 0.04}
-    _, wanted = train(**flags)
-    _, found = train(max_tokens_per_micro_batch=budget, share_prompt=False, **flags)
-    assert_same_metrics(found[:1], wanted[:1])
-    assert_same_metrics(found[1:], wanted[1:], rel=1e-3, abs_=1e-5)
+def test_kl_as_a_metric_is_measured_now_and_then_and_else_the_reference_is_not_loaded(train, monkeypatch):
+    loaded, load_model = [], grpo.load_model
+    spy = lambda *args, **settings: loaded.append(settings) or load_model(*args, **settings)
+    monkeypatch.setattr(grpo, "load_model", spy)
+    for flags, measured in (
+        ({"log_every": 2}, [2]),
+        ({"log_every": 4}, []),
+        ({"log_every": 4, "beta": 0.1}, [1, 2, 3]),
+    ):
+        loaded.clear()
+        _, lines = train(max_steps=3, **flags)
+        assert [line["step"] for line in lines if "kl" in line] == measured
+        assert len(loaded) == 1 + bool(measured)
 
 
-def continued_run(train, folder, **flags):
-    """The run of `folder` of 4 steps continued from step 2 in a copy -> folder, metrics."""
-    copy = folder.with_name("continued")
-    shutil.copytree(folder, copy)
-    shutil.rmtree(copy / "model")
-    shutil.rmtree(copy / "checkpoints" / "step_00000004")
-    return train(output_dir=str(copy), resume=True, **flags)
+def test_reference_is_a_model_of_its_own_and_its_kl_may_be_in_the_loss(train):
+    flags = {"ref_model": str(ROOT / "tiny" / "base"), "max_steps": 1}
+    _, [plain] = train(**flags)
+    _, [pulled] = train(beta=0.5, **flags)
+    assert plain["kl"] == pulled["kl"] and plain["kl"] > 0.01
+    assert plain["loss"] == pytest.approx(0, abs=1e-6) and pulled["loss"] > 1e-3
+    assert pulled["grad_norm"] != pytest.approx(plain["grad_norm"], rel=1e-3)
 
 
-def test_continued_run_equals_one_that_never_stopped(train):
-    flags = {"max_steps": 4, "save_every": 2, "num_iterations": 2, "max_completion_length": 8}
-    folder, wanted = train(**flags)
-    copy, found = continued_run(train, folder, **flags)
-    assert_same_metrics(found, wanted, rel=0, abs_=0)
-    one, other = (load_file(x / "model" / "model.safetensors") for x in (folder, copy))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert len(wanted) == 4 and wanted[3]["loss"] != wanted[1]["loss"]
+def test_run_stops_above_max_kl(train, capsys):
+    folder, lines = train(max_steps=5, max_kl=1e-6, log_every=10)
+    assert [line["step"] for line in lines] == [1, 2]  # at the first, the policy is the reference
+    assert (folder / "model").is_dir() and "is above --max-kl 1e-06" in capsys.readouterr().out
 
 
 # Rewards ----------------------------------------------------------------------------------------------------
 
 
-def completions_of(*texts, ended=True, prompt=None):
-    row = {"prompt": prompt or "?"}
-    asked = grpo.Prompt([5, 6], row)
-    ids = lambda text: tiny_tokenizer()(text).input_ids + [END] * ended
-    return [grpo.Completion(asked, ids(t), np.zeros(len(ids(t)), np.float32), t, ended) for t in texts]
-
-
 def test_weighted_sum_leaves_out_what_is_none():
     nan = math.nan
     scores = float64([1, nan, nan, 2], [10, 20, nan, nan])
-    found = grpo.weigh(scores, (0.5, 2.0)).tolist()
+    found = grpo.weighted_sum(scores, (0.5, 2.0)).tolist()
     assert found[:2] + found[3:] == [20.5, 40, 1] and math.isnan(found[2])
-    assert grpo.weigh(scores[:, :1], ()).tolist() == [11]
+    assert grpo.weighted_sum(scores[:, :1], ()).tolist() == [11]
 
 
-def test_rewards_of_none_get_no_gradient(train, rewards):
-    folder, lines = train(reward=rewards("nothing"))
-    assert all(line["grad_norm"] == 0 for line in lines)
-    before = load_file(ROOT / "tiny" / "sft" / "model.safetensors")
-    after = load_file(folder / "model" / "model.safetensors")
-    assert all(torch.equal(before[name], after[name]) for name in after)
+@pytest.fixture
+def rollouts(monkeypatch):
+    """Every completion of a run and its reward, as the advantages see them, step after step."""
+    found, roll_out, group_advantages = [], grpo.roll_out, grpo.group_advantages
 
+    def keep(rewards, scale):
+        found[-1] = list(zip(found[-1], rewards.flatten().tolist(), strict=True))
+        return group_advantages(rewards, scale)
 
-def test_none_of_one_function_leaves_the_others(train, rewards):
-    folder, [line, _] = train(reward=rewards("halves", "nothing"), save_rollouts=True)
-    found = [row for row in read_lines(folder / "rollouts.jsonl") if row["step"] == 1]
-    odd = [sum(row["token_ids"]) % 2 == 1 for row in found]
-    lengths = [1.0 + len(row["token_ids"]) for row in found]
-    wanted = [None if x else n for x, n in zip(odd, lengths, strict=True)]
-    assert 0 < sum(odd) < 16 and [row["reward"] for row in found] == wanted
-    assert line["reward"] == pytest.approx(np.mean([x for x in wanted if x is not None]))
-    assert line["rewards/halves/mean"] == line["reward"] and "rewards/nothing/mean" not in line
-
-
-def test_several_rewards_are_weighted(train, rewards):
-    flags = {"reward": rewards("residue", "brief", "residue"), "reward_weights": (2.0, 0.5, 1.0)}
-    folder, [line, _] = train(save_rollouts=True, **flags)
-    found = [row for row in read_lines(folder / "rollouts.jsonl") if row["step"] == 1]
-    residues = [sum(row["token_ids"]) % 7 / 3 for row in found]
-    briefs = [-len(row["token_ids"]) / 10 for row in found]
-    assert [row["reward"] for row in found] == pytest.approx(
-        [3 * r + 0.5 * b for r, b in zip(residues, briefs, strict=True)]
-    )
-    assert line["rewards/residue/mean"] == line["rewards/residue_2/mean"] == pytest.approx(np.mean(residues))
-    assert line["rewards/brief/std"] == pytest.approx(np.std(briefs, ddof=1))
-
-
-def test_reward_functions_see_messages_or_text_ids_and_columns(train, rewards, tmp_path):
-    rows = [tiny_rows()[0], {"prompt": "2 + 3 =", "answer": "5", "level": 1}]
-    train(rows, reward=rewards("seen"), batch_size=8, max_steps=1, order="given", max_completion_length=6)
-    [(prompts, completions, completion_ids, columns)] = read_lines(tmp_path / "my_rewards.py.seen")
-    assert prompts == [rows[0]["prompt"]] * 4 + ["2 + 3 ="] * 4
-    assert columns == {
-        "answer": [rows[0]["answer"]] * 4 + ["5"] * 4,
-        "level": [None] * 4 + [1] * 4,
-        "longest": 6,
-    }
-    texts = [tiny_tokenizer().decode(ids, skip_special_tokens=True) for ids in completion_ids]
-    assert completions == [[{"role": "assistant", "content": text}] for text in texts[:4]] + texts[4:]
-
-
-def test_leave_to_run_code_is_passed_to_those_who_name_it(rewards):
-    for allowed in (False, True):
-        args = grpo.Args(reward=rewards("trusted", "residue"), allow_code_execution=allowed)
-        functions = grpo.load_functions(args.reward, args)
-        scores = grpo.score(functions, [], completions_of("a", "b"), args, CPU)
-        assert scores[0].tolist() == [float(allowed)] * 2
-        assert [set(function.keywords) for _, function in functions] == [{"allow_code_execution"}, set()]
-
-
-def test_function_that_returns_too_few_rewards_ends_the_run(train, rewards, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train(reward=rewards("short"))
-    assert stop.value.code == 2
-    assert "reward short returned 1 numbers for 16 completions" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def judges(tmp_path_factory):
-    """Folders of two reward models on tiny/sft's backbone, with offsets 0.5 and -2."""
-    found = []
-    for seed, offset in enumerate((0.5, -2.0)):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                ROOT / "tiny" / "sft", num_labels=1, dtype=torch.float32
-            )
-            model.score.weight.data.normal_(0, 0.3)
-        model.config.reward_offset = offset
-        found.append(str(tmp_path_factory.mktemp("judge")))
-        model.save_pretrained(found[-1])
-        AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft").save_pretrained(found[-1])
+    monkeypatch.setattr(grpo, "roll_out", lambda *a: found.append(roll_out(*a)) or found[-1])
+    monkeypatch.setattr(grpo, "group_advantages", keep)
     return found
 
 
-def stock_reward(folder, row, prompt):
-    """What a stock classifier says of a completion in rollouts.jsonl, read at its last token, alone."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    model.config.pad_token_id = None
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    text += row["completion"] + "<|im_end|>" * (row["token_ids"][-1] == END)
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-    with torch.no_grad():
-        return model(input_ids=ids).logits.item() + model.config.reward_offset
+def test_none_of_one_function_leaves_the_others(train, rewards, rollouts):
+    _, [line, _] = train(reward=rewards("halves", "nothing"))
+    wanted = [math.nan if sum(c.token_ids) % 2 else 1.0 + len(c.token_ids) for c, _ in rollouts[0]]
+    assert [x for _, x in rollouts[0]] == pytest.approx(wanted, nan_ok=True)
+    known = [x for x in wanted if x == x]
+    assert 0 < len(known) < 16 and line["reward"] == pytest.approx(sum(known) / len(known))
+    assert line["rewards/halves/mean"] == line["reward"] and "rewards/nothing/mean" not in line
 
 
-@pytest.mark.parametrize("aggregation", ["mean", "min", "mean_minus_std"])
-def test_reward_models_score_as_the_stock_model_does(train, judges, rewards, aggregation):
-    flags = {"reward_model": tuple(judges), "reward_aggregation": aggregation, "std_coef": 0.7}
-    flags |= {"max_tokens_per_micro_batch": 200, "batch_size": 4, "num_generations": 2}
-    folder, [line] = train(
-        reward=rewards("brief"), reward_weights=(2, 0.5), max_steps=1, save_rollouts=True, **flags
-    )
-    found = read_lines(folder / "rollouts.jsonl")
-    one, other = (
-        np.array([stock_reward(judge, row, row["row"]["prompt"]) for row in found]) for judge in judges
-    )
-    middle, half = (one + other) / 2, np.abs(one - other) / 2  # the population's deviation of two
-    wanted = {"mean": middle, "min": np.minimum(one, other), "mean_minus_std": middle - 0.7 * half}
-    wanted = wanted[aggregation]
-    briefs = np.array([-len(row["token_ids"]) / 10 for row in found])
-    assert [row["reward"] for row in found] == pytest.approx((2 * briefs + 0.5 * wanted).tolist(), abs=1e-3)
-    assert line["rewards/reward_model/mean"] == pytest.approx(wanted.mean(), abs=1e-3)
-    assert np.abs(one - other).max() > 0.1
+def test_several_rewards_are_weighted_and_a_tensor_is_a_list(train, rewards, rollouts):
+    flags = {"reward": rewards("residue", "brief", "tensor"), "reward_weights": (2.0, 0.5, 1.0)}
+    _, [line, _] = train(**flags)
+    residues = [sum(c.token_ids) % 7 / 3 for c, _ in rollouts[0]]
+    briefs = [-len(c.token_ids) / 10 for c, _ in rollouts[0]]
+    wanted = [3 * r + 0.5 * b for r, b in zip(residues, briefs, strict=True)]
+    assert [x for _, x in rollouts[0]] == pytest.approx(wanted)
+    assert line["rewards/residue/mean"] == pytest.approx(sum(residues) / 16)
+    assert line["rewards/tensor/mean"] == pytest.approx(sum(residues) / 16)
 
 
-def test_reward_models_read_an_end_only_where_there_is_one(judges):
-    tokenizer = grpo.own_tokenizer(judges[0], grpo.Args(), "--reward-model")
-    for ended in (True, False):
-        [completion] = completions_of("1 + 1 = 2", ended=ended, prompt=tiny_rows()[0]["prompt"])
-        sequence = grpo.judged(tokenizer, completion)
-        assert (sequence.input_ids[-1] == END) == ended
-        assert sequence.trained.tolist() == [False] * (len(sequence.input_ids) - 1) + [True]
-        assert tokenizer.decode(sequence.input_ids).endswith("assistant\n1 + 1 = 2" + "<|im_end|>" * ended)
+def test_reward_functions_see_messages_or_text_ids_and_the_columns_of_all_datasets(train, rewards, tmp_path):
+    one = write_rows(tmp_path / "one.jsonl", [tiny_rows()[0]])
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "2 + 3 =", "answer": 5, "level": 1}])
+    for _ in (flags := {"batch_size": 4, "max_steps": 2, "max_completion_length": 6}):
+        pass
+    train(dataset=(one, other), reward=rewards("seen"), **flags)
+    seen = sorted(read_lines(tmp_path / "my_rewards.py.seen"), key=str, reverse=True)
+    for (prompts, completions, ids, columns), row in zip(seen, [tiny_rows()[0], None], strict=True):
+        texts = [tiny_tokenizer().decode(x, skip_special_tokens=True) for x in ids]
+        assert prompts == ([row["prompt"]] if row else ["2 + 3 ="]) * 4
+        assert completions == ([[{"role": "assistant", "content": text}] for text in texts] if row else texts)
+        wanted = {"answer": row["answer"], "level": None} if row else {"answer": 5, "level": 1}
+        assert {k: v[0] for k, v in columns.items() if k in wanted} == wanted and columns["longest"] == 6
 
 
-def test_reward_models_read_the_end_that_their_template_writes_where_it_is_not_the_eos(judges, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(judges[0])
-    tokenizer.eos_token = "<|endoftext|>"  # as Qwen2.5's base models have it
-    shutil.copytree(judges[0], tmp_path / "judge")
-    tokenizer.save_pretrained(tmp_path / "judge")
-    tokenizer = grpo.own_tokenizer(str(tmp_path / "judge"), grpo.Args(), "--reward-model")
-    assert tokenizer.eos_token_id != END and tokenizer.eos_token_id is not None
-    for prompt, end in ((tiny_rows()[0]["prompt"], END), ("1 + 1", tokenizer.eos_token_id)):
-        [completion] = completions_of("2", ended=True, prompt=prompt)
-        assert grpo.judged(tokenizer, completion).input_ids[-1] == end
+def test_leave_to_run_code_is_passed_on(rewards):
+    for allowed in (False, True):
+        args = grpo.Args(reward=rewards("trusted"), allow_code_execution=allowed)
+        found = grpo.load_rewards(args.reward, prompts_of(tiny_rows()[:1]), args, CPU)
+        assert grpo.score(found, [completion_of([1])] * 2, 2, args)[0].tolist() == [float(allowed)] * 2
 
 
-def test_reward_model_without_a_template_for_messages_ends_the_run_with_one_line(judges, tmp_path, capsys):
-    shutil.copytree(judges[0], tmp_path / "judge")
-    (tmp_path / "judge" / "chat_template.jinja").unlink()
-    prompts = [grpo.Prompt([1], row) for row in tiny_rows()[:1]]
+@pytest.mark.parametrize(
+    "name, pattern",
+    [
+        ("nothing", r"--reward nothing: None for every completion of the first step"),
+        ("short", r"reward short: ValueError: not a number for each of"),
+        ("text", r"reward text: ValueError: not a number for each of"),
+        ("texts", r"reward texts: ValueError: not a number for each of 1 completions: \['1.0'\] \(\S*, row"),
+        ("endless", r"reward endless: ValueError: not a number"),
+        ("matrix", r"reward matrix: .*prompts_1\.jsonl, row \d"),
+        (
+            "raises",
+            r"reward raises: KeyError: .no\\nsuch key. \(prompts_1\.jsonl, row 3; my_rewards.py, line \d",
+        ),
+        ("together", r"reward together: ZeroDivisionError: .* \(no row by itself; my_rewards.py, line \d"),
+    ],
+)
+def test_reward_that_fails_ends_the_run_with_one_line(train, rewards, capsys, name, pattern):
+    rows = [row | {"answer": str(10 + n)} for n, row in enumerate(tiny_rows()[:4], 1)]
     with pytest.raises(SystemExit) as stop:
-        grpo.judge_tokenizers([judges[0], str(tmp_path / "judge")], prompts, grpo.Args())
-    [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and f"--reward-model {tmp_path / 'judge'}" in line and "chat template" in line
+        train(rows, reward=rewards(name))
+    [line] = [x for x in capsys.readouterr().err.splitlines() if x]
+    assert stop.value.code == 2 and line.startswith("error: ") and re.search(pattern, line), line
 
 
-def test_language_model_is_refused_as_a_reward_model(train):
-    with pytest.raises(SystemExit):
-        train(reward=(), reward_model=(str(ROOT / "tiny" / "sft"),), max_steps=1)
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """The folder of a reward model on tiny/sft's backbone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            ROOT / "tiny" / "sft", num_labels=1, dtype=torch.float32
+        )
+        model.score.weight.data.normal_(0, 0.3)
+    model.config.reward_offset = 0.5
+    folder = tmp_path_factory.mktemp("judge")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft").save_pretrained(folder)
+    return str(folder)
+
+
+def test_reward_model_is_a_reward_as_any_other(train, judge, rewards, rollouts):
+    flags = {"batch_size": 4, "num_generations": 2, "max_steps": 1, "reward_weights": (2, 0.5)}
+    _, [line] = train(reward=(judge, *rewards("brief")), **flags)
+    model = AutoModelForSequenceClassification.from_pretrained(judge, dtype=torch.float32).eval()
+    model.config.pad_token_id, wanted = None, []
+    for c, _ in rollouts[0]:
+        ids = torch.tensor([c.prompt.input_ids + c.token_ids])  # tiny/'s template is the judge's, too
+        with torch.no_grad():
+            wanted.append(model(input_ids=ids).logits.item() + 0.5)
+    briefs = [-len(c.token_ids) / 10 for c, _ in rollouts[0]]
+    both = [2 * w + 0.5 * b for w, b in zip(wanted, briefs, strict=True)]
+    assert [x for _, x in rollouts[0]] == pytest.approx(both, abs=1e-3)
+    assert line["rewards/reward_model/mean"] == pytest.approx(sum(wanted) / 4, abs=1e-3)
 
 
 def test_gold_reward_is_logged_and_evaluated_on_but_not_optimised(train, rewards, tmp_path):
@@ -1014,119 +951,75 @@ def test_gold_reward_is_logged_and_evaluated_on_but_not_optimised(train, rewards
     for line in gold[1:]:
         assert line["gold_reward"] == pytest.approx(-line["completions/mean_length"] / 10)
     for line in (gold[0], gold[2]):
-        assert line["eval/reward"] == pytest.approx(-line["eval/mean_length"] / 10)
+        assert line["eval/reward"] == pytest.approx(-line["eval/completions/mean_length"] / 10)
+
+
+def evaluation_of(monkeypatch, function, **flags):
+    """Metrics and samples where two prompts, with three answers each, are answered as below."""
+    answer = lambda *texts: [completion_of([1], text=text) for text in texts]
+    sampled = answer("#### 1", r"\boxed{2}", "so #### 2", "#### 1,000", "<answer>1000</answer>", "3")
+    rollouts = {1: answer("#### 1", "3"), 3: sampled}
+    monkeypatch.setattr(grpo, "roll_out", lambda *arguments: rollouts[arguments[3]])
+    args = grpo.Args(**({"eval_samples": 3} | flags))
+    held_out = [sampled[0].prompt] * 2
+    return grpo.evaluate(None, tiny_tokenizer(), held_out, {"f": function}, {}, args)
 
 
 def test_evaluation_by_hand(monkeypatch):
-    # two prompts, three samples each: right are 1 of 3 and 2 of 3; the majority is wrong for the first
-    sampled = completions_of("#### 1", "#### 2", "so #### 2", "#### 1,000", "#### 1000", "3")
-    greedy = completions_of("#### 1", "3")
-    rollouts = iter([sampled, greedy])
-    monkeypatch.setattr(grpo, "roll_out", lambda *_, **__: next(rollouts))
-    right = {"#### 1": 1.0, "#### 1,000": 1.0, "#### 1000": 0.9}
+    # right are 1 of 3 and 2 of 3; the majority (2 and 1000, however they are marked) is wrong for the first
+    right = {"#### 1": 1.0, "#### 1,000": 1.0, "<answer>1000</answer>": 1.0}
     function = lambda completions, **_: [right.get(text, 0.0) for text in completions]
-    args = grpo.Args(eval_samples=3)
-    held_out = [sampled[0].prompt] * 2
-    metrics, samples = grpo.evaluate_policy(
-        None, tiny_tokenizer(), held_out, [("f", function)], [], (), args, CPU
-    )
-    assert metrics["eval/reward"] == pytest.approx(2.9 / 6)
-    assert metrics["eval/greedy_reward"] == pytest.approx(0.5)
+    metrics, samples = evaluation_of(monkeypatch, function)
+    assert metrics["eval/reward"] == metrics["eval/greedy_reward"] == pytest.approx(0.5)
     assert metrics["eval/pass@k"] == 1 and metrics["eval/maj@k"] == pytest.approx(0.5)
-    assert metrics["eval/clipped_ratio"] == 0
+    assert metrics["eval/completions/clipped_ratio"] == 0
     assert [sample["completion"] for sample in samples] == ["#### 1", "#### 1,000"]
 
 
-# Reference, rollouts, prompts -------------------------------------------------------------------------------
+def test_rewards_that_are_no_verdicts_have_no_pass_at_k(monkeypatch):
+    metrics, _ = evaluation_of(monkeypatch, lambda completions, **_: [0.5] * len(completions))
+    assert metrics["eval/reward"] == 0.5 and "eval/pass@k" not in metrics and "eval/maj@k" not in metrics
 
 
-def test_reference_is_a_model_of_its_own_and_its_kl_may_be_in_the_loss(train):
-    flags = {"ref_model": str(ROOT / "tiny" / "base"), "max_steps": 1}
-    _, [plain] = train(**flags)
-    _, [pulled] = train(beta=0.5, **flags)
-    assert plain["kl"] == pulled["kl"] and plain["kl"] > 0.01
-    assert plain["loss"] == pytest.approx(0, abs=1e-6) and pulled["loss"] > 1e-3
-    assert pulled["grad_norm"] != pytest.approx(plain["grad_norm"], rel=1e-3)
+def test_evaluation_without_samples_is_greedy_alone(monkeypatch):
+    function = lambda completions, **_: [1.0] * len(completions)
+    metrics, samples = evaluation_of(monkeypatch, function, eval_samples=0)
+    assert metrics == {"eval/greedy_reward": 1.0} and [s["completion"] for s in samples] == ["#### 1", "3"]
 
 
-def test_run_stops_above_max_kl(train, capsys):
-    folder, lines = train(max_steps=5, max_kl=1e-6)
-    assert [line["step"] for line in lines] == [1, 2]  # at the first, the policy is the reference
-    assert (folder / "model").is_dir() and "is above --max-kl 1e-06" in capsys.readouterr().out
+# Prompts and mistakes ---------------------------------------------------------------------------------------
 
 
-def test_replayed_rollouts_train_as_they_did(train):
-    folder, wanted = train(save_rollouts=True, loss_agg="token_mean")
-    rollouts = folder / "rollouts.jsonl"
-    assert len(read_lines(rollouts)) == 32
-    other, found = train(replay_rollouts=str(rollouts), loss_agg="token_mean", max_steps=3)
-    assert_same_metrics(found[:1], wanted[:1], without=("learning_rate",))
-    assert found[1]["reward"] == wanted[1]["reward"] and found[2]["reward"] == wanted[0]["reward"]
-    assert not (other / "rollouts.jsonl").exists()
-
-
-def test_replayed_rollouts_keep_their_number_whatever_the_batch_size(train):
-    folder, wanted = train(save_rollouts=True, max_steps=1, loss_agg="token_mean", num_minibatches=2)
-    for batch_size in (8, 32):
-        flags = {"replay_rollouts": str(folder / "rollouts.jsonl"), "batch_size": batch_size}
-        _, found = train(max_steps=1, loss_agg="token_mean", num_minibatches=2, **flags)
-        assert_same_metrics(found, wanted, without=("epoch",))
-
-
-def test_replayed_rollouts_of_broken_groups_are_refused(train, capsys):
-    folder, _ = train(save_rollouts=True, max_steps=1)
-    with pytest.raises(SystemExit) as stop:
-        train(replay_rollouts=str(folder / "rollouts.jsonl"), batch_size=12, num_generations=3)
-    assert stop.value.code == 2 and "groups are not of 3 completions" in capsys.readouterr().err
-
-
-def test_replayed_rollouts_of_another_group_size_are_refused(train):
-    folder, _ = train(save_rollouts=True, max_steps=1)
-    with pytest.raises(SystemExit):
-        train(replay_rollouts=str(folder / "rollouts.jsonl"), num_generations=8)
-
-
-def test_continued_run_writes_its_rollouts_once(train):
-    flags = {"max_steps": 4, "save_every": 2, "save_rollouts": True, "max_completion_length": 4}
-    folder, _ = train(**flags)
-    copy, _ = continued_run(train, folder, **flags)
-    assert read_lines(copy / "rollouts.jsonl") == read_lines(folder / "rollouts.jsonl")
-
-
-def tokenized(tmp_path, rows, limit=0, **flags):
+def loaded(tmp_path, rows, **flags):
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    return grpo.tokenize_prompts(tiny_tokenizer(), path, "train", grpo.Args(**flags), limit)
+    return grpo.load_prompts(tiny_tokenizer(), [path], "train", grpo.Args(**flags))
 
 
 def test_prompts_are_messages_text_or_questions(tmp_path):
     messages = [{"role": "user", "content": "Hi"}]
-    rows = [{"prompt": messages}, {"prompt": "Hi"}, {"question": "Hi", "answer": "x"}]
-    found = tokenized(tmp_path, rows)
+    answered = [*messages, {"role": "assistant", "content": "Ho"}]
+    rows = [
+        ({"prompt": messages}, messages),
+        ({"prompt": "Hi"}, "Hi"),
+        ({"question": "Hi", "answer": "x"}, messages),
+        ({"messages": answered}, messages),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, messages),
+    ]
     templated = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert [tiny_tokenizer().decode(p.input_ids) for p in found] == [templated, "Hi", templated]
-    assert [p.row["prompt"] for p in found] == [messages, "Hi", messages] and found[2].row["answer"] == "x"
-    assert len(tokenized(tmp_path, rows, limit=2)) == 2
+    for row, wanted in rows:
+        [found] = loaded(tmp_path, [row])
+        assert tiny_tokenizer().decode(found.input_ids) == ("Hi" if wanted == "Hi" else templated)
+        assert found.row == row | {"prompt": wanted}
 
 
-def test_prompt_template_takes_the_place_of_the_chat_template(tmp_path):
-    conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + {x}"}]
-    rows = [{"prompt": conversation}, {"prompt": "Why?"}, {"question": "How?"}]
-    found = tokenized(tmp_path, rows, prompt_template="User: {prompt}\nAssistant: {x}")
-    wanted = [f"User: {text}\nAssistant: {{x}}" for text in ("2 + {x}", "Why?", "How?")]
-    assert [tiny_tokenizer().decode(p.input_ids) for p in found] == wanted
-    assert [p.row["prompt"] for p in found] == wanted
-
-
-def test_prompts_that_are_too_long_are_dropped_and_counted(tmp_path, capsys):
-    rows = [{"prompt": "1 " * n} for n in (3, 40, 4, 50)]
-    lengths = [len(tiny_tokenizer()(row["prompt"]).input_ids) for row in rows]
-    found = tokenized(tmp_path, rows, max_prompt_length=lengths[2])
-    assert [p.row["prompt"] for p in found] == [rows[0]["prompt"], rows[2]["prompt"]]
-    told = f"2 prompts, 2 dropped as longer than {lengths[2]} tokens"
-    assert told in capsys.readouterr().out
-
-
-# Errors and real data ---------------------------------------------------------------------------------------
+def test_prompts_that_cannot_be_used_are_dropped_and_counted(tmp_path, capsys):
+    rows = [{"prompt": "1 " * n} for n in (3, 40, 4, 0, 5)]
+    longest = len(tiny_tokenizer()(rows[4]["prompt"]).input_ids)
+    found = loaded(tmp_path, rows, max_prompt_length=longest)
+    assert [p.row["prompt"] for p in found] == [rows[n]["prompt"] for n in (0, 2, 4)]
+    assert [p.place for p in found] == ["rows.jsonl, row 1", "rows.jsonl, row 3", "rows.jsonl, row 5"]
+    told = capsys.readouterr().out
+    assert "1 rows dropped, first row 2: longer than --max-prompt-length" in told and "first row 4" in told
 
 
 @pytest.fixture
@@ -1134,7 +1027,7 @@ def refused(monkeypatch, capsys, tmp_path, rewards):
     """refused(pattern, rows, **flags): one line on stderr, exit status 2, no model, nothing written."""
 
     def run(pattern, rows=None, **flags):
-        monkeypatch.setattr(grpo, "load_model", lambda *_: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(grpo, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
         defaults = {"dataset": (write_rows(tmp_path / "rows.jsonl", rows or tiny_rows()[:4]),)}
         defaults |= {"output_dir": str(tmp_path / "run"), "reward": rewards("residue")}
         capsys.readouterr()
@@ -1143,7 +1036,7 @@ def refused(monkeypatch, capsys, tmp_path, rewards):
         lines = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2 and len(lines) == 1, lines
         assert lines[0].startswith("error: ") and re.search(pattern, lines[0]), lines[0]
-        assert not (tmp_path / "run").exists()
+        assert not [*tmp_path.glob("run/*")]
 
     return run
 
@@ -1151,78 +1044,56 @@ def refused(monkeypatch, capsys, tmp_path, rewards):
 @pytest.mark.parametrize(
     "pattern, flags",
     [
-        (r"--batch-size must be at least 1", {"batch_size": 0}),
-        (r"--num-iterations must be at least 1", {"num_iterations": 0}),
-        (r"--eval-samples must be at least 1", {"eval_samples": 0}),
-        (r"--num-generations 1: a group needs at least 2", {"num_generations": 1}),
+        (r"--batch-size 0", {"batch_size": 0}),
+        (r"--num-generations 1", {"num_generations": 1}),
+        (r"--temperature 0", {"temperature": 0.0}),
+        (r"--tis-cap nan", {"tis_cap": math.nan}),
         (r"--batch-size 10 is no multiple of --num-generations 4", {"batch_size": 10, "num_generations": 4}),
         (r"--num-minibatches 3: more than the prompts", {"batch_size": 16, "num_minibatches": 3}),
-        (r"--temperature must be above 0", {"temperature": 0.0}),
-        (r"--top-p must be 1", {"top_p": 0.9}),
-        (r"--reward-weights has 2 numbers for 1 rewards", {"reward_weights": (1.0, 2.0)}),
-        (r"--prompt-template has no \{prompt\}", {"prompt_template": "Question:"}),
+        (r"2 --reward-weights for 1 rewards", {"reward_weights": (1.0, 2.0)}),
         (r"--resume needs --output-dir", {"resume": True, "output_dir": None}),
-        (r"--model \./nowhere: no such folder", {"model": "./nowhere"}),
-        (r"nowhere\.jsonl: no such file", {"dataset": ("nowhere.jsonl",)}),
-        (r"nowhere\.jsonl: no such file", {"eval_dataset": "nowhere.jsonl"}),
-        (r"nowhere\.jsonl: no such file", {"replay_rollouts": "nowhere.jsonl"}),
-        (r"nowhere\.py:f: not file\.py:function", {"reward": ("nowhere.py:f",)}),
-        (r"nowhere\.py:f: not file\.py:function", {"eval_reward": ("nowhere.py:f",)}),
-        (r"a_name: not file\.py:function", {"reward": ("a_name",)}),
-        (r"--chat-template nowhere: no such file", {"chat_template": "nowhere"}),
-        (r"no prompt is within --max-prompt-length 2", {"max_prompt_length": 2}),
-        pytest.param(r"--reward-model \./nowhere: no such folder", {"reward_model": ("./nowhere",)}),
-        pytest.param(r"--ref-model \./nowhere: no such folder", {"ref_model": "./nowhere"}),
+        (r"--model \./nowhere", {"model": "./nowhere"}),
+        (r"--model \./nowhere", {"ref_model": "./nowhere"}),
+        (r"nowhere\.jsonl cannot be loaded", {"dataset": ("nowhere.jsonl",)}),
+        (r"nowhere\.jsonl cannot be loaded", {"eval_dataset": "nowhere.jsonl"}),
+        (r"--reward nowhere\.py:f", {"reward": ("nowhere.py:f",)}),
+        (r"--reward nowhere\.py:f", {"eval_reward": ("nowhere.py:f",)}),
+        (r"--reward a/name", {"reward": ("a/name",)}),
+        (r"--reward \S*tiny/sft", {"reward": (str(ROOT / "tiny" / "sft"),)}),
+        (r"rows\.jsonl: hardly a row of 4 can be used; .*--max-prompt-length", {"max_prompt_length": 2}),
+        (r"--max-completion-length: .* positions", {"max_completion_length": 10**6}),
     ],
 )
 def test_mistakes_end_the_run_with_one_line_before_a_model_is_loaded(refused, pattern, flags):
     refused(pattern, **flags)
 
 
-def test_reward_file_without_the_function_or_with_an_error_ends_the_run(refused, rewards, tmp_path):
-    refused(r"my_rewards\.py has no function unknown", reward=rewards("unknown"))
+def test_reward_file_that_cannot_be_used_ends_the_run_before_a_model_is_loaded(refused, rewards, tmp_path):
+    refused(r"unknown", reward=rewards("unknown"))
+    refused(
+        r"--reward \S*:rubric: TypeError: missing a required argument: 'rubric'", reward=rewards("rubric")
+    )
+    refused(r"--reward \S*:positional: TypeError: got an unexpected", reward=rewards("positional"))
     (tmp_path / "broken.py").write_text("import nonexistent_module\n")
     refused(r"broken\.py:f: ModuleNotFoundError", reward=(f"{tmp_path}/broken.py:f",))
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "1 + 1 ="}])
+    refused(
+        r"rubric",
+        [r | {"rubric": "x"} for r in tiny_rows()[:4]],
+        reward=rewards("rubric"),
+        eval_dataset=other,
+    )
 
 
 @pytest.mark.parametrize(
-    "pattern, bad",
-    [
-        (r"row 3: found the columns text, prompt; needed is prompt or question", {"text": "a"}),
-        (r"row 3: found the columns prompt; needed is prompt or question", {"prompt": []}),
-        (r"row 3: found the columns prompt; needed is prompt or question", {"prompt": 5}),
-        (r"row 3: not an object with columns, but str", "a text"),
-        (r"row 3: neither text nor messages", {"prompt": ["a"]}),
-    ],
+    "bad", [{"text": "a"}, {"prompt": []}, {"prompt": None}, {"prompt": " "}, {"prompt": ["a"]}]
 )
-def test_bad_rows_end_the_run_with_one_line(refused, pattern, bad):
-    refused(pattern, [*tiny_rows()[:2], bad])
-
-
-def test_bad_messages_under_a_prompt_template_end_the_run_with_one_line(refused):
-    refused(r"row 2: ", [tiny_rows()[0], {"prompt": ["a"]}], prompt_template="{prompt}")
-
-
-def test_file_that_is_no_rollout_ends_the_run_with_one_line(refused, tmp_path):
-    path = write_rows(tmp_path / "other.jsonl", [{"step": 1, "prompt_ids": [1]}])
-    refused(r"other\.jsonl: not a rollouts\.jsonl", replay_rollouts=path)
-
-
-def test_folder_of_a_finished_run_is_left_alone(train, capsys):
-    folder, _ = train(max_steps=1)
-    lines = read_lines(folder / "metrics.jsonl")
-    for flags, pattern in (({}, "--resume continues it"), ({"resume": True}, "without checkpoints")):
-        with pytest.raises(SystemExit) as stop:
-            train(output_dir=str(folder), **flags)
-        assert stop.value.code == 2 and pattern in capsys.readouterr().err
-    assert read_lines(folder / "metrics.jsonl") == lines
+def test_rows_without_a_prompt_end_the_run_where_they_are_most(refused, bad):
+    refused(r"rows\.jsonl: hardly a row of 3 can be used", [bad] * 3)
 
 
 def test_gsm8k_prompts_train_a_random_model(gsm8k, train, rewards, random_model):
     rows = read_lines(gsm8k / "train.jsonl")[:8]
-    [right] = completions_of("6 * 7 = <<6*7=42>>42\n#### 42")
-    function = grpo.load_function(rewards("solved")[0])
-    assert function([right.text, "42"], ["#### 42"] * 2) == [1, 0]
     flags = {"model": str(random_model), "batch_size": 8, "max_completion_length": 6}
     _, lines = train(rows, reward=rewards("solved", "residue"), max_prompt_length=1024, **flags)
     assert len(lines) == 2 and all(math.isfinite(value) for line in lines for value in line.values())

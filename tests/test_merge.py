@@ -5,20 +5,16 @@ The models are small and made here: a random one, and copies of it whose weights
 
 import json
 import math
-import os
-import re
 import shutil
 import subprocess
 import sys
-import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, start
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sync_docs import flags, metric_differences
+from sync_docs import metric_differences
 
 import merge
 
@@ -31,13 +27,10 @@ def models(random_model, tmp_path_factory):
     """Folders 0 to 3: a random model and three that were moved away from it, in float32."""
     folders, weights = [], load_file(random_model / "model.safetensors")
     for seed in range(4):
-        folder = tmp_path_factory.mktemp("models") / f"model{seed}"
-        moved = {}
-        generator = torch.Generator().manual_seed(seed)
-        for name, x in weights.items():
-            noise = torch.randn(x.shape, generator=generator) * 0.02 * bool(seed)
-            moved[name] = x.float() + noise
-        folders.append(write(folder, random_model, moved))
+        random = torch.Generator().manual_seed(seed)
+        noise = {k: 0.02 * bool(seed) * torch.randn(x.shape, generator=random) for k, x in weights.items()}
+        moved = {name: x.float() + noise[name] for name, x in weights.items()}
+        folders.append(write(tmp_path_factory.mktemp("models") / f"model{seed}", random_model, moved))
     return folders
 
 
@@ -50,15 +43,11 @@ def write(folder, like, tensors, **config):
     return folder
 
 
-def changed(folder, like, **config):
-    """A copy of a model in which `change(tensors)` has been at work: changed(folder, like)(change)."""
-
-    def apply(change=lambda tensors: None):
-        tensors = load_file(like / "model.safetensors")
-        change(tensors)
-        return write(folder, like, tensors, **config)
-
-    return apply
+def changed(folder, like, change=lambda tensors: None, **config):
+    """A copy of a model in which `change(tensors)` has been at work."""
+    tensors = load_file(like / "model.safetensors")
+    change(tensors)
+    return write(folder, like, tensors, **config)
 
 
 @pytest.fixture
@@ -78,10 +67,8 @@ def run(tmp_path):
 
 def weights(folder):
     """The tensors of a merged model, from all its files."""
-    tensors = {}
-    for path in sorted((folder / "model").glob("*.safetensors")):
-        tensors |= load_file(path)
-    return tensors
+    files = sorted((folder / "model").glob("*.safetensors"))
+    return {name: x for path in files for name, x in load_file(path).items()}
 
 
 def error_of(function, capfd):
@@ -105,22 +92,15 @@ def settings(weights=(1.0,), densities=None, lambda_=1.0, t=0.5, outliers=0.01):
 # Formulas ---------------------------------------------------------------------------------------------------
 
 
-def test_linear_is_the_weighted_mean():
+def test_averages_by_hand_and_exact_at_their_ends():
     assert merge.linear(vectors([1, 2], [3, 6]), torch.tensor([1.0, 3.0])).tolist() == [2.5, 5]
     assert merge.linear(vectors([1, 2], [3, 6]), torch.tensor([5.0, 5.0])).tolist() == [2, 4]
-
-
-def test_wise_ft_is_a_point_on_the_line_and_exact_at_its_ends():
-    base, tensor = torch.randn(2, 1000)
     assert merge.wise_ft(vectors([0, 4])[0], vectors([2, 0])[0], 0.25).tolist() == [0.5, 3]
+    base, tensor = torch.randn(2, 1000)
     assert torch.equal(merge.wise_ft(base, tensor, 0.0), base)
     assert torch.equal(merge.wise_ft(base, tensor, 1.0), tensor)
-
-
-def test_task_arithmetic_adds_scaled_task_vectors():
-    merged = merge.task_arithmetic(
-        vectors([1, 1])[0], vectors([2, 0], [0, -1]), torch.tensor([1.0, 2.0]), 0.5
-    )
+    changes, two = vectors([2, 0], [0, -1]), torch.tensor([1.0, 2.0])
+    merged = merge.task_arithmetic(torch.ones(2), changes, two, 0.5)
     assert merged.tolist() == [2, 0]  # 1 + 0.5 (1 x 2 + 2 x 0), 1 + 0.5 (1 x 0 - 2 x 1)
 
 
@@ -150,39 +130,32 @@ def test_slerp_without_an_arc_is_a_straight_line():
     assert arc([0, 0], [0, 0], 0.25).tolist() == [0, 0]
 
 
-def test_slerp_of_a_zero_tensor_is_at_a_right_angle_in_mergekit_mode():
-    there = [math.sin(math.pi / 8) * 4, math.sin(math.pi / 8) * 8]
-    assert arc([0, 0], [4, 8], 0.25, "mergekit").tolist() == pytest.approx(there)
-
-
 def test_slerp_near_an_angle_of_zero_is_the_arc_in_paper_and_the_line_in_mergekit():
     angle = 0.02  # its cosine is 0.9998
-    end = [math.cos(angle), math.sin(angle)]
-    half = [math.cos(angle / 2), math.sin(angle / 2)]
+    end, half = [math.cos(angle), math.sin(angle)], [math.cos(angle / 2), math.sin(angle / 2)]
     assert arc([1, 0], end, 0.5).tolist() == pytest.approx(half, abs=1e-6)
     assert math.hypot(*arc([1, 0], end, 0.5).tolist()) == pytest.approx(1, abs=1e-6)
     assert math.hypot(*arc([1, 0], end, 0.5, "mergekit").tolist()) == pytest.approx(half[0], abs=1e-6)
-
-
-TASK_VECTORS = ([4, -1, 2, 0.5], [3, 2, -3, -0.5], [-1, 2, -2, 0.2])
+    there = [math.sin(math.pi / 8) * 4, math.sin(math.pi / 8) * 8]  # of a zero tensor: a right angle
+    assert arc([0, 0], [4, 8], 0.25, "mergekit").tolist() == pytest.approx(there)
 
 
 def test_ties_by_hand():
-    task_vectors = vectors(*TASK_VECTORS)
+    task_vectors = vectors([4, -1, 2, 0.5], [3, 2, -3, -0.5], [-1, 2, -2, 0.2])
     trimmed = merge.trim(task_vectors, torch.tensor([2.0, 3.0, 2.0]))  # the largest half of each
     assert trimmed.tolist() == [[4, 0, 2, 0], [3, 0, -3, 0], [0, 2, -2, 0]]
     # elected: + (4 + 3), + (2), - (2 - 3 - 2), none
     assert merge.ties(trimmed, torch.ones(3)).tolist() == [3.5, 2, -2.5, 0]
+    assert merge.ties(trimmed, torch.ones(3), mean=False).tolist() == [7, 2, -5, 0]
     # weights 1, 1, 0.5: the third number has 2 - 3 - 1 < 0, and (-3 - 1) / 1.5
     weighted = merge.ties(trimmed, torch.tensor([1.0, 1.0, 0.5]))
     assert weighted.tolist() == pytest.approx([3.5, 2, -4 / 1.5, 0])
-    assert merge.ties(trimmed, torch.ones(3), mean=False).tolist() == [7, 2, -5, 0]
-
-
-def test_ties_between_signs_elect_nothing_in_paper_and_plus_in_mergekit():
-    balanced = vectors([2, 1], [-2, 1])
+    balanced = vectors([2, 1], [-2, 1])  # a sum of 0 elects nothing, in mergekit plus
     assert merge.ties(balanced, torch.ones(2)).tolist() == [0, 1]
     assert merge.ties(balanced, torch.ones(2), compat="mergekit").tolist() == [2, 1]
+    # a negative weight takes the change off: weighted 1 and 1.5, so 2.5 over the sizes of the weights
+    assert merge.ties(vectors([1, -2]), torch.tensor([-1.0])).tolist() == [-1, 2]
+    assert merge.ties(vectors([1], [-3]), torch.tensor([1.0, -0.5])).item() == pytest.approx(2.5 / 1.5)
 
 
 def kth_largest(task_vectors, ks):
@@ -202,22 +175,15 @@ def test_threshold_is_the_kth_largest_exactly(kind):
     }[kind]
     for k in (1, 2, 999, 2500, 4999, 5000):
         assert kth_largest(x, [k] * 3).tolist() == x.abs().topk(k).values[:, -1].tolist()
-    assert kth_largest(x, [1, 7, 5000]).tolist() == [
-        x[i].abs().topk(k).values[-1] for i, k in enumerate([1, 7, 5000])
-    ]
+    largest = [row.abs().topk(k).values[-1] for row, k in zip(x, [1, 7, 5000], strict=True)]
+    assert kth_largest(x, [1, 7, 5000]).tolist() == largest
 
 
-def test_threshold_of_no_change_is_beyond_all():
+def test_threshold_of_tiles_is_that_of_the_whole_and_that_of_no_change_beyond_all():
+    x, ks = torch.randn(2, 1000), [100, 300]
+    tiles = merge.kth_largest(lambda upper: sum(merge.magnitude_counts(t, upper) for t in x.split(64, 1)), ks)
+    assert torch.equal(kth_largest(x, ks), tiles)
     assert kth_largest(vectors([1, math.inf, 0]), [0]).isnan().all()
-
-
-def test_threshold_of_tiles_is_that_of_the_whole():
-    x = torch.randn(2, 1000)
-    whole = kth_largest(x, [100, 300])
-    tiles = merge.kth_largest(
-        lambda upper: sum(merge.magnitude_counts(t, upper) for t in x.split(64, 1)), [100, 300]
-    )
-    assert torch.equal(whole, tiles)
 
 
 def crumbs(n, density, outliers, compat="paper"):
@@ -253,21 +219,16 @@ def test_equal_changes_are_all_kept_which_in_bfloat16_are_many():
 
 
 def test_dare_by_hand():
-    draws = vectors([0.1, 0.3, 0.24, 0.9])
-    kept = merge.dare(vectors([4, 8, -2, 1]), draws, torch.tensor([0.25]))
-    assert kept.tolist() == [[4, 0, -2, 0]]
-    one, model = torch.zeros(4), vectors([4, 8, -2, 1])
-    merged = merge.merge_tensors("dare_linear", one, model, settings(densities=(0.25,)), {}, draws)
+    draws, model, quarter = vectors([0.1, 0.3, 0.24, 0.9]), vectors([4, 8, -2, 1]), torch.tensor([0.25])
+    assert merge.dare(model, draws, quarter).tolist() == [[4, 0, -2, 0]]
+    merged = merge.merge_tensors("dare_linear", torch.zeros(4), model, settings(densities=(0.25,)), {}, draws)
     assert merged.tolist() == [16, 0, -8, 0]  # divided by the density
-
-
-def test_dare_ties_averages_what_agrees_in_paper_and_sums_it_in_mergekit():
     base, models, draws = torch.zeros(2), vectors([4, 2], [2, -2]), torch.zeros(2, 2)
     half = settings(weights=(1.0, 1.0), densities=(0.5, 0.5), lambda_=0.5)
     merged = merge.merge_tensors("dare_ties", base, models, half, {}, draws)
     assert merged.tolist() == [3, 0]  # 0.5 (8 + 4) / 2; 4 - 4 elects nothing
     same_norm = {"rescale": torch.ones(2)}
-    merged = merge.merge_tensors("dare_ties", base, models, half, same_norm, draws, compat="mergekit")
+    merged = merge.merge_tensors("dare_ties", base, models, half, same_norm, draws, "mergekit")
     assert merged.tolist() == [3, 1]  # 0.5 (4 + 2); 2 - 2 elects plus
 
 
@@ -285,8 +246,7 @@ def test_dare_keeps_the_density_and_the_expectation():
 
 def test_draws_depend_on_seed_model_name_and_place_alone():
     whole = merge.uniform(1, 0, "w", slice(0, 4096))
-    parts = [merge.uniform(1, 0, "w", slice(start, start + 64)) for start in range(0, 4096, 64)]
-    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(merge.uniform(1, 0, "w", slice(64, 128)), whole[64:128])
     for other in ((2, 0, "w"), (1, 1, "w"), (1, 0, "v")):
         assert not torch.equal(merge.uniform(*other, slice(0, 4096)), whole)
     assert 0 <= whole.min() and whole.max() < 1 and whole.mean() == pytest.approx(0.5, abs=0.02)
@@ -309,42 +269,23 @@ def test_model_stock_by_hand():
     assert stock([0, 0], [3, 0], [0, 3], [0, 3]) == pytest.approx([0.6, 1.2])
 
 
-def test_model_stock_where_the_formula_has_no_value():
+def test_model_stock_where_the_formula_has_no_value_or_no_bound():
     assert stock([1, 2], [2, 3], [0, 1]) == [1, 2]  # opposite: 0 / 0
     assert stock([1, 2], [1, 2], [1, 2]) == [1, 2]  # no change at all
     assert stock([1, 2], [1, 2], [3, 2]) == [1, 2]  # one that did not change
-
-
-def test_model_stock_of_changes_that_point_apart_keeps_the_base():
     obtuse = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, -0.5], [0.0, -0.5, 1.0]], dtype=torch.float64)
     assert merge.model_stock_ratio(obtuse) == 0
     assert merge.model_stock_ratio(obtuse, compat="mergekit") == pytest.approx(-2)  # 2 (-1/2) / (1 - 1/2)
-
-
-def test_model_stock_of_tiny_changes_is_that_of_their_angle_but_not_in_mergekit():
     tiny = torch.tensor([[1.0, 0, 0], [0, 1e-8, 5e-9], [0, 5e-9, 1e-8]], dtype=torch.float64)
     assert merge.model_stock_ratio(tiny) == pytest.approx(2 / 3)  # 2 (1/2) / (1 + 1/2)
     # mergekit: the cosine is 5e-9 / 1e-6
     assert merge.model_stock_ratio(tiny, compat="mergekit") == pytest.approx(0.01 / 1.005)
 
 
-def test_ties_with_a_negative_weight_takes_the_change_off():
-    change = torch.tensor([[1.0, -2.0]])
-    assert merge.ties(change, torch.tensor([-1.0])).tolist() == [-1, 2]
-    both = torch.tensor([[1.0], [-3.0]])  # weighted 1 and 1.5: 2.5 over the sizes of the weights
-    assert merge.ties(both, torch.tensor([1.0, -0.5])).item() == pytest.approx(2.5 / 1.5)
-
-
 def test_greedy_soup_keeps_what_does_not_make_it_worse():
-    table = {(1, 2): 0.85, (1, 0): 0.92, (1, 0, 3): 0.92}
-    asked = []
-
-    def score_of(indices):
-        asked.append(tuple(indices))
-        return table[tuple(indices)]
-
-    assert merge.greedy_soup([0.5, 0.9, 0.7, 0.2], score_of) == [1, 0, 3]  # an equal score is good enough
-    assert asked == [(1, 2), (1, 0), (1, 0, 3)]
+    table, asked = {(1, 2): 0.85, (1, 0): 0.92, (1, 0, 3): 0.92}, []
+    kept = merge.greedy_soup([0.5, 0.9, 0.7, 0.2], lambda i: asked.append(tuple(i)) or table[tuple(i)])
+    assert kept == [1, 0, 3] and asked == [(1, 2), (1, 0), (1, 0, 3)]  # an equal score is good enough
 
 
 @pytest.mark.parametrize("method", sorted(NEEDS_BASE))
@@ -360,10 +301,8 @@ def test_one_model_at_density_one_is_task_arithmetic(method):
 @pytest.mark.parametrize("compat", ["paper", "mergekit"])
 def test_zero_task_vectors_leave_the_base(method, compat, models, run):
     copies = [models[0]] * (1 if method in ("slerp", "wise_ft") else 2)
-    merged, base = (
-        weights(run(method, models[0], copies, compat=compat)),
-        load_file(models[0] / "model.safetensors"),
-    )
+    merged = weights(run(method, models[0], copies, compat=compat))
+    base = load_file(models[0] / "model.safetensors")
     for name in base:
         assert torch.allclose(merged[name], base[name], rtol=1e-6, atol=0), name
 
@@ -371,54 +310,47 @@ def test_zero_task_vectors_leave_the_base(method, compat, models, run):
 # Streams ----------------------------------------------------------------------------------------------------
 
 
-def in_memory(method, folders, compat="paper", dtype=None, **flags):
+def in_memory(method, folders, compat="paper", **flags):
     """The merged tensors from whole tensors: thresholds by topk, angles and norms in float64."""
-    base, *models = [load_file(folder / "model.safetensors") for folder in folders]
-    weights_ = flags.get("weights", (1.0,) * len(models))
-    seed = flags.get("seed", 1)
-    densities = flags.get("densities", (flags.get("density", 0.3),) * len(models))
-    p = settings(weights_, densities, flags.get("lambda_", 1.0), flags.get("t", 0.5), 0.1)
-    merged, lowest = {}, None
-    changes = {
-        k: torch.stack([m[k].float().flatten() - base[k].float().flatten() for m in models]) for k in base
-    }
-    if method == "ties" and compat == "paper":
-        whole = torch.cat(list(changes.values()), 1).abs()
-        lowest = torch.stack(
-            [x.topk(int(d * len(x))).values[-1] for x, d in zip(whole, densities, strict=True)]
-        )
-    for name in base:
-        one, stack = base[name].float().flatten(), torch.stack([m[name].float().flatten() for m in models])
-        n, measured, draws = len(one), {}, None
-        sizes = changes[name].abs().sort(descending=True).values
+    loaded = [load_file(folder / "model.safetensors") for folder in folders]
+    densities = (flags.get("density", 0.3), 0.6 if "rule" in flags else flags.get("density", 0.3))
+    t, count = flags.get("t", 0.5), len(folders) - 1
+    p = settings(flags.get("weights", (1.0,) * count), densities, flags.get("lambda_", 1.0), t, 0.1)
+    stacks = {k: torch.stack([tensors[k].float().flatten() for tensors in loaded]) for k in loaded[0]}
+    changes = {k: stack[1:] - stack[0] for k, stack in stacks.items()}
+    whole = [torch.cat([change[i] for change in changes.values()]).abs() for i in range(count)]
+    of_whole = [x.topk(int(d * len(x))).values[-1] for x, d in zip(whole, densities, strict=False)]
+    merged = {}
+    for name, (one, *others) in stacks.items():
+        n, change, measured, draws = len(one), changes[name], {}, None
+        sizes = change.abs().sort(descending=True).values
+        last = [max(1, int(d * n)) - 1 for d in densities[:count]]
         if method == "ties":
-            last = [max(1, int(d * n)) - 1 for d in densities]
-            measured["lowest"] = sizes[range(len(models)), last] if lowest is None else lowest
+            measured["lowest"] = sizes[range(count), last]
+            if compat == "paper":
+                measured["lowest"] = torch.stack(of_whole)
         if method == "breadcrumbs":
             top = int(0.1 * n)
-            last = [top + max(1, int(d * n)) - 1 for d in densities]
-            measured = {"highest": sizes[:, top], "lowest": sizes[range(len(models)), last]}
+            measured = {"highest": sizes[:, top], "lowest": sizes[range(count), [top + i for i in last]]}
         if method == "slerp":
-            a, b = one.double(), stack[0].double()
+            a, b = one.double(), others[0].double()
             angle = torch.arccos((a @ b) / (a.norm() * b.norm())).item()
-            t = flags.get("t", 0.5)
-            measured["coefficients"] = (
-                math.sin((1 - t) * angle) / math.sin(angle),
-                math.sin(t * angle) / math.sin(angle),
-            )
+            measured["coefficients"] = [math.sin(x * angle) / math.sin(angle) for x in (1 - t, t)]
         if method == "model_stock":
-            cosine = torch.cosine_similarity(*changes[name].double(), dim=0)
+            cosine = torch.cosine_similarity(*change.double(), dim=0)
             measured["ratio"] = (2 * cosine / (1 + cosine)).item() if cosine > 0 else 0.0
         if method.startswith("dare"):
-            draws = torch.stack([merge.uniform(seed, i, name, slice(0, n)) for i in range(len(models))])
+            seed, tile = flags.get("seed", 1), slice(0, n)
+            draws = torch.stack([merge.uniform(seed, i, name, tile) for i in range(count)])
+            kept = change * (draws < torch.tensor(densities[:count])[:, None])
             if compat == "mergekit":
-                kept = changes[name] * (draws < densities[0])
-                measured["rescale"] = changes[name].abs().sum(1) / kept.abs().sum(1)
-        result = merge.merge_tensors(method, one, stack, p, measured, draws, compat=compat)
-        merged[name] = result.view_as(base[name]).to(dtype or base[name].dtype)
+                measured["rescale"] = change.abs().sum(1) / kept.abs().sum(1)
+        result = merge.merge_tensors(method, one, torch.stack(others), p, measured, draws, compat)
+        merged[name] = result.view_as(loaded[0][name]).to(loaded[0][name].dtype)
     return merged
 
 
+OWN_DENSITY = {"density": 0.3, "rule": ("*:density.2=0.6",)}
 CASES = [
     ("linear", {"weights": (1.0, 3.0)}, "paper"),
     ("soup", {}, "paper"),
@@ -433,10 +365,14 @@ CASES = [
     ("dare_ties", {"density": 0.3}, "mergekit"),
     ("breadcrumbs", {"density": 0.3}, "paper"),
     ("model_stock", {}, "paper"),
+    ("ties", OWN_DENSITY, "paper"),
+    ("ties", OWN_DENSITY, "mergekit"),
+    ("breadcrumbs", OWN_DENSITY, "paper"),
+    ("dare_linear", OWN_DENSITY, "paper"),
 ]
 
 
-@pytest.mark.parametrize(("method", "flags", "compat"), CASES, ids=[f"{c[0]}-{c[2]}" for c in CASES])
+@pytest.mark.parametrize(("method", "flags", "compat"), CASES)
 def test_streamed_result_is_that_of_whole_tensors(method, flags, compat, models, run, monkeypatch):
     folders = models[:2] if method in ("wise_ft", "slerp") else models[:3]
     expected = in_memory(method, folders, compat, **flags)
@@ -455,94 +391,17 @@ def test_streamed_result_is_that_of_whole_tensors(method, flags, compat, models,
         assert torch.allclose(tiled[name], whole[name], **close), name
 
 
-OWN_DENSITY = [("ties", "paper"), ("ties", "mergekit"), ("breadcrumbs", "paper"), ("dare_linear", "paper")]
-
-
-@pytest.mark.parametrize(("method", "compat"), OWN_DENSITY, ids=["-".join(case) for case in OWN_DENSITY])
-def test_each_model_has_a_density_of_its_own(method, compat, models, run):
-    expected = in_memory(method, models[:3], compat, densities=(0.3, 0.6))
-    flags = {"density": 0.3, "rule": ("*:density.2=0.6",), "compat": compat}
-    flags |= {"outliers": 0.1} if method == "breadcrumbs" else {}
-    merged = weights(run(method, models[0], models[1:3], **flags))
-    for name in expected:
-        assert torch.allclose(merged[name], expected[name], rtol=1e-5, atol=1e-6), name
-
-
-def test_whole_numbers_do_not_count_among_the_changes_of_ties(models, run, tmp_path):
-    counted = [
-        changed(tmp_path / f"c{i}", models[i])(lambda t: t.update(counter=torch.arange(50_000)))
-        for i in range(3)
-    ]
-    merged, plain = (weights(run("ties", base, others)) for base, *others in (counted, models[:3]))
-    assert all(torch.equal(merged[name], plain[name]) for name in plain)
-
-
-def test_few_tiles_are_in_memory_at_a_time(models, run, monkeypatch):
-    """However far the writer is behind: neither it nor the workers collect what is not written yet."""
-    live, most, merge_tile = set(), [0], merge.merge_tile
-
-    def watched(*args):
-        work, merged, inner = merge_tile(*args)
-        live.add(id(merged))
-        weakref.finalize(merged, live.discard, id(merged))
-        most[0] = max(most[0], len(live))
-        return work, merged, inner
-
-    monkeypatch.setattr(merge, "merge_tile", watched)
-    monkeypatch.setattr(merge, "TILE", 64)
-    run("linear", None, models[:2])
-    assert 1 < most[0] < 16
-
-
-def test_shard_that_is_not_as_long_as_planned_is_an_error(tmp_path):
-    [shard] = merge.plan_shards({"a": [4]}, {"a": torch.float32}, "1GB")
-    for tiles in ([torch.ones(3)], [torch.ones(4), torch.ones(1)]):
-        with merge.ThreadPoolExecutor(1) as thread, pytest.raises(RuntimeError, match="not 16"):
-            merge.write_shard(tmp_path, shard, thread, tiles)
-
-
-def test_merged_model_differs_from_all_it_came_from(models, run):
-    """A method that reads the wrong file would pass where all models are alike."""
-    merged = weights(run("task_arithmetic", models[0], models[1:3], weights=(1.0, 0.5)))
-    for folder in models[:3]:
-        tensors = load_file(folder / "model.safetensors")
-        assert all(not torch.equal(merged[name], tensors[name]) for name in merged)
-
-
-def test_dare_gives_the_same_result_for_a_seed_and_another_for_another(models, run):
-    one, same, other = (
-        weights(run("dare_linear", models[0], models[1:3], density=0.3, seed=seed)) for seed in (1, 1, 2)
-    )
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    assert all(not torch.equal(one[name], other[name]) for name in one if one[name].numel() > 100)
-
-
-def test_dare_rescales_to_the_l1_norm_in_mergekit_mode(models, run):
-    merged = weights(run("dare_linear", models[0], models[1:2], density=0.3, compat="mergekit"))
-    base, model = (load_file(folder / "model.safetensors") for folder in models[:2])
-    for name in merged:
-        norm = (merged[name] - base[name]).abs().sum().item()
-        assert norm == pytest.approx((model[name] - base[name]).abs().sum().item(), rel=1e-4)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_arithmetic_is_float32_and_rounds_once(dtype, models, run, tmp_path):
+def test_arithmetic_is_float32_and_rounds_once_to_the_type_of_the_base(dtype, models, run, tmp_path):
     folders = []
     for i, folder in enumerate(models[:3]):
         tensors = {k: x.to(dtype) for k, x in load_file(folder / "model.safetensors").items()}
         folders.append(write(tmp_path / f"m{i}", folder, tensors))
     merged = weights(run("task_arithmetic", folders[0], folders[1:], lambda_=0.3))
-    expected = in_memory("task_arithmetic", folders, lambda_=0.3)
-    for name in expected:
-        assert merged[name].dtype == dtype and torch.equal(merged[name], expected[name]), name
-
-
-def test_dtype_of_the_result(models, run, tmp_path):
-    tensors = {k: x.bfloat16() for k, x in load_file(models[1] / "model.safetensors").items()}
-    half = write(tmp_path / "half", models[1], tensors)
-    assert {x.dtype for x in weights(run("wise_ft", models[0], [half])).values()} == {torch.float32}
-    assert {x.dtype for x in weights(run("wise_ft", half, [models[0]])).values()} == {torch.bfloat16}
-    folder = run("wise_ft", half, [models[0]], dtype="float16")
+    for name, expected in in_memory("task_arithmetic", folders, lambda_=0.3).items():
+        assert merged[name].dtype == dtype and torch.equal(merged[name], expected), name
+    assert {x.dtype for x in weights(run("wise_ft", models[0], folders[:1])).values()} == {torch.float32}
+    folder = run("wise_ft", folders[0], models[:1], out_dtype="float16")
     assert {x.dtype for x in weights(folder).values()} == {torch.float16}
     assert json.loads((folder / "model" / "config.json").read_text())["dtype"] == "float16"
 
@@ -560,107 +419,94 @@ def logits_of(folder):
         return model, model(**tokenizer(text, return_tensors="pt")).logits
 
 
-def test_shards_and_index_load_and_give_the_logits_of_one_file(models, run):
+def test_shards_load_give_the_logits_of_one_file_and_can_be_merged_again(models, run):
     one = run("linear", None, models[1:3])
     several = run("linear", None, models[1:3], max_shard_size="60KB")
-    assert sorted(p.name for p in (one / "model").glob("*.safetensors*")) == ["model.safetensors"]
     files = sorted((several / "model").glob("*.safetensors"))
     index = json.loads((several / "model" / "model.safetensors.index.json").read_text())
     assert len(files) > 2 and set(index["weight_map"].values()) == {p.name for p in files}
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in weights(one).values())
     for path in files:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            assert all(index["weight_map"][name] == path.name for name in names)
-            sizes = [file.get_tensor(name).nbytes for name in names]
-        assert sum(sizes) <= 60_000 or len(sizes) == 1
+        tensors = load_file(path)
+        assert all(index["weight_map"][name] == path.name for name in tensors)
+        assert sum(x.nbytes for x in tensors.values()) <= 60_000 or len(tensors) == 1
+        assert path.stat().st_mode == (several / "args.json").stat().st_mode
     model, logits = logits_of(several)
     assert torch.isfinite(logits).all() and torch.equal(logits, logits_of(one)[1])
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    again = weights(run("linear", None, [several / "model"]))
+    assert all(torch.equal(again[name], x) for name, x in weights(one).items())
+    index["weight_map"]["model.extra"] = files[0].name
+    (several / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SystemExit):
+        run("linear", None, [several / "model"])
 
 
-def test_everything_beside_the_weights_is_copied(models, run):
-    merged, lead = run("linear", None, models[1:3]) / "model", models[1]
-    names = {p.name for p in lead.iterdir()}
-    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= names
-    assert {p.name for p in merged.iterdir()} == names
-    for name in names - {"model.safetensors", "config.json"}:
-        assert (merged / name).read_bytes() == (lead / name).read_bytes()
-
-
-def test_what_was_of_the_weights_of_another_format_is_not_copied(models, run, tmp_path):
-    littered = changed(tmp_path / "littered", models[1])()
+def test_everything_beside_the_weights_is_copied_but_no_weights_of_other_formats(models, run, tmp_path):
+    littered = changed(tmp_path / "littered", models[1])
     stray = ["flax_model.msgpack", "model.onnx", "rust_model.ot", "pytorch_model.bin.index.json"]
     for name in (*stray, "README.md", ".gitattributes", "adapter_config.json", "notes.txt"):
         (littered / name).write_text("{}")
-    copied = {path.name for path in (run("linear", None, [littered, models[2]]) / "model").iterdir()}
-    assert copied == {path.name for path in models[1].iterdir()} | {"notes.txt"}
-
-
-def test_shards_are_merged_from_shards(models, run):
-    sharded = run("linear", None, models[1:2], max_shard_size="30KB") / "model"
-    merged = weights(run("task_arithmetic", models[0], [sharded, models[2]]))
-    expected = in_memory("task_arithmetic", models[:3])
-    assert all(torch.allclose(merged[name], expected[name], atol=1e-6) for name in expected)
+    merged = run("linear", None, [littered, models[2]]) / "model"
+    names = {path.name for path in models[1].iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    assert {path.name for path in merged.iterdir()} == names | {"notes.txt"}
+    for name in names - {"model.safetensors", "config.json"}:
+        assert (merged / name).read_bytes() == (littered / name).read_bytes()
 
 
 def head(tensors):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
 
-def test_tied_head_that_is_stored_twice_is_written_once(models, run, tmp_path):
-    twice = changed(tmp_path / "twice", models[1])(head)
+def other_head(tensors):
+    head(tensors)
+    tensors["lm_head.weight"] += 1
+
+
+def test_heads_tied_stored_twice_and_untied(models, run, tmp_path, capfd):
+    twice = changed(tmp_path / "twice", models[1], head)
     assert "lm_head.weight" not in weights(run("wise_ft", models[0], [twice]))
     assert "lm_head.weight" not in weights(run("wise_ft", twice, [models[0]]))
-
-
-def test_untied_head_is_merged(models, run, tmp_path):
-    untied = [changed(tmp_path / f"u{i}", models[i], tie_word_embeddings=False)(head) for i in (0, 1)]
+    untied = [changed(tmp_path / f"u{i}", models[i], head, tie_word_embeddings=False) for i in (0, 1)]
     merged = weights(run("wise_ft", untied[0], [untied[1]], t=0.25))
     assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    line = error_of(lambda: run("linear", None, [models[0], untied[1]]), capfd)
+    assert "tie_word_embeddings" in line and "lm_head.weight" in line
+    wrong = changed(tmp_path / "wrong", models[1], other_head)
+    assert "though the config ties them" in error_of(lambda: run("linear", None, [models[0], wrong]), capfd)
 
 
 def test_whole_numbers_are_copied_and_must_agree(models, run, tmp_path, capfd):
-    with_counter = [
-        changed(tmp_path / f"c{i}_{n}", models[i])(lambda t, n=n: t.update(counter=torch.tensor([n, 7])))
-        for i, n in ((0, 3), (1, 3), (1, 4))
-    ]
-    merged = weights(run("wise_ft", with_counter[0], with_counter[1:2]))
+    def counting(name, numbers, dtype=torch.int64):
+        counter = torch.tensor(numbers, dtype=dtype)
+        return changed(tmp_path / name, models[0], lambda t: t.update(counter=counter))
+
+    one, same, other = counting("a", [3, 7]), counting("b", [3, 7]), counting("c", [4, 7])
+    merged = weights(run("wise_ft", one, [same]))
     assert merged["counter"].tolist() == [3, 7] and merged["counter"].dtype == torch.int64
-    line = error_of(lambda: run("wise_ft", with_counter[0], with_counter[2:]), capfd)
-    assert "counter" in line and "whole numbers" in line
-    for name, dtype in (("short", torch.int32), ("float", torch.float32)):
-        other = changed(tmp_path / name, models[1])(
-            lambda t, dtype=dtype: t.update(counter=torch.tensor([3, 7], dtype=dtype))
-        )
-        for pair in ([with_counter[0], other], [other, with_counter[0]]):
-            assert "whole numbers" in error_of(lambda pair=pair: run("linear", None, pair), capfd)
+    long, short = counting("long", [3] * 50_000), counting("short", [3, 7], torch.int32)
+    for pair in ([one, other], [one, short], [short, one], [one, counting("float", [3, 7], torch.float32)]):
+        line = error_of(lambda pair=pair: run("linear", None, pair), capfd)
+        assert "counter" in line and "whole numbers" in line
+    counted = weights(
+        run("ties", long, [changed(tmp_path / "tuned", long, lambda t: t["model.norm.weight"].add_(1))])
+    )
+    plain = changed(tmp_path / "plain", models[0], lambda t: t["model.norm.weight"].add_(1))
+    merged = weights(run("ties", models[0], [plain]))  # whole numbers are not among the changes
+    assert all(torch.equal(counted[name], merged[name]) for name in merged)
 
 
-def test_tensors_of_several_types_start_at_multiples_of_their_width(models, run, tmp_path):
-    mixed = [
-        changed(tmp_path / f"t{i}", models[i])(lambda t, dtype=dtype: t.update(a=torch.ones(3, dtype=dtype)))
-        for i, dtype in ((0, torch.bfloat16), (1, torch.float32))
-    ]
-    folder = run("wise_ft", mixed[0], mixed[1:])  # in the file of the model `a` stands among float32
-    content = (folder / "model" / "model.safetensors").read_bytes()
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    assert header["a"]["dtype"] == "BF16"
-    for name, entry in header.items():
-        if name != "__metadata__":
-            assert entry["data_offsets"][0] % (2 if name == "a" else 4) == 0, name
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "model_stock", "dare_linear"])
+def test_scalar_and_empty_tensors_and_other_types(method, models, run, tmp_path):
+    def odd(i):
+        more = {"scalar": torch.tensor(2.0 + i), "empty": torch.zeros(0, 4)}
+        more["mixed"] = torch.ones(3, dtype=torch.float32 if i else torch.bfloat16)  # two bytes among four
+        return changed(tmp_path / f"o{i}", models[i], lambda t: t.update(more))
 
-
-def test_scalar_and_empty_tensors(models, run, tmp_path):
-    odd = [
-        changed(tmp_path / f"o{i}", models[i])(
-            lambda t, i=i: t.update(scalar=torch.tensor(2.0 + i), empty=torch.zeros(0, 4))
-        )
-        for i in (0, 1, 2)
-    ]
-    for method in ("ties", "breadcrumbs", "model_stock", "dare_linear"):
-        merged = weights(run(method, odd[0], odd[1:]))
-        assert merged["scalar"].shape == () and merged["empty"].shape == (0, 4)
+    merged = weights(run(method, odd(0), [odd(1), odd(2)]))
+    assert merged["scalar"].shape == () and merged["empty"].shape == (0, 4)
+    assert merged["mixed"].dtype == torch.bfloat16 and merged["mixed"].tolist() == [1, 1, 1]
 
 
 # What is refused --------------------------------------------------------------------------------------------
@@ -674,67 +520,40 @@ def shrink(tensors):
 
 
 def test_mismatched_models_are_one_error_that_lists_all(models, run, tmp_path, capfd):
-    other = changed(tmp_path / "other", models[1])(shrink)
+    other = changed(tmp_path / "other", models[1], shrink)
     line = error_of(lambda: run("linear", None, [models[1], other]), capfd)
     for wanted in ("model.norm.weight", "extra.weight", "layers.0.mlp.up_proj", "[128, 64]", "[120, 64]"):
         assert wanted in line
-    assert not list(tmp_path.glob("run*"))
-
-
-def cut_rows(tensors):
-    name = "model.embed_tokens.weight"
-    tensors[name] = tensors[name][:-5].clone()
-
-
-def rename_token(folder, old, new):
-    path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary[new] = vocabulary.pop(old)
-    path.write_text(json.dumps(tokenizer))
-    return folder
-
-
-def test_mismatched_vocabularies_are_refused(models, run, tmp_path, capfd):
-    other = changed(tmp_path / "other", models[1])()
-    token = list(json.loads((other / "tokenizer.json").read_text())["model"]["vocab"])[-1]
-    line = error_of(lambda: run("linear", None, [models[1], rename_token(other, token, "Ωζ")]), capfd)
-    assert "tokens with the ids" in line
-    line = error_of(lambda: run("linear", None, [models[1], other], pad_vocab=True), capfd)
-    assert "tokens with the ids" in line
-    shorter = changed(tmp_path / "shorter", models[2])(cut_rows)
-    line = error_of(lambda: run("linear", None, [models[1], shorter]), capfd)
-    assert "embed_tokens" in line and "--pad-vocab" in line
-
-
-def test_pad_vocab_gives_missing_rows_from_the_largest(models, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge, "TILE", 64)
-    shorter = changed(tmp_path / "shorter", models[2])(cut_rows)
-    merged = weights(run("linear", None, [shorter, models[1]], pad_vocab=True))["model.embed_tokens.weight"]
-    long, short = (
-        load_file(f / "model.safetensors")["model.embed_tokens.weight"] for f in (models[1], shorter)
+    llama = changed(tmp_path / "llama", models[1], model_type="llama")
+    assert "model_type" in error_of(lambda: run("linear", None, [models[0], llama]), capfd)
+    eight = changed(
+        tmp_path / "eight", models[1], lambda t: t.update(e=torch.zeros(2).to(torch.float8_e4m3fn))
     )
-    assert torch.equal(merged[-5:], long[-5:]) and merged.shape == long.shape
-    assert torch.allclose(merged[:-5], (long[:-5] + short) / 2, atol=1e-7)
-    base = weights(run("task_arithmetic", shorter, [models[1]], pad_vocab=True, lambda_=0.5))
-    assert torch.equal(base["model.embed_tokens.weight"][-5:], long[-5:])
+    assert "F8_E4M3" in error_of(lambda: run("linear", None, [eight]), capfd)
+    assert not list(tmp_path.glob("run*"))
+    longer = changed(tmp_path / "longer", models[1], rope_theta=123.0)
+    run("linear", None, [models[0], longer])
+    assert "differ in rope_theta" in capfd.readouterr().out
 
 
-def add_tokens(folder, like, *texts, more_rows=None):
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def with_tokens(folder, like, *texts, more_rows=None):
     """A copy of a model whose tokenizer knows further tokens, with a row each, or as many as are given."""
     rows = len(texts) if more_rows is None else more_rows
-
-    def extend(tensors):
-        table = tensors["model.embed_tokens.weight"]
-        tensors["model.embed_tokens.weight"] = torch.cat([table, torch.randn(rows, table.shape[1])])
-
     count = json.loads((like / "config.json").read_text())["vocab_size"]
-    changed(folder, like, vocab_size=count + rows)(extend)
+
+    def resize(tensors):
+        table = tensors[EMBEDDING]
+        tensors[EMBEDDING] = torch.cat([table, torch.randn(max(rows, 0), 64)])[: count + rows].clone()
+
+    changed(folder, like, resize, vocab_size=count + rows)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokens = [
-        tokenizer["added_tokens"][0] | {"id": count + i, "content": t} for i, t in enumerate(texts) if t
+    like_first = tokenizer["added_tokens"][0]
+    tokenizer["added_tokens"] += [
+        like_first | {"id": count + i, "content": text} for i, text in enumerate(texts) if text
     ]
-    tokenizer["added_tokens"] += tokens
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
 
@@ -743,14 +562,14 @@ def add_tokens(folder, like, *texts, more_rows=None):
 def test_pad_vocab_keeps_the_tokens_that_one_model_added(method, models, run, tmp_path, monkeypatch):
     """A table padded beyond its tokens, and one that is shorter, but has a token in each row (Qwen)."""
     monkeypatch.setattr(merge, "TILE", 64)
-    padded = add_tokens(tmp_path / "padded", models[0], more_rows=20)
-    added = add_tokens(tmp_path / "added", models[1], "<think>", "</think>")
+    padded = with_tokens(tmp_path / "padded", models[0], more_rows=20)
+    added = with_tokens(tmp_path / "added", models[1], "<think>", "</think>")
     base = None if method == "linear" else padded
     others = [padded, added] if method == "linear" else [added]
     flags = {"density": 1.0} if method == "ties" else {}
     folder = run(method, base, others, pad_vocab=True, **flags) / "model"
-    merged = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
-    own, other = (load_file(f / "model.safetensors")["model.embed_tokens.weight"] for f in (added, padded))
+    merged = load_file(folder / "model.safetensors")[EMBEDDING]
+    own, other = (load_file(f / "model.safetensors")[EMBEDDING] for f in (added, padded))
     n = len(own) - 2
     assert merged.shape == own.shape and torch.equal(merged[n:], own[n:])
     mean = (own[:n] + other[:n]) / 2 if method == "linear" else own[:n]
@@ -759,133 +578,94 @@ def test_pad_vocab_keeps_the_tokens_that_one_model_added(method, models, run, tm
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == len(merged)
 
 
-@pytest.mark.parametrize("method", ["linear", "soup"])
-def test_pad_vocab_with_the_longest_model_not_read(method, models, run, tmp_path):
-    """As a base that is only reported on, or as a model that is left out of the soup, it sets the shapes."""
-    longest = add_tokens(tmp_path / "longest", models[0], "<think>")
-    flags = {"pad_vocab": True}
-    if method == "linear":
-        folder = run(method, longest, models[1:3], **flags)
-    else:
-        (tmp_path / "score.py").write_text(f"""
-import pathlib
-count = pathlib.Path("{tmp_path}/count")
-count.write_text((count.read_text() if count.exists() else "") + "x")
-print('{{"good": %d}}' % [3, 3, 1, 3, 0][len(count.read_text()) - 1])  # the last one is that of all three
-""")
-        command = f"{sys.executable} {tmp_path / 'score.py'} {{model}}"
-        flags |= {"soup": "greedy", "eval_command": command}
-        folder = run(method, None, [*models[1:3], longest], **flags)
-    table = load_file(longest / "model.safetensors")["model.embed_tokens.weight"]
-    merged = weights(folder)["model.embed_tokens.weight"]
-    assert merged.shape == table.shape and torch.equal(merged[-1], table[-1])
-    assert not torch.allclose(merged[:-1], table[:-1], atol=1e-4)
+def test_pad_vocab_fills_up_rows_that_are_missing(models, run, tmp_path):
+    shorter = with_tokens(tmp_path / "shorter", models[2], more_rows=-5)
+    merged = weights(run("linear", None, [shorter, models[1]], pad_vocab=True))[EMBEDDING]
+    long, short = (load_file(f / "model.safetensors")[EMBEDDING] for f in (models[1], shorter))
+    assert torch.equal(merged[-5:], long[-5:]) and merged.shape == long.shape
+    assert torch.allclose(merged[:-5], (long[:-5] + short) / 2, atol=1e-7)
 
 
-def test_tokens_that_padding_cannot_bring_together_are_refused(models, run, tmp_path, capfd):
-    one = add_tokens(tmp_path / "one", models[0], "<a>")
-    other = add_tokens(tmp_path / "other", models[1], "<b>", "<c>")
-    gap = add_tokens(tmp_path / "gap", models[1], "", "<c>")  # its row for <a> is no token's
-    same = add_tokens(tmp_path / "same", models[1], "<a>", more_rows=0)
-    for second in (other, gap):
-        line = error_of(lambda second=second: run("linear", None, [one, second], pad_vocab=True), capfd)
-        assert "differ in the tokens" in line
-    line = error_of(lambda: run("linear", None, [models[0], same]), capfd)  # same shapes, one token more
-    assert "differ in the tokens" in line
-    nameless = add_tokens(tmp_path / "nameless", models[1], "<a>", "<b>")
+def test_vocabularies_that_do_not_fit_are_refused(models, run, tmp_path, capfd):
+    one = with_tokens(tmp_path / "one", models[0], "<a>")
+    renamed = with_tokens(tmp_path / "renamed", models[1], "<b>")
+    other = with_tokens(tmp_path / "other", models[1], "<b>", "<c>")
+    gap = with_tokens(tmp_path / "gap", models[1], "", "<c>")  # its row for <a> is no token's
+    same = with_tokens(tmp_path / "same", models[1], "<a>", more_rows=0)  # same shapes, one token more
+    nameless = with_tokens(tmp_path / "nameless", models[1], "<a>", "<b>")
     (nameless / "tokenizer.json").unlink()  # which tokens its further rows are, nobody knows
-    assert "embed_tokens" in error_of(lambda: run("linear", None, [one, nameless], pad_vocab=True), capfd)
+    shorter = with_tokens(tmp_path / "shorter", models[2], more_rows=-5)
+    for pair, pad_vocab, wanted in (
+        ([one, renamed], False, "differ in the tokens"),
+        ([one, renamed], True, "differ in the tokens"),
+        ([one, other], True, "differ in the tokens"),
+        ([one, gap], True, "differ in the tokens"),
+        ([models[0], same], False, "differ in the tokens"),
+        ([one, nameless], True, "embed_tokens"),
+        ([models[1], shorter], False, "--pad-vocab"),
+    ):
+        line = error_of(lambda pair=pair, pad=pad_vocab: run("linear", None, pair, pad_vocab=pad), capfd)
+        assert wanted in line, pair
 
 
-def test_models_of_different_kinds_are_refused_and_other_settings_noted(models, run, tmp_path, capfd):
-    other = changed(tmp_path / "other", models[1], model_type="llama")()
-    assert "model_type" in error_of(lambda: run("linear", None, [models[0], other]), capfd)
-    longer = changed(tmp_path / "longer", models[1], rope_theta=123.0)()
-    run("linear", None, [models[0], longer])
-    assert "differ in rope_theta" in capfd.readouterr().out
-
-
-def test_tied_and_untied_models_do_not_fit(models, run, tmp_path, capfd):
-    untied = changed(tmp_path / "untied", models[1], tie_word_embeddings=False)(head)
-    assert "tie_word_embeddings" in error_of(lambda: run("linear", None, [models[0], untied]), capfd)
-
-    def other_head(tensors):
-        head(tensors)
-        tensors["lm_head.weight"] += 1
-
-    wrong = changed(tmp_path / "wrong", models[1])(other_head)
-    assert "though the config ties them" in error_of(lambda: run("linear", None, [models[0], wrong]), capfd)
-
-
-@pytest.mark.parametrize(
-    "method", ["linear", "task_arithmetic", "ties", "dare_linear", "breadcrumbs", "slerp"]
-)
+@pytest.mark.parametrize("method", ["linear", *sorted(NEEDS_BASE), "slerp"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_result_that_is_not_finite_is_refused(method, bad, models, run, tmp_path, capfd):
     def poison(tensors):
         tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = bad
 
-    broken = changed(tmp_path / "broken", models[1])(poison)
-    line = error_of(lambda: run(method, models[0], [broken]), capfd)
+    broken = changed(tmp_path / "broken", models[1], poison)
+    density = (
+        {"density": 1.0} if method == "dare_ties" else {}
+    )  # DARE may drop it: then it is not in the result
+    line = error_of(lambda: run(method, models[0], [broken], **density), capfd)
     assert "model.layers.1.mlp.up_proj.weight" in line and "not finite" in line
     assert not list(tmp_path.glob("run*"))
 
 
 def test_overflow_of_the_type_is_refused(models, run, tmp_path, capfd):
-    def enlarge(tensors):
-        tensors["model.norm.weight"] += 1e5
-
-    large = changed(tmp_path / "large", models[1])(enlarge)
-    assert "float16" in error_of(lambda: run("linear", None, [large], dtype="float16"), capfd)
-    run("linear", None, [large], dtype="bfloat16")
+    large = changed(tmp_path / "large", models[1], lambda t: t["model.norm.weight"].add_(1e5))
+    assert "float16" in error_of(lambda: run("linear", None, [large], out_dtype="float16"), capfd)
+    run("linear", None, [large], out_dtype="bfloat16")
 
 
-def test_existing_folder_is_left_alone(models, run, tmp_path, capfd):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes").write_text("important")
-    line = error_of(lambda: run("linear", None, models[:2], output_dir=str(tmp_path / "mine")), capfd)
-    assert "exists" in line and (tmp_path / "mine" / "notes").read_text() == "important"
-
-
-SWEEP = {"sweep": "weight=0:1:0.5", "eval_command": "python {model}"}
+GREEDY = {"method": "soup", "eval_command": "echo 1 {model}"}
 MISTAKES = [
     ({"method": "ties"}, "needs --base"),
-    ({"method": "linear", "weights": (1.0,)}, "--weights has 1 numbers for 2 models"),
-    ({"method": "linear", "weights": (1.0, -1.0)}, "add up to 0"),
+    ({"weights": (1.0,)}, "--weights has 1 numbers for 2 models"),
+    ({"weights": (1.0, -1.0)}, "add up to 0"),
     ({"models": ("0", "1", "2"), "weights": (0.1, 0.2, -0.3)}, "add up to 0"),  # 0.1 + 0.2 > 0.3
+    ({"weights": (math.nan, 1.0)}, "--weights nan: Input should be a finite number"),
     ({"models": (), "base": "0"}, "--base without --models"),
-    ({"method": "wise_ft", "t": math.nan}, "not a finite number"),
-    ({"method": "task_arithmetic", "base": "0", "lambda_": math.inf}, "not a finite number"),
-    ({"weights": (math.nan, 1.0)}, "not a finite number"),
-    ({"method": "linear", "density": 0.5}, "has no --density"),
-    ({"method": "linear", "lambda_": 0.5}, "has no --lambda"),
-    ({"method": "soup", "weights": (1.0, 2.0)}, "has no --weights"),
+    ({"method": "wise_ft", "base": "0", "models": ("1",), "t": math.nan}, "--t nan"),
+    ({"method": "task_arithmetic", "base": "0", "lambda_": math.inf}, "finite number"),
+    ({"density": 0.5}, "linear has no density"),
+    ({"lambda_": 0.5}, "linear has no lambda"),
+    ({"method": "soup", "weights": (1.0, 2.0)}, "soup has no weight"),
     ({"method": "slerp", "base": "0"}, "one model"),
     ({"method": "model_stock", "base": "0", "models": ("1",)}, "two models or more"),
-    ({"method": "ties", "base": "0", "density": 0.0}, "--density"),
-    ({"method": "ties", "base": "0", "density": 1.5}, "--density"),
+    ({"method": "ties", "base": "0", "density": 0.0}, "--density 0.0"),
+    ({"method": "ties", "base": "0", "density": 1.5}, "--density 1.5"),
     ({"method": "ties", "base": "0", "rule": ("layers.0.*:density=0.5",)}, "--compat mergekit"),
-    ({"method": "breadcrumbs", "base": "0", "outliers": 1.0}, "--outliers"),
+    ({"method": "ties", "base": "0", "rule": ("*:density=0",)}, "greater than 0"),
+    ({"method": "breadcrumbs", "base": "0", "outliers": 1.0}, "--outliers 1.0"),
     ({"rule": ("layers.*:weight",)}, "PATTERN:NAME"),
-    ({"rule": ("layers.*:weight=half",)}, "not a number"),
-    ({"rule": ("layers.*:t=0.5",)}, "no parameter 't'"),
+    ({"rule": ("layers.*:weight=half",)}, "valid number"),
+    ({"rule": ("layers.*:weight=nan",)}, "finite number"),
+    ({"rule": ("layers.*:t=0.5",)}, "linear has no t"),
     ({"rule": ("layers.*:weight.3=0.5",)}, "from 1 to 2"),
     ({"rule": ("layers.9.*:weight=0.5",)}, "no tensor matches layers.9.*"),
-    ({"sweep": "weight=0:1:0.5"}, "needs an --eval-command"),
-    ({"sweep": "weight=0:1", "eval_command": "python {model}"}, "FIRST:LAST:STEP"),
-    ({"sweep": "weight=0:1:0", "eval_command": "python {model}"}, "STEP above 0"),
-    ({"sweep": "t=0:1:0.5", "eval_command": "python {model}"}, "no parameter 't'"),
-    ({"sweep": "weight=0:1:0.5", "eval_command": "python"}, "{model}"),
-    ({"sweep": "weight=0:1:0.5", "eval_command": "nonesuch {model}"}, "no program nonesuch"),
-    ({"sweep": "weight=0:-0.1:1", "eval_command": "python {model}"}, "LAST from FIRST on"),
-    ({"sweep": "weight=0:1:inf", "eval_command": "python {model}"}, "STEP above 0"),
-    ({"eval_command": "python {model}"}, "neither is given"),
-    ({"eval_metrics": ("loss",)}, "there is none"),
-    (SWEEP | {"eval_metrics": ("loss:max",)}, "nothing behind a colon but min"),
-    (SWEEP | {"eval_metrics": ("loss", "loss:min")}, "each once"),
-    ({"method": "soup", "soup": "greedy"}, "--eval-command"),
-    ({"max_shard_size": "5 bottles"}, "--max-shard-size"),
-    ({"models": ("/nonesuch/folder",)}, "is no folder"),
+    ({"eval_command": "echo 1 {model}"}, "--method soup"),
+    ({"method": "soup", "eval_command": "echo 1"}, "{model}"),
+    (GREEDY | {"eval_command": "echo it broke >&2; false {model}"}, "it broke"),
+    (GREEDY | {"eval_command": "nonesuch {model}"}, "nonesuch"),
+    (GREEDY | {"eval_command": "true {model}"}, "a finite number last"),
+    (GREEDY | {"eval_command": "echo {model} nan"}, "a finite number last"),
+    (GREEDY | {"eval_command": "echo {model} good"}, "good"),
+    (GREEDY | {"eval_command": "echo {model} 1; exit 3"}, "exit code 3"),
+    ({"max_shard_size": "5 bottles"}, "--max-shard-size 5 bottles"),
+    ({"models": ("/nonesuch/folder",)}, "/nonesuch/folder cannot be read"),
+    ({"seed": -1}, "--seed -1"),
 ]
 
 
@@ -897,8 +677,7 @@ def test_mistakes_are_one_clear_line(flags, wanted, models, tmp_path, capfd):
     flags = {"method": "linear", "models": ("0", "1")} | flags
     flags["models"] = tuple(map(located, flags["models"]))
     flags |= {"base": located(flags["base"])} if "base" in flags else {}
-    folder = tmp_path / "run"
-    line = error_of(lambda: merge.main(merge.Args(output_dir=str(folder), report=False, **flags)), capfd)
+    line = error_of(lambda: merge.main(merge.Args(output_dir=str(tmp_path / "run"), **flags)), capfd)
     assert wanted in line and not list(tmp_path.iterdir())
 
 
@@ -907,61 +686,48 @@ BROKEN += [("model.safetensors.index.json", "{}"), ("model.safetensors.index.jso
 
 
 @pytest.mark.parametrize(("name", "content"), BROKEN)
-def test_broken_folder_is_named(name, content, models, run, tmp_path, capfd):
-    broken = changed(tmp_path / "broken", models[1])()
+def test_broken_file_is_named(name, content, models, run, tmp_path, capfd):
+    broken = changed(tmp_path / "broken", models[1])
     (broken / name).write_text(content)
     assert str(broken / name) in error_of(lambda: run("linear", None, [broken, models[0]]), capfd)
 
 
-def test_index_that_does_not_fit_its_files_is_refused(models, run, capfd):
-    sharded = run("linear", None, models[1:2], max_shard_size="30KB") / "model"
-    index = sharded / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    content["weight_map"]["model.extra"] = content["weight_map"]["model.norm.weight"]
-    index.write_text(json.dumps(content))
-    assert "model.extra" in error_of(lambda: run("linear", None, [sharded]), capfd)
+# The folder of the run --------------------------------------------------------------------------------------
 
 
-def test_folder_that_cannot_be_made_is_one_clear_line(models, run, tmp_path, capfd):
+def test_folder_that_exists_or_cannot_be_made_is_one_clear_line(models, run, tmp_path, capfd):
     (tmp_path / "file").write_text("important")
-    for place in (tmp_path / "file" / "run", "/proc/run"):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("important")
+    for place in (tmp_path / "mine", tmp_path / "file", tmp_path / "file" / "run", "/proc/run"):
         line = error_of(lambda place=place: run("linear", None, models[:2], output_dir=str(place)), capfd)
-        assert str(place) in line
-    assert (tmp_path / "file").read_text() == "important"
+        assert line.startswith(f"error: --output-dir {place}: ")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
+    assert (tmp_path / "file").read_text() == (tmp_path / "mine" / "notes").read_text() == "important"
 
 
-def test_file_that_cannot_be_read_is_named(models, run, capfd, monkeypatch):
-    def copy_or_fail(source, target, **flags):
-        if merge.Path(target).parent.name == "model":
-            raise OSError(5, "Input/output error", str(source))
-        return copyfile(source, target, **flags)
+def failing(error):
+    def fail(*args, **flags):
+        raise error
 
-    copyfile = shutil.copyfile
-    monkeypatch.setattr(merge.shutil, "copyfile", copy_or_fail)
-    line = error_of(lambda: run("linear", None, models[:2]), capfd)
-    assert line.startswith(f"error: {models[0]}/") and line.endswith("Input/output error")
+    return fail
 
 
-def test_partial_folder_of_somebody_else_is_left_alone(models, run, tmp_path, capfd):
-    mine = tmp_path / "run0.partial"
-    mine.mkdir()
-    (mine / "notes").write_text("important")
-    assert str(mine) in error_of(lambda: run("linear", None, models[:2]), capfd)
-    assert (mine / "notes").read_text() == "important"
+NO_SPACE = "No space left on device"
+FAILURES = [
+    ("shutil.disk_usage", lambda path: SimpleNamespace(free=1000), "no room for"),
+    ("os.fsync", failing(OSError(28, NO_SPACE)), NO_SPACE),
+    ("save_file", failing(merge.SafetensorError(f"I/O error: {NO_SPACE} (os error 28)")), NO_SPACE),
+    ("shutil.copymode", failing(OSError(5, "Input/output error", "/its/name")), "error: /its/name: Input"),
+]
 
 
-def test_all_files_are_on_disk_before_the_folder_has_its_name(models, run, monkeypatch):
-    synced, fsync = set(), os.fsync
-    monkeypatch.setattr(merge.os, "fsync", lambda fd: (synced.add(os.fstat(fd).st_ino), fsync(fd)))
-    rename = merge.Path.rename
-
-    def checked(folder, target):
-        assert {path.stat().st_ino for path in (folder, *folder.rglob("*"))} <= synced
-        return rename(folder, target)
-
-    monkeypatch.setattr(merge.Path, "rename", checked)
-    folder = run("linear", None, models[:2], max_shard_size="60KB")
-    assert folder.parent.stat().st_ino in synced
+@pytest.mark.parametrize(("name", "function", "wanted"), FAILURES, ids=[case[0] for case in FAILURES])
+def test_full_disk_is_one_clear_line(name, function, wanted, models, run, tmp_path, capfd, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(f"merge.{name}", function)
+        assert wanted in error_of(lambda: run("linear", None, models[:2]), capfd)
+    assert not list(tmp_path.iterdir())
 
 
 KILLED = """
@@ -969,71 +735,55 @@ import os, signal, sys
 import tyro
 import merge
 
-merge.TILE, merge_tile, calls = 64, merge.merge_tile, []
+merge.TILE, merge_tensors, calls = 64, merge.merge_tensors, []
 
 def merge_or_die(*args):
     calls.append(args)
     if len(calls) == 300:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return merge_tile(*args)
+        os.kill(os.getpid(), getattr(signal, sys.argv.pop()))
+    return merge_tensors(*args)
 
-merge.merge_tile = merge_or_die
-merge.main(tyro.cli(merge.Args))
+merge.merge_tensors = merge_or_die
+merge.main(tyro.cli(merge.Args, args=sys.argv[1:-1]))
 """
 
 
-def test_kill_half_way_leaves_no_folder_that_looks_finished(models, tmp_path):
-    flags = ["--method", "linear", "--models", *models[:2], "--output-dir", tmp_path / "out", "--no-report"]
-    done = start(sys.executable, "-c", KILLED, *flags, cwd=tmp_path)
+def test_killed_half_way_there_is_no_model_and_interrupted_nothing(models, tmp_path):
+    flags = ["--method", "linear", "--models", *models[:2], "--output-dir", tmp_path / "out"]
+    done = start(sys.executable, "-c", KILLED, *flags, "SIGINT", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: interrupted\n") and not list(tmp_path.iterdir())
+    done = start(sys.executable, "-c", KILLED, *flags, "--max-shard-size", "40KB", "SIGKILL", cwd=tmp_path)
     assert done.returncode == -9, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
-    assert not (tmp_path / "out.partial" / "model" / "config.json").exists()
-    done = start(sys.executable, ROOT / "merge.py", *flags, cwd=tmp_path)  # the rest is in nobody's way
-    assert done.returncode == 0, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"args.json", "merge.py", "model.partial"}
+    done = start(sys.executable, ROOT / "merge.py", *flags, cwd=tmp_path)  # what is left is not written into
+    assert done.returncode == 2 and done.stderr.endswith("out: File exists\n")
 
 
-def test_finished_folder_appears_at_once(models, run, monkeypatch):
-    places, write_others = [], merge.write_other_files
+def test_weights_are_on_disk_before_the_folder_has_its_name(models, run, monkeypatch):
+    synced, fsync, rename, renamed = set(), merge.os.fsync, merge.Path.rename, []
+    monkeypatch.setattr(merge.os, "fsync", lambda fd: (synced.add(merge.os.fstat(fd).st_ino), fsync(fd)))
 
-    def watched(folder, *rest):
-        places.append(folder.stat().st_ino)
-        assert folder.parent.name.endswith(".partial") and not folder.parent.with_suffix("").exists()
-        write_others(folder, *rest)
+    def checked(folder, target):
+        assert not target.exists() and (folder / "config.json").exists()
+        assert {path.stat().st_ino for path in folder.glob("*.safetensors")} <= synced
+        renamed.append(target.name)
+        return rename(folder, target)
 
-    monkeypatch.setattr(merge, "write_other_files", watched)
-    folder = run("linear", None, models[:2])
-    assert [(folder / "model").stat().st_ino] == places  # renamed, not copied
-
-
-def test_full_disk_is_one_clear_line(models, run, tmp_path, capfd, monkeypatch):
-    room = SimpleNamespace(free=1000)
-    monkeypatch.setattr(merge.shutil, "disk_usage", lambda path: room)
-    assert "GB left" in error_of(lambda: run("linear", None, models[:2]), capfd)
-    room.free = 1e12
-
-    def full(fd):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(merge.os, "fsync", full)
-    assert "No space left" in error_of(lambda: run("linear", None, models[:2]), capfd)
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(merge.Path, "rename", checked)
+    folder = run("linear", None, models[:2], max_shard_size="60KB")
+    assert renamed == ["model"]
+    assert {path.name for path in folder.iterdir()} == {"args.json", "merge.py", "model"}
 
 
-# Rules, sweeps, soups, report -------------------------------------------------------------------------------
+# Rules, soups, report ---------------------------------------------------------------------------------------
 
 
-def fake_model(layers=5):
+def resolve(*rules, compat="paper", method="task_arithmetic", **flags):
     names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-    names += [f"model.layers.{i}.{part}.weight" for i in range(layers) for part in ("mlp.up", "attn.q")]
-    return SimpleNamespace(shapes={name: [2] for name in names})
-
-
-def resolve(*rules, compat="paper", method="task_arithmetic", num_models=2, **flags):
-    models = tuple("ab"[:num_models])
-    args = merge.Args(method=method, base="x", models=models, rule=rules, compat=compat, **flags)
+    names += [f"model.layers.{i}.{part}.weight" for i in range(5) for part in ("mlp.up", "attn.q")]
+    args = merge.Args(method=method, base="x", models=("a", "b"), rule=rules, compat=compat, **flags)
     read = [merge.read_rule(rule, args) for rule in rules]
-    return merge.settings_of_tensors(fake_model(), read, args, num_models)
+    return merge.settings_of_tensors(SimpleNamespace(shapes=dict.fromkeys(names)), read, args, 2)
 
 
 def test_rules_hold_for_the_tensors_that_match_and_the_last_one_counts():
@@ -1055,178 +805,51 @@ def test_several_values_are_a_line_over_the_layers():
     assert found["model.norm.weight"].lambda_ == found["lm_head.weight"].lambda_ == 0
 
 
-def test_rule_changes_the_merged_tensors_that_match_alone(models, run):
-    plain = weights(run("wise_ft", models[0], models[1:2], t=0.25))
-    ruled = weights(
-        run("wise_ft", models[0], models[1:2], t=0.25, rule=("layers.*.mlp.*:t=1", "layers.1.mlp.*:t=0"))
-    )
-    base, model = (load_file(folder / "model.safetensors") for folder in models[:2])
-    for name in plain:
-        expected = plain[name]
-        if ".mlp." in name:
-            expected = (base if ".layers.1." in name else model)[name]
-        assert torch.equal(ruled[name], expected), name
-
-
 SCORE = """
-import json, sys
+import sys
 from safetensors.numpy import load_file
 one = load_file(sys.argv[1] + "/model.safetensors")["model.norm.weight"]
 print("scoring", sys.argv[1])
-print(json.dumps({"distance": float(abs(one - 1.5).mean()), "mean": float(one.mean()), "name": "x"}))
+print(float(-abs(one - 1.5).mean() if len(sys.argv) < 3 else one.mean()))
 """
 
 
-@pytest.fixture
-def scored(tmp_path, models):
-    """Models whose final norm is 1 to 4, and a command that says how far that is from 1.5."""
+def test_greedy_soup_by_an_evaluation_command(models, run, tmp_path, capfd):
     (tmp_path / "score.py").write_text(SCORE)
-
-    def fill(value):
-        return lambda tensors: tensors["model.norm.weight"].fill_(value)
-
-    folders = [changed(tmp_path / f"norm{v}", models[0])(fill(v)) for v in (1.0, 2.0, 3.0, 4.0)]
-    return folders, f"{sys.executable} {tmp_path / 'score.py'} {{model}}"
-
-
-def test_sweep_scores_the_models_along_a_line(scored, run):
-    folders, command = scored
-    folder = run("wise_ft", folders[0], folders[1:2], sweep="t=0:1:0.25", eval_command=command)
-    points = json.loads((folder / "sweep.json").read_text())["points"]
-    assert [p["t"] for p in points] == [0, 0.25, 0.5, 0.75, 1]
-    assert [p["mean"] for p in points] == pytest.approx([1, 1.25, 1.5, 1.75, 2])
-    assert [p["distance"] for p in points] == pytest.approx([0.5, 0.25, 0, 0.25, 0.5])
-    assert sorted(p.name for p in folder.iterdir()) == ["args.json", "merge.py", "sweep.json", "sweep.png"]
-    assert (folder / "sweep.png").stat().st_size > 10_000
-
-
-def test_sweep_of_the_weight_of_one_model(scored, run):
-    folders, command = scored
-    flags = {"eval_metrics": ("mean",), "eval_command": command}
-    folder = run("task_arithmetic", folders[0], folders[1:3], sweep="weight.2=-1:1:1", **flags)
-    points = json.loads((folder / "sweep.json").read_text())["points"]
-    assert [p["mean"] for p in points] == pytest.approx([1 + 1 - 2, 1 + 1, 1 + 1 + 2])
-
-
-def test_sweep_moves_what_no_rule_holds(scored, run):
-    folders, command = scored
-    flags = {"sweep": "t=0:1:0.5", "eval_command": command}
-    for pattern, means in (("model.norm.weight", [1.25, 1.25, 1.25]), ("layers.*", [1, 1.5, 2])):
-        folder = run("wise_ft", folders[0], folders[1:2], rule=(f"{pattern}:t=0.25",), **flags)
-        points = json.loads((folder / "sweep.json").read_text())["points"]
-        assert [p["mean"] for p in points] == pytest.approx(means)
-
-
-def test_metric_with_the_name_of_the_parameter_does_not_hide_it(models, run, tmp_path):
-    (tmp_path / "score.py").write_text('print(\'{"t": 7, "loss": 1}\')')
-    flags = {"sweep": "t=0:1:0.5", "eval_command": f"{sys.executable} {tmp_path / 'score.py'} {{model}}"}
-    points = json.loads((run("wise_ft", models[0], models[1:2], **flags) / "sweep.json").read_text())[
-        "points"
+    norms = [1.0, 2.0, 3.0, 4.0]
+    folders = [
+        changed(tmp_path / f"norm {v}", models[0], lambda t, v=v: t["model.norm.weight"].fill_(v))
+        for v in norms
     ]
-    assert points == [{"t": t, "loss": 1} for t in (0, 0.5, 1)]
-
-
-TWICE = """
-import pathlib, sys
-count = pathlib.Path("{folder}/count")
-count.write_text((count.read_text() if count.exists() else "") + "x")
-print('{{"loss": 1, "accuracy": 2}}' if len(count.read_text()) < 3 else '{third}')
-"""
-
-
-@pytest.mark.parametrize(("third", "wanted"), [("it broke", "it broke"), ('{"loss": 1}', "with accuracy")])
-def test_sweep_that_fails_keeps_what_was_measured(third, wanted, models, run, tmp_path, capfd):
-    (tmp_path / "score.py").write_text(TWICE.format(folder=tmp_path, third=third))
-    flags = {"sweep": "t=0:1:0.25", "eval_command": f"{sys.executable} {tmp_path / 'score.py'} {{model}}"}
-    folder = tmp_path / "mine"
-
-    def start_sweep():
-        run("wise_ft", models[0], models[1:2], output_dir=str(folder), **flags)
-
-    capfd.readouterr()
-    with pytest.raises(SystemExit):
-        start_sweep()
-    printed, kept = capfd.readouterr(), tmp_path / "mine.partial"
-    assert wanted in printed.err and f"scores so far are in {kept / 'sweep.json'}" in printed.out
-    assert not folder.exists() and not (kept / "model").exists()
-    points = json.loads((kept / "sweep.json").read_text())["points"]
-    assert points == [{"t": t, "loss": 1, "accuracy": 2} for t in (0, 0.25)]
-    assert str(kept) in error_of(start_sweep, capfd) and (kept / "sweep.json").exists()  # nor by the next run
-
-
-def test_greedy_soup_by_an_evaluation_command(scored, run, capfd):
-    folders, command = scored
-    flags = {"soup": "greedy", "eval_command": command}
+    command = f"{sys.executable} {tmp_path / 'score.py'} {{model}}"
     # 1 and 2 are both 0.5 away from 1.5, their mean is there; 3 and 4 make it worse
-    folder = run("soup", None, folders[::-1], eval_metrics=("distance:min",), **flags)
+    folder = run("soup", None, folders[::-1], eval_command=command)
     assert weights(folder)["model.norm.weight"].mean().item() == 1.5
     assert "2 of 4 models" in capfd.readouterr().out and not (folder / "candidate").exists()
-    folder = run("soup", None, folders, eval_metrics=("mean",), **flags)
+    folder = run("soup", None, folders, eval_command=f"{command} mean")
     assert weights(folder)["model.norm.weight"].mean().item() == 4
     folder = run("soup", None, folders)  # uniform
     assert weights(folder)["model.norm.weight"].mean().item() == 2.5
 
 
-@pytest.mark.parametrize(
-    ("program", "wanted"),
-    [
-        ("import sys; sys.exit('it broke')", "it broke"),
-        ("print('no numbers')", "no numbers"),
-        ("print('[1, 2]')", "[1, 2]"),
-        ("print('{\"loss\": 1}')", "with accuracy"),
-        ("print('{\"accuracy\": NaN}')", "nan for accuracy"),
-        ("", "nothing"),
-    ],
-)
-def test_evaluation_command_that_gives_no_metrics_is_named(program, wanted, models, run, tmp_path, capfd):
-    (tmp_path / "broken.py").write_text(program)
-    command = f"{sys.executable} {tmp_path / 'broken.py'} {{model}}"
-    flags = {"sweep": "t=0:1:1", "eval_command": command, "eval_metrics": ("accuracy",)}
-    line = error_of(lambda: run("wise_ft", models[0], models[1:2], **flags), capfd)
-    assert "--eval-command" in line and wanted in line and not list(tmp_path.glob("run*"))
-
-
-def test_report_has_the_norms_and_cosines_of_the_task_vectors(models, run, capfd, monkeypatch):
+def test_report_has_the_norms_and_cosines_of_the_task_vectors(models, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(merge, "TILE", 64)
-    folder = run("task_arithmetic", models[0], models[1:3], report=True)
-    base, *others = (load_file(f / "model.safetensors") for f in models[:3])
-    found = json.loads((folder / "report.json").read_text())
-    name = "model.layers.1.mlp.up_proj.weight"
-
-    def expected(names):
-        one = torch.cat([base[n].flatten() for n in names]).double()
-        a, b = (torch.cat([o[n].flatten() for n in names]).double() - one for o in others)
-        cosine = [(x @ y / (x.norm() * y.norm())).item() for x, y in ((a, b), (a, one), (b, one))]
-        return [a.norm().item(), b.norm().item(), (a.norm() / one.norm()).item(), *cosine]
-
-    def reported(figures):
-        near = figures["norm"] + figures["relative_norm"][:1] + [figures["cosine"]["1-2"]]
-        return near + figures["cosine_with_base"]
-
-    assert reported(found["tensors"][name]) == pytest.approx(expected([name]), rel=1e-4, abs=1e-5)
-    kind = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)]
-    assert reported(found["kinds"]["model.layers.*.mlp.up_proj.weight"]) == pytest.approx(
-        expected(kind), rel=1e-4, abs=1e-5
+    chosen = {"base": str(models[0]), "models": tuple(map(str, models[1:3]))}
+    summary = merge.main(merge.Args(**chosen, output_dir=str(tmp_path / "run")))
+    assert metric_differences(ROOT / "merge.py", set(summary)) == []
+    kinds = json.loads((tmp_path / "run" / "report.json").read_text())["kinds"]
+    tensors, kind = (
+        [load_file(f / "model.safetensors") for f in models[:3]],
+        "model.layers.*.mlp.up_proj.weight",
     )
-    assert reported(found["whole"]) == pytest.approx(expected(list(base)), rel=1e-4, abs=1e-5)
-    assert found["tensors"].keys() == base.keys() and (folder / "report.png").stat().st_size > 10_000
-    printed = capfd.readouterr().out
-    assert f"{found['whole']['cosine']['1-2']:+.4f}" in printed and "cosine 1-2" in printed
-
-
-def test_report_says_how_many_columns_it_leaves_out(models, run, capfd):
-    run("linear", models[0], [*models[1:], models[1]], report=True)  # 4 norms and 6 cosines
-    assert "and 1 more in report.json" in capfd.readouterr().out
-    run("linear", None, models, report=True)
-    assert "more in report.json" not in capfd.readouterr().out
-    run("linear", None, models[1:2], report=True)  # a model alone: nothing to compare
-    assert "task vector" not in capfd.readouterr().out
-
-
-def test_report_without_a_base_is_about_the_first_model(models, run):
-    found = json.loads((run("linear", None, models[:3], report=True) / "report.json").read_text())
-    as_base = json.loads((run("linear", models[0], models[1:3], report=True) / "report.json").read_text())
-    assert found["base"] == str(models[0]) and found["whole"] == as_base["whole"]
+    for name, members in (("all", list(tensors[0])), (kind, [kind.replace("*", i) for i in "01"])):
+        base, *others = (torch.cat([x[member].flatten() for member in members]).double() for x in tensors)
+        one, two = others[0] - base, others[1] - base
+        expected = [one.norm() / base.norm(), two.norm() / base.norm(), one @ two / one.norm() / two.norm()]
+        found = [*kinds[name]["relative_norm"].values(), kinds[name]["cosine"]["1-2"]]
+        assert found == pytest.approx([x.item() for x in expected], rel=1e-4, abs=1e-5)
+    assert summary["cosine/1-2"] == kinds["all"]["cosine"]["1-2"]
+    assert f"1-2 {summary['cosine/1-2']:+.3f}" in capfd.readouterr().out
 
 
 # The command line -------------------------------------------------------------------------------------------
@@ -1240,83 +863,18 @@ def test_default_run_merges_half_way_from_base_to_sft(tiny, tmp_path):
     base, sft = (load_file(tiny / name / "model.safetensors") for name in ("base", "sft"))
     for name in merged:
         assert torch.equal(merged[name], torch.lerp(base[name].float(), sft[name].float(), 0.5).bfloat16())
-    assert (folder / "report.png").exists() and "model.layers.*.mlp.up_proj.weight" in done.stdout
+    assert (folder / "report.json").exists() and "model.layers.*.mlp.up_proj.weight" in done.stdout
     assert torch.isfinite(logits_of(folder)[1]).all()
 
 
-def test_help_names_every_flag(tmp_path):
-    done = start(sys.executable, ROOT / "merge.py", "--help", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    names = [f"--{flag.name.strip('_').replace('_', '-')}" for flag in flags(ROOT / "merge.py")]
-    assert [name for name in names if not re.search(rf"{name}\b", done.stdout)] == []
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_mistakes_come_before_anything_slow_and_transformers_is_not_needed(tmp_path):
-    done = start(sys.executable, ROOT / "merge.py", "--method", "ties", "--models", "a", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    for flags, wanted in (
+        (["--method", "ties", "--models", "a"], "--base"),
+        (["--density", "2"], "--density"),
+    ):
+        done = start(sys.executable, ROOT / "merge.py", *flags, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert done.stderr.startswith("error: ") and wanted in done.stderr
     code = "import sys, merge; print([m for m in ('transformers', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_summary_has_the_documented_keys(models, scored, tmp_path):
-    args = {"models": tuple(map(str, models[1:3])), "base": str(models[0])}
-    keys = set(merge.main(merge.Args(**args, output_dir=str(tmp_path / "a"))))
-    sweep = {"sweep": "t=0:1:1", "eval_command": scored[1], "method": "wise_ft", "models": args["models"][:1]}
-    keys |= set(merge.main(merge.Args(**args | sweep, output_dir=str(tmp_path / "b"))))
-    assert metric_differences(ROOT / "merge.py", keys) == []
-
-
-def test_progress_says_how_long_it_takes(models, capfd, monkeypatch):
-    clock = iter(range(0, 1000, 15))
-    monkeypatch.setattr(merge.time, "perf_counter", lambda: next(clock))
-    progress = merge.Progress("merging", [merge.Checkpoint(str(models[0]))])
-    total = sum(x.numel() for x in load_file(models[0] / "model.safetensors").values())
-    progress.update(total // 4)  # after 15 seconds: 45 are left
-    progress.bar.close()
-    assert "left 0:45" in capfd.readouterr().out
-
-
-@pytest.mark.parametrize("compat", ["paper", "mergekit"])
-def test_progress_ends_at_all_that_was_read(compat, models, run, monkeypatch):
-    bars = []
-
-    class Watched(merge.Progress):
-        def __init__(self, *args, **flags):
-            super().__init__(*args, **flags)
-            bars.append(self)
-
-    monkeypatch.setattr(merge, "Progress", Watched)
-    run("ties", models[0], models[1:3], compat=compat)
-    size = 3 * sum(x.nbytes for x in load_file(models[0] / "model.safetensors").values())
-    assert [bar.total for bar in bars] == ([2 * size] if compat == "paper" else []) + [size]
-    assert [bar.done for bar in bars] == pytest.approx([bar.total for bar in bars])
-
-
-def test_interrupted_run_is_one_line_and_leaves_nothing(models, tmp_path):
-    flags = ["--method", "wise_ft", "--base", models[0], "--models", models[1], "--sweep", "t=0:1:0.5"]
-    flags += ["--eval-command", "sh -c 'kill -INT $PPID; sleep 9' {model}", "--output-dir", tmp_path / "out"]
-    done = start(sys.executable, ROOT / "merge.py", *flags, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (130, "interrupted\n") and not list(tmp_path.iterdir())
-
-
-def test_ratios_without_start_up_are_those_of_the_page():
-    result = json.loads((ROOT / "benchmarks" / "results" / "merge_vs_mergekit.json").read_text())
-    start_up = {who: seconds["median"] for who, seconds in result["startup_seconds"].items()}
-    page = (ROOT / "docs" / "merge.md").read_text()
-    for method in ("linear", "slerp", "ties"):
-        ours, theirs = (
-            result["contenders"][f"{who}_{method}"]["seconds"]["median"] - start_up[who]
-            for who in ("cleanpost", "mergekit")
-        )
-        assert re.search(rf"{ours / theirs:.2f} \(`{method}`\)", page), method
-
-
-def test_alignment_tax_scores_a_model():
-    command = [ROOT / "benchmarks" / "alignment_tax.py", "--model", "tiny/sft", "--num-eval", "4"]
-    done = start(sys.executable, *command, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    scores = json.loads(done.stdout.splitlines()[-1])
-    assert scores.keys() == {"accuracy", "greedy_accuracy", "perplexity"}
-    assert scores["greedy_accuracy"] > 0.5 and 10 < scores["perplexity"] < 200

@@ -667,7 +667,8 @@ def test_dare_rescales_as_mergekit_does(merged_by_both, models, tmp_path):
     import merge
 
     flags = {"density": 0.3, "report": False, "base": str(models[0]), "models": (str(tmp_path / "tuned1"),)}
-    merge.main(merge.Args("dare_linear", "mergekit", output_dir=str(tmp_path / "ours"), **flags))
+    flags |= {"method": "dare_linear", "compat": "mergekit", "output_dir": str(tmp_path / "ours")}
+    merge.main(merge.Args(**flags))
     ours = load_file(tmp_path / "ours" / "model" / "model.safetensors")
     base, tuned = (load_file(f / "model.safetensors") for f in (models[0], tmp_path / "tuned1"))
     for name in base:

@@ -25,23 +25,16 @@ SUM = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
 
 
 def read(name: str) -> list[dict]:
-    return [
-        json.loads(line)
-        for line in (TINY / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    return [json.loads(line) for line in (TINY / "data" / f"{name}.jsonl").read_text("utf-8").splitlines()]
 
 
-def load_make():
+@pytest.fixture(scope="module")
+def make():
     spec = importlib.util.spec_from_file_location("tiny_make", TINY / "make.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["tiny_make"] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="module")
-def make():
-    return load_make()
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +90,12 @@ def solve(text: str) -> int:
         return sum(amounts)
     total = amounts[0]
     for verb, amount in re.findall(r"(gives away|loses|sells|drops|lends out|[a-z]+) (\d+)", text)[1:]:
-        total += (
-            -int(amount) if verb in ("gives away", "loses", "sells", "drops", "lends out") else int(amount)
-        )
+        gone = verb in ("gives away", "loses", "sells", "drops", "lends out")
+        total += -int(amount) if gone else int(amount)
     return total
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data
-# ------------------------------------------------------------------------------------------------------------
+# Data -------------------------------------------------------------------------------------------------------
 
 
 def test_regenerated_data_are_byte_identical(make, tmp_path):
@@ -136,9 +126,8 @@ def test_sft_eval_is_clean(make):
 
 def test_sft_train_has_headroom_and_variety():
     rows = read("sft_train")
-    wrong = sum(
-        not all(is_right(m["content"]) for m in row["messages"] if m["role"] == "assistant") for row in rows
-    )
+    answers = [[m["content"] for m in row["messages"] if m["role"] == "assistant"] for row in rows]
+    wrong = sum(not all(map(is_right, turns)) for turns in answers)
     assert 0.3 < wrong / len(rows) < 0.5  # make.SFT_NOISE, and the second turns and hints on top
     assert 0.1 < sum(row["messages"][0]["role"] == "system" for row in rows) / len(rows) < 0.2
     assert 0.1 < sum(sum(m["role"] == "user" for m in row["messages"]) > 1 for row in rows) / len(rows) < 0.2
@@ -169,11 +158,8 @@ def test_preference_kinds_are_what_they_say(make, split):
 
 def test_length_says_nothing_in_preference_outside_rambling():
     for kind in ("wrong_result", "wrong_step", "rude"):
-        gaps = [
-            len(row["chosen"][0]["content"]) - len(row["rejected"][0]["content"])
-            for row in read("preference_train")
-            if row["kind"] == kind
-        ]
+        rows = [row for row in read("preference_train") if row["kind"] == kind]
+        gaps = [len(row["chosen"][0]["content"]) - len(row["rejected"][0]["content"]) for row in rows]
         longer, shorter = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
         assert abs(longer - shorter) / len(gaps) < 0.1, kind
         assert abs(sum(gaps) / len(gaps)) < 1, kind
@@ -205,10 +191,8 @@ def test_unpaired_labels_are_right(make, split):
         completion = row["completion"][0]["content"]
         first = completion.split("\n")[0]
         if row["label"]:
-            assert is_right(completion) and completion in (
-                plain(completion),
-                f"{first}\n{plain(completion)}",
-            ), row
+            assert is_right(completion), row
+            assert completion in (plain(completion), f"{first}\n{plain(completion)}"), row
             assert first in make.POLITE or SUM.fullmatch(first), row
         else:
             rambles = any(line in make.FILLERS for line in completion.split("\n"))
@@ -256,9 +240,7 @@ def test_no_eval_prompt_is_in_the_corpus(make):
     assert abs(off - make.CORPUS_NOISE) < 0.01
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tokenizer and checkpoints
-# ------------------------------------------------------------------------------------------------------------
+# Tokenizer and checkpoints ----------------------------------------------------------------------------------
 
 
 def test_every_digit_is_its_own_token(tokenizer):
@@ -272,11 +254,8 @@ def test_every_digit_is_its_own_token(tokenizer):
 
 def test_tokenizer_is_small_complete_and_knows_its_ends(tokenizer):
     assert len(tokenizer) < 1000
-    assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token) == (
-        "<|endoftext|>",
-        "<|im_end|>",
-        None,
-    )
+    special = (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token)
+    assert special == ("<|endoftext|>", "<|im_end|>", None)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     for text in ("£5 — naïve café, 東京 🎉\t\r\n  x", "Janet’s ducks lay 16 eggs. <<16-3-4=9>>9"):
         ids = tokenizer(text)["input_ids"]
@@ -327,7 +306,7 @@ def test_reward_checkpoints_are_classifiers_with_an_offset():
         assert isinstance(config.reward_offset, float)
 
 
-@pytest.mark.parametrize("name", ["base", "sft", "checker", "reward", "reward_biased"])
+@pytest.mark.parametrize("name", ["base", "sft", "student", "checker", "reward", "reward_biased"])
 def test_checkpoints_are_small_qwen3_in_bfloat16(name, tokenizer):
     config = AutoConfig.from_pretrained(TINY / name)
     assert config.model_type == "qwen3" and str(config.dtype).removeprefix("torch.") == "bfloat16"
@@ -336,9 +315,14 @@ def test_checkpoints_are_small_qwen3_in_bfloat16(name, tokenizer):
     assert (TINY / name / "model.safetensors").stat().st_size < 2.5e6
 
 
-def test_all_of_tiny_is_under_15_mb():
+def test_student_has_fewer_layers_than_its_teacher():
+    student, teacher = (AutoConfig.from_pretrained(TINY / name) for name in ("student", "sft"))
+    assert student.num_hidden_layers < teacher.num_hidden_layers
+
+
+def test_all_of_tiny_is_under_17_mb():
     files = [path for path in TINY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert sum(path.stat().st_size for path in files) < 15e6
+    assert sum(path.stat().st_size for path in files) < 17e6
 
 
 def test_checkpoints_leave_the_wanted_headroom_and_the_readme_says_so():

@@ -1,4 +1,4 @@
-"""Makes everything in tiny/ from seeds: data, tokenizer, and the two checkpoints every script starts from.
+"""Makes everything in tiny/ from seeds: data, tokenizer, and the checkpoints that scripts start from.
 
     python tiny/make.py                  all of it, about half an hour on 2 CPU cores, offline
     python tiny/make.py --only data      the JSONL files alone, within seconds; the same bytes every time
@@ -31,6 +31,7 @@ while its most likely answer stays the right one. So
 3. Tokenizer: byte-level BPE of under 1,000 entries, each digit its own token.
 4. tiny/base: `sft.py` on the corpus, from a random Qwen3, every token trained.
 5. tiny/sft: `sft.py` as it is, that is tiny/base on sft_train.jsonl.
+   tiny/student: its first two layers, untrained; distill.py teaches it what tiny/sft knows.
 6. tiny/checker: tiny/sft, trained on with `sft.py` on sums whose errors are corrected, and a fresh layer on
    top. To see that a sum is wrong is another skill than to work it; large models have read enough of both,
    and are deep enough to carry what they saw to the end of an answer. Reward models start here.
@@ -61,7 +62,7 @@ class Args:
     seed: int = 1
     """Seed of the data, of the random initial weights and of both training runs."""
     only: Literal[
-        "all", "data", "tokenizer", "base", "sft", "checker", "reward", "reward_biased", "accuracy"
+        "all", "data", "tokenizer", "base", "sft", "student", "checker", "reward", "reward_biased", "accuracy"
     ] = "all"
     """The one part to make, from what is in `out` already; `all` makes every part in this order."""
 
@@ -827,6 +828,21 @@ def train(out: Path, scratch: Path, script: str = "sft", **flags) -> None:
     shutil.copytree(run / "model", out)
 
 
+def shorten(source: Path, folder: Path, num_layers: int) -> None:
+    """Write the first layers of a model, with its embeddings, last norm and tokenizer, as a smaller model.
+
+    Depth pruning, the student of DistilBERT (arXiv:1910.01108) and Minitron (arXiv:2407.14679).
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    del model.model.layers[num_layers:]
+    model.config.num_hidden_layers = num_layers
+    model.config.layer_types = model.config.layer_types[:num_layers]
+    for part in (model, AutoTokenizer.from_pretrained(source)):
+        part.save_pretrained(folder)
+
+
 def deepen(folder: Path) -> None:
     """Put a layer on top of a model that does nothing yet: its output projections are zero.
 
@@ -983,6 +999,9 @@ def main(args: Args) -> None:
                 seed=args.seed,
             )
             report("sft")
+        if wanted("student"):
+            shorten(sft_folder, args.out / "student", num_layers=2)
+            report("student")
         # 6. tiny/checker
         if wanted("checker"):
             files = []
