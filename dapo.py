@@ -3,29 +3,24 @@
     J = E[ 1 / sum_i |o_i|  sum_i sum_t min( rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i ) ]
         subject to  0 < |{ o_i is right }| < G                                     Eq. 8, arXiv:2503.14476
 
-A and rho are those of grpo.py; `diff grpo.py dapo.py` shows the changes. There is no KL in the loss.
+A and rho are those of grpo.py; `diff grpo.py dapo.py` shows the changes, (a) to (d). The loop:
 
-    a. Clip-higher        eps_high = 0.28 above eps_low = 0.2: unlikely tokens may rise, entropy lasts longer
-    b. Dynamic sampling   groups that are all right or all wrong teach nothing: sample others in their place
-    c. Token-level loss   every token of the batch counts the same (--loss-agg token_mean)
-    d. Overlong answers   punished softly (Eq. 13), or left out of the loss where cut off (--mask-truncated)
-
-The loop:
-
-    1. Rollout    sample G completions of each prompt, keep the groups whose rewards differ, until P are kept
-    2. Reward     the functions and reward models of --reward, and the punishment of long completions
+    1. Rollout    sample G completions of each prompt until P groups have rewards that differ: groups that
+                  are all right or all wrong teach nothing (b: dynamic sampling)
+    2. Reward     the functions and reward models of --reward, and a punishment of long completions (d: soft
+                  overlong punishment; or --mask-truncated leaves those that are cut off out of the loss)
     3. Advantage  compare each completion with its group
-    4. Update     clipped policy gradient on packed rows, every token weighted as --loss-agg says
+    4. Update     policy gradient, clipped higher above than below, so that unlikely tokens may rise (a:
+                  clip-higher); every token of the batch counts the same (c: token-level loss); no KL
     5. Evaluate   sampled and greedy answers to held-out prompts; log; save
 
 Deviations from the paper, each with its reason:
-    1. A round samples as many prompts as should fill the batch at the share kept of late. What is kept beyond
-       the batch, at most half of one, is trained on in the next step, with the policy that sampled it as
-       pi_old: little is thrown away, and nothing is older than one step.
-    2. A step samples at most 1 + --max-resamples batches, then trains on what it has, and says so.
-    3. The filter looks at the weighted rewards without the punishment of length; the paper's at accuracy.
+    1. A round samples as many prompts as should fill the batch at the share kept of late. Kept groups beyond
+       it, at most half a batch, are trained on in the next step (pi_old is the policy that sampled them):
+       little is thrown away. After 1 + --max-resamples batches a step trains on what it has, and says so.
+    2. The filter looks at the weighted rewards without the punishment of length; the paper's at accuracy.
        A group that is all wrong has nothing to teach, however different its lengths.
-    4. A completion without a reward (None) is not trained on, and no mean counts it.
+    3. A completion without a reward (None) is not trained on, and no mean counts it.
 
     python dapo.py                                             # CPU, offline, 4 minutes on one core
     python dapo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k --dataset-config main \
@@ -210,41 +205,19 @@ def group_advantages(rewards: torch.Tensor, scale: str = "group") -> torch.Tenso
 
 
 def dapo_loss(ratio, advantages, epsilon: float, epsilon_high: float) -> torch.Tensor:
-    """-min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) of each token, (C,) (Eq. 8, arXiv:2503.14476).
-
-    Under a symmetric clip of 0.2 a token of probability 0.9 may become certain, one of 0.01 may rise to
-    0.012: the wider upper side lets unlikely tokens grow (section 3.1).
-    """
+    """-min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A), (C,) (Eq. 8, arXiv:2503.14476)."""
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)  # (C,)
     return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
 def overlong_punishment(lengths: torch.Tensor, longest: int, buffer: int) -> torch.Tensor:
-    """Punishment (B,) of completions of `lengths` (B,) tokens: 0 at first, -1 at the `longest` (Eq. 13).
-
-    It falls linearly over the last `buffer` tokens before (arXiv:2503.14476).
-    """
+    """Punishment (B,) of `lengths` (B,): 0, then linearly to -1 over the last `buffer` tokens (Eq. 13)."""
     return -((lengths - longest + buffer) / max(1, buffer)).clamp(0, 1) * bool(buffer)
 
 
 def with_signal(rewards: torch.Tensor) -> torch.Tensor:
     """Which groups (P,) have rewards (P, G) that differ, by more than rounding: others have no advantage."""
     return rewards.nan_to_num(-math.inf).amax(1) - rewards.nan_to_num(math.inf).amin(1) > 1e-6
-
-
-def round_size(missing: int, recent: list[bool]) -> int:
-    """How many prompts should give `missing` groups with a signal, if as many do as of the `recent` ones."""
-    share = sum(recent) / len(recent) if recent else 1.0
-    return math.ceil(missing / max(share, 0.1))
-
-
-def sampler_weights(old_logprobs, sampler_logprobs, cap: float) -> torch.Tensor:
-    """min(pi_old / pi_sampler, cap) of each token, (C,): truncated importance sampling.
-
-    For a sampler (another engine, another precision) that is not quite the policy
-    (https://fengyao.notion.site/off-policy-rl).
-    """
-    return torch.exp(old_logprobs - sampler_logprobs).clamp(max=cap)
 
 
 def token_weights(lengths: torch.Tensor, loss_agg: Aggregation, max_completion_length: int) -> torch.Tensor:
@@ -327,7 +300,8 @@ def main(args: Args) -> dict:
         carried = torch.arange(args.batch_size, device=device) < len(rollout)  # (B,)
         sampled, scores = [], torch.zeros(len(rewarders), 0)  # (F, sampled): with groups that are dropped
         while len(rollout) < args.batch_size and cursor < limit:
-            size = round_size(num_prompts - len(rollout) // group_size, recent)
+            share = max(0.1, np.mean(recent or [1]))  # of groups that have a signal
+            size = math.ceil((num_prompts - len(rollout) // group_size) / share)
             asked = [prompts[i] for i in stream[cursor : min(cursor + size, limit)]]
             seed, rounds, cursor = (args.seed, step, rounds), rounds + 1, cursor + len(asked)
             found = roll_out(policy, tokenizer, asked, group_size, args.temperature, seed, args)
@@ -340,18 +314,15 @@ def main(args: Args) -> dict:
             ids = kept.repeat_interleave(group_size).nonzero().flatten().tolist()
             rollout, rewards = rollout + [found[i] for i in ids], torch.cat([rewards, found_rewards[ids]])
             sampled, scores = sampled + found, torch.cat([scores, found_scores], 1)
-        num_kept = len(rollout) - int(carried.sum())
         if len(rollout) < args.batch_size:
             say(f"step {step}: {len(rollout) // group_size} of {num_prompts} groups have a signal")
         spare = slice(args.batch_size, args.batch_size + num_prompts // 2 * group_size)
-        surplus, surplus_rewards = rollout[spare], rewards[spare]
-        rollout, rewards = rollout[: args.batch_size], rewards[: args.batch_size]
+        surplus, surplus_rewards, rollout = rollout[spare], rewards[spare], rollout[: args.batch_size]
 
         # 2. Reward: the weighted sum of all functions, and the punishment of long completions
         lengths = torch.tensor([len(completion.token_ids) for completion in rollout])  # (B,)
         punishments = overlong_punishment(lengths, args.max_completion_length, args.overlong_buffer)  # (B,)
-        rewards = rewards + punishments  # (B,)
-        all_rewards = weighted_sum(scores, args.reward_weights)  # (sampled,)
+        rewards = rewards[: len(rollout)] + punishments  # (B,)
         gold_rewards = weighted_sum(score(gold_rewarders, sampled, group_size, args), ())  # (sampled,)
 
         # 3. Advantage: every completion beside its group
@@ -386,8 +357,8 @@ def main(args: Args) -> dict:
                 too_low = (ratio < 1 - args.epsilon) & (advantage < 0)  # (C,) where the clip holds the token
                 too_high = (ratio > 1 + args.epsilon_high) & (advantage > 0)  # (C,)
                 losses = dapo_loss(ratio, advantage, args.epsilon, args.epsilon_high)  # (C,)
-                if args.tis_cap:
-                    losses = losses * sampler_weights(old_logprobs, row.sampler_logprobs, args.tis_cap)
+                if args.tis_cap:  # truncated importance sampling, fengyao.notion.site/off-policy-rl
+                    losses = losses * torch.exp(old_logprobs - row.sampler_logprobs).clamp(max=args.tis_cap)
                 loss = (losses * weight).sum()
                 (loss * world_size).backward()  # FSDP2 averages over processes what is to be summed
                 sums["tokens"] += len(logprobs)
@@ -413,7 +384,8 @@ def main(args: Args) -> dict:
         seconds = time.perf_counter() - started
 
         # 5. Evaluate, log, save
-        groups, generated = all_rewards.view(-1, group_size), sum(len(c.token_ids) for c in sampled)
+        groups = weighted_sum(scores, args.reward_weights).view(-1, group_size)  # (sampled / G, G)
+        signals, generated = int(with_signal(groups).sum()), sum(len(c.token_ids) for c in sampled)
         batch_tokens = sum(len(c.prompt.input_ids) + len(c.token_ids) for c in rollout)
         num_tokens += batch_tokens
         metrics = {
@@ -422,10 +394,10 @@ def main(args: Args) -> dict:
             "loss": loss / updates,
             "learning_rate": learning_rate,
             "grad_norm": float(np.mean(grad_norms)),
-            "reward": all_rewards.nanmean().item(),
+            "reward": groups.nanmean().item(),
             "reward_std": groups.std(1).nanmean().item(),  # of groups that have all their rewards
-            "frac_reward_zero_std": (~with_signal(groups)).double().mean().item(),
-            "sampling/kept_ratio": num_kept / len(sampled),
+            "frac_reward_zero_std": 1 - signals / len(groups),
+            "sampling/kept_ratio": signals / len(groups),
             "sampling/generated_per_trained": generated / max(1, int(lengths[usable].sum())),
             "rewards/overlong_punishment/mean": punishments.mean().item(),
             "gold_reward": gold_rewards.nanmean().item(),
@@ -446,10 +418,8 @@ def main(args: Args) -> dict:
         logger.log(metrics, samples)
         if stopping or (args.save_every and (last or step % args.save_every == 0)):
             progress = {"step": step, "num_tokens": num_tokens, "cursor": cursor, "recent": recent}
-            frozen = [
-                c._replace(prompt=prompts.index(c.prompt), logprobs=c.logprobs.tolist()) for c in surplus
-            ]
-            progress |= {"surplus": frozen, "surplus_rewards": surplus_rewards.tolist()}
+            kept = [c._replace(prompt=prompts.index(c.prompt), logprobs=c.logprobs.tolist()) for c in surplus]
+            progress |= {"surplus": kept, "surplus_rewards": surplus_rewards.tolist()}
             save_checkpoint(output_dir, policy, optimizer, progress)
         if stopping and not last:
             logger.close(f"stopped; continue with --resume --output-dir {output_dir}")

@@ -28,8 +28,7 @@ Deviations from the papers, each with its reason:
     1. A batch mixes sampled and given sequences in a fixed ratio; GKD draws by chance which of them a whole
        batch is made of. The expectation is the same, and the gradient is quieter.
     2. A token counts alike in short and long answers, as in TRL; GKD takes the mean of sequences' means.
-    3. The divergence has no weight of its own, only the likelihood beside it (`--ce-coef`): a common factor
-       is the learning rate's.
+    3. Only the likelihood beside D has a weight, `--ce-coef`: a common factor is the learning rate's.
     4. seq_kd learns from samples of the teacher, equal ones once; section 3.2 from the mode of its
        distribution, by beam search. Rewards can keep the right samples; `--temperature 0` is the greedy mode.
     5. policy_gradient leaves out MiniLLM's single-step decomposition, teacher-mixed sampling, normalization
@@ -37,7 +36,6 @@ Deviations from the papers, each with its reason:
 
     python distill.py                                          # CPU, offline, 2 minutes on one core
     python distill.py --mode seq_kd --reward rewards.py:math_answer
-    python distill.py --mode on_policy
     python distill.py --model Qwen/Qwen2.5-0.5B --teacher Qwen/Qwen2.5-7B-Instruct --dataset openai/gsm8k \
         --dataset-config main --learning-rate 1e-5 --batch-size 64 --max-tokens-per-micro-batch 16384
 
@@ -57,10 +55,8 @@ import re
 import runpy
 import shutil
 import signal
-import sqlite3
 import sys
 import time
-import traceback
 from collections import namedtuple
 from dataclasses import asdict
 from datetime import timedelta
@@ -84,6 +80,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
 
 import common
 from common import (
@@ -102,11 +99,7 @@ from common import (
 
 HERE = Path(__file__).resolve().parent
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
-Mode = Literal["token_kd", "seq_kd", "on_policy"]
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -116,7 +109,7 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 class Args:
     # Model
     model: str = "tiny/student"  # model to train: a hub id or a folder
-    teacher: str | None = "tiny/sft"  # model to learn from: a hub id or a folder; None with --teacher-data
+    teacher: str = "tiny/sft"  # model to learn from: a hub id or a folder
     chat_template: FilePath | None = None  # Jinja chat template to use instead of the tokenizer's own
     attn: str = "packed"  # packed, or flash_attention_2 where it is installed, or eager (exact, slow)
     dtype: Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # what is computed in
@@ -135,8 +128,8 @@ class Args:
     train_on_prompt: bool = False  # train on every token, not only the assistant's
 
     # Distillation
-    mode: Mode = "token_kd"  # learn from distributions on data, the teacher's answers, the student's own
-    divergence: Divergence = "forward_kl"  # of teacher and student at each token
+    mode: Literal["token_kd", "seq_kd", "on_policy"] = "token_kd"  # data, teacher's answers, or student's
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"  # of teacher and student, per token
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # the teacher's share in jsd (GKD: 0.1, 0.5, 0.9)
     kd_temperature: PositiveFloat = 1.0  # softens both distributions in the divergence (Hinton: 1 to 20)
     ce_coef: NonNegativeFloat = 0.0  # weight of the likelihood of the data's tokens (DistillKit: 0.5)
@@ -144,15 +137,12 @@ class Args:
     cache_dir: str = "runs/cache"  # folder of what a teacher has said, for all runs that ask the same
 
     # Answers
-    on_policy_fraction: Fraction = 0.5  # share of a batch that the student samples (GKD: 0.5, 1)
+    on_policy_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5  # sampled share of a batch (GKD: 0.5, 1)
     on_policy_loss: Literal["divergence", "policy_gradient"] = "divergence"  # or sampled tokens' reverse KL
-    kl_discount: Share = 0.0  # of later tokens' KL in an advantage: 0 counts a token's own, 1 all (MiniLLM)
+    kl_discount: Annotated[float, Field(ge=0, le=1)] = 0.0  # of later tokens' KL in an advantage (MiniLLM: 1)
     mask_truncated: bool = False  # do not train on completions that --max-completion-length cut off
-    teacher_data: str | None = None  # answers to learn from in seq_kd instead of sampling them: a dataset
     answers_per_prompt: PositiveInt = 4  # the teacher's samples of each prompt; one at --temperature 0
-    reward: tuple[
-        str, ...
-    ] = ()  # file.py:function, or a reward model; the teacher's answers must please them
+    reward: tuple[str, ...] = ()  # file.py:function, or a reward model, to please by seq_kd's answers
     reward_threshold: float = 0.5  # answers are kept if the mean of their rewards but None is above this
     allow_code_execution: bool = False  # let rewards run what the model writes (rewards.py:code_tests)
     max_completion_length: PositiveInt = 128  # longest sampled answer in tokens
@@ -181,11 +171,6 @@ class Args:
     log_every: PositiveInt = 10  # steps between lines on the terminal; metrics.jsonl has one line a step
     wandb: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
 
-    @property
-    def num_sampled(self) -> int:
-        """Sequences of a batch that are the student's answers; the others are data."""
-        return round(self.on_policy_fraction * self.batch_size) if self.mode == "on_policy" else 0
-
     @pydantic.model_validator(mode="wrap")
     @classmethod
     def in_range(cls, values, build):
@@ -201,24 +186,19 @@ class Args:
             self.prompt_dataset = self.prompt_dataset or "tiny/data/prompts_train.jsonl"
         self.prompt_dataset = self.prompt_dataset or self.dataset[0]
         sampled, by_gradient = self.mode == "on_policy", self.on_policy_loss == "policy_gradient"
-        if self.resume and not self.output_dir:
-            fail("--resume needs --output-dir: which run should continue?")
+        num_given = self.batch_size - sampled * round(self.on_policy_fraction * self.batch_size)
+        temperatures = self.temperature, self.kd_temperature
         mistakes = {
-            "--teacher None: only --mode seq_kd with --teacher-data does without": self.teacher is None
-            and (not self.teacher_data or self.cache_top_k > 0),
-            "--teacher-data and --reward are for --mode seq_kd": (self.teacher_data or self.reward)
-            and self.mode != "seq_kd",
-            "--reward chooses among sampled answers, not --teacher-data": self.teacher_data and self.reward,
+            "--resume needs --output-dir: which run should continue?": self.resume and not self.output_dir,
+            "--reward is for --mode seq_kd": self.reward and self.mode != "seq_kd",
             "--temperature 0: --mode on_policy trains on samples": sampled and self.temperature == 0,
-            "--on-policy-fraction: no sequence of a batch": sampled and not self.num_sampled,
+            "--on-policy-fraction: no sequence of a batch": sampled and num_given == self.batch_size,
             "--cache-top-k: a cache knows nothing of the student's samples": sampled and self.cache_top_k,
-            "--ce-coef: this mode has no data beside the divergence for it to weigh": self.ce_coef
-            and (self.mode == "seq_kd" or self.num_sampled == self.batch_size),
-            "--on-policy-loss and --mask-truncated are for --mode on_policy": not sampled
-            and (by_gradient or self.mask_truncated),
+            "--ce-coef: no data beside it": self.ce_coef and (self.mode == "seq_kd" or num_given == 0),
+            "--on-policy-loss is for --mode on_policy": by_gradient and not sampled,
+            "--mask-truncated is for --mode on_policy": self.mask_truncated and not sampled,
             "--kl-discount is for --on-policy-loss policy_gradient": self.kl_discount and not by_gradient,
-            "--on-policy-loss policy_gradient needs --temperature 1 and --kd-temperature 1": by_gradient
-            and (self.temperature, self.kd_temperature) != (1, 1),
+            "--on-policy-loss policy_gradient: temperatures are 1": by_gradient and temperatures != (1, 1),
         }
         for mistake in (mistake for mistake, made in mistakes.items() if made):
             fail(mistake)
@@ -241,18 +221,12 @@ def expected_log_ratio(logprobs: torch.Tensor, others: torch.Tensor) -> torch.Te
 
 
 def forward_kl(student_logprobs: torch.Tensor, teacher_logprobs: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) of log-probs (c, V) -> (c,) in nats (Hinton et al., arXiv:1503.02531).
-
-    It is infinite where the student rules out what the teacher may say, so the student covers all of it.
-    """
+    """KL(teacher || student) of log-probs (c, V) -> (c,) in nats (Hinton et al., arXiv:1503.02531)."""
     return expected_log_ratio(teacher_logprobs, student_logprobs)
 
 
 def reverse_kl(student_logprobs: torch.Tensor, teacher_logprobs: torch.Tensor) -> torch.Tensor:
-    """KL(student || teacher) of log-probs (c, V) -> (c,) in nats (MiniLLM, arXiv:2306.08543, section 2.1).
-
-    It punishes what the teacher would not say, so a student too small for all of it settles on a part.
-    """
+    """KL(student || teacher) of log-probs (c, V) -> (c,) in nats (MiniLLM, arXiv:2306.08543, section 2.1)."""
     return expected_log_ratio(student_logprobs, teacher_logprobs)
 
 
@@ -300,7 +274,7 @@ class TokenTerms(NamedTuple):
 
 
 def live_terms(states, head: tuple, targets: torch.Tensor, temperature: float) -> TeacherTerms:
-    """What a teacher with a `head` says of the tokens `targets` (c,), from its states before them (c, H_t)."""
+    """What a teacher says of the tokens `targets` (c,), from its states before them (c, H_t) and its head."""
     logits = head_logits(states, *head)  # (c, V)
     logprobs = logits.log_softmax(-1)  # (c, V)
     target_logprobs = logprobs.gather(-1, targets[:, None]).squeeze(-1)  # (c,)
@@ -321,7 +295,8 @@ def chunk_terms(hidden, head, targets, said_of, c: slice, divergence, temperatur
         logprobs = bucketed(logprobs, said.ids)  # (c, k + 1)
     divergences = divergence(logprobs, said.logprobs)  # (c,)
     with torch.no_grad():  # last: what the backward pass computes again ends above
-        kls = [kl(logprobs, said.logprobs) for kl in (forward_kl, reverse_kl)]  # (c,) each
+        both = logprobs, said.logprobs
+        kls = [divergences.detach() if kl is divergence else kl(*both) for kl in (forward_kl, reverse_kl)]
         agreement = (logits.argmax(-1) == said.ids[:, 0]).float()  # (c,)
     return TokenTerms(divergences, ce, -said.target_logprobs, *kls, agreement)
 
@@ -333,21 +308,12 @@ def first_tokens(head: tuple, vocab_size: int) -> tuple:
 
 
 @fsdp_forward
-def token_divergences(
-    student,
-    batch,
-    said_of,
-    *,
-    divergence,
-    temperature: float,
-    vocab_size: int,
-    chunk_size: int | None = None,
-) -> TokenTerms:
-    """Divergence from the teacher at each trained token of a row, log-prob of the token, and what is logged.
+def token_divergences(student, batch, said_of, *, divergence, temperature, vocab_size, chunk_size=None):
+    """`TokenTerms` (C,) of a row's trained tokens under a student, beside what a teacher says of them.
 
-    `said_of` gives `TeacherTerms` of a slice of the tokens; `divergence` maps log-probs of student and teacher
-    at `temperature`, (c, V) each, to (c,), both of the first `vocab_size` tokens. Logits exist for `chunk_size` tokens at a time,
-    of either model, and again in the backward pass: 1,024 on CUDA, 256 elsewhere.
+    `said_of` gives `TeacherTerms` of a slice of the tokens; `divergence` maps log-probs of student and
+    teacher at `temperature`, (c, V) each, to (c,); both are of the first `vocab_size` tokens. Logits exist
+    for `chunk_size` tokens at a time, and again in the backward pass: 1,024 on CUDA, 256 elsewhere.
     """
     hidden = completion_states(student, batch)  # (C, H)
     targets = batch.input_ids[0, batch.completion_index]  # (C,)
@@ -369,9 +335,7 @@ def token_terms(student, batch, said_of, settings: dict) -> TokenTerms:
     return TokenTerms(zeros, ce, zeros, zeros, zeros, zeros)
 
 
-def reverse_kl_advantages(
-    logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, sequence_index: torch.Tensor, discount: float
-) -> torch.Tensor:
+def reverse_kl_advantages(logprobs, teacher_logprobs, sequence_index, discount: float) -> torch.Tensor:
     """sum_{s >= t} discount^(s - t) log p_T/p_S (y_s) at each token t that the student sampled, (C,).
 
     At discount 0, -A log p_S has in expectation the gradient of KL(p_S || p_T) of every token, what comes
@@ -406,27 +370,24 @@ def main(args: Args) -> dict:
     if longest > tokenizer.positions:
         fail(f"the length flags allow {longest} tokens, but a model has {tokenizer.positions} positions")
     with_teacher = args.mode != "seq_kd"  # whether the loss needs its distributions, not its answers alone
-    num_sampled, num_given = args.num_sampled, args.batch_size - args.num_sampled  # sequences of a batch
-    sampling = args.mode == "seq_kd" and not args.teacher_data
-    said = Cache(args, device) if sampling or args.cache_top_k else None
+    num_sampled = round(args.on_policy_fraction * args.batch_size) if args.mode == "on_policy" else 0
+    num_given = args.batch_size - num_sampled  # sequences of a batch that are data, not the student's answers
+    vocab_size, prompts, sequences, sources = len(tokenizer), [], [], args.dataset
+    folder = cache_folder(vocab_size, args, device) if args.cache_top_k or not with_teacher else None
     held_out = load_sequences(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
-    sequences, prompts, sources = [], [], args.dataset
-    if sampling or num_sampled:
-        prompts = load_prompts(teacher_tokenizer, [args.prompt_dataset], args.dataset_split, args)
+    if num_sampled or not with_teacher:
+        prompts = load_prompts(teacher_tokenizer, args.prompt_dataset, args.dataset_split, args)
 
     # Loaded when it is first asked something, which is never if all that it would say is on disk already.
     @cache
-    def load_teacher():
+    def get_teacher():
         teacher = load_model(args.teacher, args, device, frozen=True).eval()
         teacher.generation_config = GenerationConfig(eos_token_id=end_tokens(teacher_tokenizer, teacher))
         return teacher
 
     # 0. Teacher: its answers, its likeliest tokens, its score; then it leaves the memory, if no step asks it
-    if args.teacher_data:
-        sources = (args.teacher_data,)
-    if sampling:
-        asking = load_teacher, teacher_tokenizer, said, prompts
-        sources = (teacher_answers(*asking, output_dir, args, device),)
+    if not with_teacher:
+        sources = [teacher_answers(get_teacher, teacher_tokenizer, prompts, folder, output_dir, args, device)]
     if num_given:
         sequences = [s for name in sources for s in load_sequences(tokenizer, name, args.dataset_split, args)]
     epoch_size, per_step = (len(prompts), num_sampled) if num_sampled else (len(sequences), num_given)
@@ -436,22 +397,17 @@ def main(args: Args) -> dict:
     if num_given:
         ids, trained = sequences[given_stream[0]]
         say(f"first sequence:\n{tokenizer.decode(ids)}\ntrained of it:\n{tokenizer.decode(ids[trained])}")
-    vocab_size, view_of = len(tokenizer), None  # a row, its sequences -> what the teacher says of it
+    view_of = partial(live_view, get_teacher, vocab_size) if with_teacher else None
     if args.cache_top_k and teacher_tokenizer is tokenizer:
         wanted = held_out + [sequences[i] for i in np.unique(given_stream) if with_teacher]
-        fill_cache(load_teacher, said, wanted, vocab_size, args, device)
-        view_of = partial(cached_view, said, vocab_size, args, device)
-    elif with_teacher:
-        view_of = partial(live_view, load_teacher, vocab_size)
+        fill_cache(get_teacher, wanted, vocab_size, folder, args, device)
+        view_of = partial(cached_view, folder, min(args.cache_top_k, vocab_size), vocab_size)
     teacher_metrics = {}
-    if args.teacher and args.eval_dataset and not args.resume:
-        asked = held_out
-        if teacher_tokenizer is not tokenizer:
-            asked = load_sequences(teacher_tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
-        rates, _ = answer_rates(load_teacher(), teacher_tokenizer, asked, args)
+    if held_out and teacher_tokenizer is tokenizer and not args.resume:
+        rates, _ = answer_rates(get_teacher(), tokenizer, held_out, args)
         teacher_metrics = {f"eval/teacher_{name}": rate for name, rate in rates.items()}
     if args.cache_top_k or not with_teacher:
-        load_teacher.cache_clear()
+        get_teacher.cache_clear()
         gc.collect()  # FSDP2's modules and hooks hold each other
 
     student = load_model(args.model, args, device)
@@ -475,8 +431,7 @@ def main(args: Args) -> dict:
         batch_sequences = [sequences[i] for i in given_stream[(step - 1) * num_given : step * num_given]]
         if num_sampled:
             asked = [prompts[i] for i in prompt_stream[(step - 1) * num_sampled : step * num_sampled]]
-            seed = (args.seed, step)
-            rollout = roll_out(student, tokenizer, asked, 1, args.temperature, seed, args)
+            rollout = roll_out(student, tokenizer, asked, 1, args.temperature, (args.seed, step), args)
             batch_sequences += [as_sequence(completion, vocab_size, args) for completion in rollout]
         rolled_out = time.perf_counter()
         lengths = np.array([len(ids) for ids, _ in batch_sequences])  # (B,)
@@ -497,9 +452,8 @@ def main(args: Args) -> dict:
             if args.mode == "seq_kd":
                 losses = terms.ce  # (C,)
             if args.on_policy_loss == "policy_gradient":
-                logprobs, teacher_logprobs = -terms.ce.detach(), -terms.teacher_ce  # (C,) each
-                ratios = logprobs, teacher_logprobs, batch.sequence_index
-                advantages = reverse_kl_advantages(*ratios, args.kl_discount)  # (C,)
+                logps = -terms.ce.detach(), -terms.teacher_ce  # (C,) each
+                advantages = reverse_kl_advantages(*logps, batch.sequence_index, args.kl_discount)  # (C,)
                 losses = torch.where(given, losses, advantages * terms.ce)
             loss = losses.sum() / max(1, batch_tokens)
             if args.ce_coef:
@@ -574,7 +528,7 @@ def evaluate(student, tokenizer, held_out, view_of, settings, args, device) -> t
         members = [held_out[i] for i in row]
         batch = collate(members or [FILLER], device)
         terms = token_terms(student, batch, view_of(batch, members) if view_of else None, settings)
-        sums += torch.stack([torch.ones_like(terms.logprobs).sum(), *(term.sum() for term in terms)])
+        sums += torch.stack([torch.ones_like(terms.ce).sum(), *(term.sum() for term in terms)])
     dist.all_reduce(sums)
     count, *term_sums = sums.tolist()
     rates, samples = answer_rates(student, tokenizer, held_out, args)
@@ -593,10 +547,9 @@ def answer_rates(model, tokenizer, sequences, args) -> tuple[dict, list[dict]]:
         temperature = args.temperature if name == "accuracy" else 0.0
         samples = []
         for c in roll_out(model, tokenizer, questions, 1, temperature, (args.seed, 0), args):
-            finals = {
-                x.rsplit("####", 1)[-1].strip().replace(",", "") for x in (c.text, c.prompt.row["answer"])
-            }
-            sample = {"prompt": tokenizer.decode(c.prompt.input_ids), "completion": c.text, **c.prompt.row}
+            texts, prompt = (c.text, c.prompt.row["answer"]), tokenizer.decode(c.prompt.input_ids)
+            finals = {text.rsplit("####", 1)[-1].strip().replace(",", "") for text in texts}
+            sample = {"prompt": prompt, "completion": c.text, "answer": texts[1]}
             samples.append(sample | {"right": len(finals) == 1})  # equal behind GSM8K's mark, or whole
         metrics[name] = float(np.mean([sample["right"] for sample in samples]))
     return metrics, samples
@@ -611,7 +564,7 @@ Prompt = namedtuple("Prompt", ["input_ids", "row", "place"])
 # An answer as it was sampled: token ids, log-probs under the sampler, text, whether an end token came.
 Completion = namedtuple("Completion", ["prompt", "token_ids", "logprobs", "text", "ended"])
 FILLER = Sequence(np.zeros(1, np.int32), np.zeros(1, bool))  # for a process that has no row: trains nothing
-BLOCK = 64  # prompts, or sequences, between two points at which a teacher's work is safe on disk
+BLOCK = 64  # prompts whose answers are sampled and kept on disk together
 COLUMNS = ("loss", "kl_forward", "kl_reverse", "ce", "token_agreement", "grad_norm")  # on the terminal
 FORMATS = "messages; prompt + completion; question + answer; text; ShareGPT's, Alpaca's and HH's"
 
@@ -703,12 +656,9 @@ def load_tokenizer(args):
 def load_tokenizers(args) -> tuple:
     """The tokenizers of --model and --teacher: one and the same where every id is the same token in both.
 
-    A base model takes the other's chat template. Distributions over other tokens cannot be compared: only
-    seq_kd learns across tokenizers, from texts.
+    A student without a chat template takes the teacher's. Only seq_kd, from texts, learns across tokenizers.
     """
     tokenizer = load_tokenizer(args)
-    if args.teacher is None:
-        return tokenizer, None
     try:
         teacher_tokenizer = AutoTokenizer.from_pretrained(located(args.teacher))
         config = AutoConfig.from_pretrained(located(args.teacher)).get_text_config()
@@ -718,15 +668,12 @@ def load_tokenizers(args) -> tuple:
     template = teacher_tokenizer.chat_template
     if tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
         if args.mode != "seq_kd":
-            other = f"--teacher {args.teacher} has another vocabulary than --model {args.model}"
-            fail(f"{other}: only --mode seq_kd, which learns from texts, can do with that")
+            fail(f"--teacher {args.teacher} has another vocabulary than --model: use --mode seq_kd")
         teacher_tokenizer.chat_template = template or CHATML
         return tokenizer, teacher_tokenizer
     if template and tokenizer.chat_template == CHATML:
-        say(f"{args.model} takes the chat template of {args.teacher}")
+        say("the chat template is the teacher's")
         tokenizer.chat_template = template
-    if template not in (None, tokenizer.chat_template):
-        say(f"{args.teacher} is asked in {args.model}'s chat template, which is not its own")
     return tokenizer, tokenizer
 
 
@@ -750,7 +697,7 @@ def load_rows(source: str, split: str, args) -> list[dict]:
 def report_dropped(source: str, num_rows: int, dropped: dict[str, list[int]]):
     """Say why rows of a dataset cannot be used, reason by reason; end the run where they are most of it."""
     lines = [f"{len(rows):,} rows dropped, first row {rows[0]}: {reason}" for reason, rows in dropped.items()]
-    if 2 * sum(map(len, dropped.values())) >= max(1, num_rows):
+    if 2 * sum(map(len, dropped.values())) > num_rows or num_rows == 0:
         fail(f"{source}: hardly a row of {num_rows:,} can be used; {'; '.join(lines[:3]) or 'it is empty'}")
     for line in lines[:9]:
         say(f"{source}: {line}")
@@ -768,7 +715,8 @@ def load_sequences(tokenizer, source: str | None, split: str, args, limit: int =
                     raise ValueError("longer than --max-length")
                 found[ids.tobytes(), trained.tobytes()] = Sequence(ids, trained)
         except Exception as error:  # chat templates raise what they like
-            dropped.setdefault(str(error).splitlines()[0], []).append(n)
+            reason = f"{type(error).__name__}: {error}".removeprefix("ValueError: ").splitlines()[0]
+            dropped.setdefault(reason, []).append(n)
     report_dropped(source, len(rows), dropped)
     found = list(found.values())
     sizes = f"{sum(len(ids) for ids, _ in found):,} tokens, {sum(t.sum() for _, t in found):,} trained"
@@ -780,14 +728,14 @@ def encode(tokenizer, row: dict, args) -> list[Sequence]:
     """A row of any accepted format as sequences, each of which ends with the end token of a reply."""
     bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
     match conversational(row):
-        case {"text": str(reply)}:
-            sequences = [[(bos, reply)]] if reply.strip() else []
-        case {"prompt": str(head), "completion": str(reply)}:
-            sequences = [[(bos + head, reply)]] if reply.strip() else []
-        case {"prompt": list(prompt), "completion": list(completion)}:
-            sequences = render(tokenizer, prompt + completion, max(1, len(prompt)), row)
         case {"messages": list(messages)}:
             sequences = render(tokenizer, messages, 1, row)
+        case {"prompt": list(prompt), "completion": list(completion)}:
+            sequences = render(tokenizer, prompt + completion, max(1, len(prompt)), row)
+        case {"prompt": str(head), "completion": str(reply)}:
+            sequences = [[(bos + head, reply)]] if reply.strip() else []
+        case {"text": str(reply)}:
+            sequences = [[(bos, reply)]] if reply.strip() else []
         case _:
             columns = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
             raise ValueError(f"found {columns}; accepted are {FORMATS}")
@@ -806,7 +754,7 @@ def render(tokenizer, messages: list[dict], first: int, row: dict) -> list[list[
     apply, sequences, text = template_of(tokenizer, row), [], ""
     for n in (n for n, turn in enumerate(messages) if n >= first and turn["role"] == "assistant"):
         head, body = apply(messages[:n], add_generation_prompt=True), apply(messages[: n + 1])
-        content = messages[n].get("content") or ""
+        content = str(messages[n].get("content") or "")
         if not body.startswith(head):
             raise ValueError("the chat template renders the prompt anew with a reply")
         if not content.strip() and body == apply([*messages[:n], {"role": "assistant", "content": content}]):
@@ -883,9 +831,8 @@ def load_rewards(specs: tuple[str, ...], prompts: list[Prompt], args, device) ->
             else:
                 name, load = "reward_model", runpy.run_path(located("rewards.py"))["reward_model"]
                 function = load(spec, device, args.dtype)
-            for prompt in prompts:
-                example = Completion(prompt, [], torch.zeros(0), "", ended=True)
-                inspect.signature(function).bind(**reward_inputs([example], args))
+            for asked in prompts:
+                inspect.signature(function).bind(**reward_inputs([Completion(asked, [], [], "", True)], args))
         except Exception as error:  # whatever stands in that file
             fail(f"--reward {spec}: {type(error).__name__}: {error}".splitlines()[0])
         found[name if name not in found else f"{name}_{len(found)}"] = function
@@ -906,39 +853,6 @@ def reward_inputs(rollout: list[Completion], args) -> dict:
     }
 
 
-def ask(name: str, rewarder, rollout: list[Completion], args) -> list[float]:
-    """What a reward function says of completions, NaN for None; RuntimeError, one line, where it fails."""
-    try:
-        values = list(rewarder(**reward_inputs(rollout, args)))
-        numbers = [math.nan if value is None else float(value) for value in values]
-        if len(numbers) != len(rollout) or any(map(math.isinf, numbers)) or str in map(type, values):
-            raise ValueError(f"not a number for each of {len(rollout)} completions: {values!s:.40}")
-        return numbers
-    except Exception as error:
-        for completion in rollout if len(rollout) > 1 else ():
-            ask(name, rewarder, [completion], args)  # ends here at the first row that fails by itself
-        row = rollout[0].prompt.place if len(rollout) == 1 else "no row by itself"
-        frame, kind = traceback.extract_tb(error.__traceback__)[-1], type(error).__name__
-        where = f"{row}; {Path(frame.filename).name}, line {frame.lineno}"
-        raise RuntimeError(f"reward {name}: {kind}: {error!s:.200} ({where})".replace("\n", " ")) from error
-
-
-def score(rewarders: dict, rollout: list[Completion], group_size: int, args) -> torch.Tensor:
-    """Scores (F, B), float64, of each reward function, NaN for None; each process scores whole groups."""
-    mine, problems, found = my_share(len(rollout), group_size), {}, {}
-    for name, rewarder in rewarders.items() if mine else ():
-        try:
-            values = ask(name, rewarder, [rollout[i] for i in mine], args)
-            found |= {(name, i): value for i, value in zip(mine, values)}
-        except RuntimeError as error:  # the first of any process ends all
-            problems[dist.get_rank()] = str(error)
-    for problem in gather(problems).values():
-        fail(problem)
-    found = gather(found)
-    scores = [[found[name, i] for i in range(len(rollout))] for name in rewarders]
-    return torch.tensor(scores, dtype=torch.float64).reshape(len(rewarders), len(rollout))
-
-
 def gather(found: dict) -> dict:
     """What all processes have found, together."""
     shares = [None] * dist.get_world_size()
@@ -954,10 +868,7 @@ def my_share(size: int, group_size: int) -> list[int]:
 
 @common.unsharded
 def roll_out(policy, tokenizer, prompts, group_size, temperature, seed, args) -> list[Completion]:
-    """Sample `group_size` completions of each prompt, group after group, up to and with the first end token.
-
-    Each process samples its share; what is sampled depends on `seed` and its place, on nothing beside it.
-    """
+    """Sample `group_size` completions of each prompt; `seed` and its place say what one is, nothing else."""
     policy.eval()
     asked = [prompt for prompt in prompts for _ in range(group_size)]  # B
     mine = sorted(my_share(len(asked), group_size), key=lambda i: len(asked[i].input_ids))
@@ -999,151 +910,126 @@ def training_order(size: int, count: int, seed: int) -> np.ndarray:
     return np.concatenate([np.zeros(0, int), *(rng.permutation(size) for _ in range(epochs))])[:count]
 
 
-class Cache:
-    """Bytes by key in a file of --cache-dir: what a teacher has said, whole after a kill, shared by runs.
+def cache_folder(vocab_size: int, args, device) -> Path:
+    """The folder in --cache-dir of what --teacher says, named after all that its log-probs depend on."""
+    config = Path(cached_file(located(args.teacher), "config.json"))  # a hub model's folder is a commit's
+    parts = [vocab_size, args.cache_top_k, args.kd_temperature, args.attn, args.dtype, args.compile]
+    parts += [config, device.type, torch.__version__, transformers.__version__]
+    parts += [(path.name, path.stat().st_mtime_ns) for path in sorted(config.parent.iterdir())]
+    folder = Path(args.cache_dir) / gather({dist.get_rank(): f"teacher_{key_of(*parts)}"})[0]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--cache-dir {args.cache_dir}: no folder can be made there ({error.strerror})")
+    return folder
 
-    The file is named after the teacher's weights and how they compute.
-    """
 
-    def __init__(self, args, device):
-        parts = [
-            args.attn,
-            args.dtype,
-            args.compile,
-            device.type,
-            torch.__version__,
-            transformers.__version__,
-        ]
-        parts += [args.teacher, AutoConfig.from_pretrained(located(args.teacher))._commit_hash]
-        parts += [(x.name, x.stat().st_mtime_ns) for x in sorted(Path(located(args.teacher)).glob("*"))]
-        self.path = Path(args.cache_dir) / f"teacher_{self.key(*parts).hex()[:16]}.sqlite"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = sqlite3.connect(self.path, timeout=600)
-            self.file.execute("create table if not exists said (key blob primary key, value blob)")
-        except (OSError, sqlite3.Error) as error:
-            fail(f"--cache-dir {args.cache_dir}: no file can be made there ({error})")
+def key_of(*parts) -> str:
+    """A name that tells `parts` from all others; of a sequence its tokens and which of them are trained."""
+    parts = [part.tobytes() if isinstance(part, np.ndarray) else part for part in parts]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
-    @staticmethod
-    def key(*parts) -> bytes:
-        return hashlib.sha256(repr(parts).encode()).digest()
 
-    def get(self, key: bytes) -> bytes | None:
-        found = self.file.execute("select value from said where key = ?", [key]).fetchone()
-        return found and found[0]
+def missing(paths) -> list[Path]:
+    """The paths where nothing is, as the first process sees it."""
+    return gather({dist.get_rank(): [path for path in paths if not path.exists()]})[0]
 
-    def lacks(self, keys) -> list[bytes]:
-        """Those that are missing, as the first process sees it."""
-        return gather({dist.get_rank(): [key for key in keys if self.get(key) is None]})[0]
 
-    def update(self, said: dict[bytes, bytes]):
-        """Keep what any process brings, all of it or nothing."""
-        said = gather(said)
-        if dist.get_rank() == 0:
-            with self.file:
-                self.file.executemany("insert or replace into said values (?, ?)", said.items())
-        dist.barrier()
+def write_whole(path: Path, content: bytes):
+    """Write a file, whole or not at all, whoever else writes it."""
+    unfinished = path.with_suffix(f".partial_{os.getpid()}")
+    unfinished.write_bytes(content)
+    unfinished.rename(path)
 
 
 @torch.no_grad()
-def live_view(load_teacher, vocab_size: int, batch, members):
+def live_view(get_teacher, vocab_size: int, batch, members):
     """A row -> a function of a slice of its trained tokens: what the teacher says of them."""
-    teacher = load_teacher()
+    teacher = get_teacher()
     states = fsdp_forward(completion_states)(teacher, batch)  # (C, H_t)
     head = first_tokens(head_settings(teacher), vocab_size)
     return lambda c, targets, temperature: live_terms(states[c], head, targets, temperature)
 
 
-def cached_view(said: Cache, vocab_size: int, args, device, batch, members):
-    """`live_view` from the cache; the temperature is the one that it was filled at."""
-    k = min(args.cache_top_k, vocab_size)
+def cached_view(folder: Path, k: int, vocab_size: int, batch, members):
+    """`live_view` from the cache of the k likeliest tokens, filled at the same temperature."""
     sizes = k + (k < vocab_size), 1, k  # log-probs of k tokens and of the rest, the token's own, ids of the k
-    found = b"".join(said.get(key_of(sequence, vocab_size, args)) for sequence in members)
-    found = torch.tensor(np.frombuffer(found, np.int32).reshape(-1, sum(sizes)), device=device)
-    logprobs, target_logprobs, ids = found.split(sizes, 1)
+    found = b"".join((folder / key_of(*sequence)).read_bytes() for sequence in members)
+    found = torch.tensor(np.frombuffer(found, np.int32).reshape(-1, sum(sizes)))  # (C, 2k + 2)
+    logprobs, target_logprobs, ids = found.to(batch.input_ids.device).split(sizes, 1)
     terms = logprobs.view(torch.float32), target_logprobs.view(torch.float32)[:, 0], ids.long()
     return lambda c, targets, temperature: TeacherTerms(*(x[c] for x in terms))
 
 
-def key_of(sequence: Sequence, vocab_size: int, args) -> bytes:
-    """Under what the cache has a sequence's tokens."""
-    tokens = sequence.input_ids.tobytes(), sequence.trained.tobytes()
-    return Cache.key(args.cache_top_k, args.kd_temperature, vocab_size, *tokens)
-
-
 @torch.no_grad()
-def fill_cache(load_teacher, said: Cache, sequences: list[Sequence], vocab_size: int, args, device):
-    """Ask the teacher about the sequences that its cache lacks; a block counts once it is on disk."""
-    by_key = {key_of(sequence, vocab_size, args): sequence for sequence in sequences}
-    missing, k, world_size = said.lacks(by_key), min(args.cache_top_k, vocab_size), dist.get_world_size()
-    say(f"{said.path}: {8 * k + 8:,} bytes a token; it lacks {len(missing):,} of {len(by_key):,} sequences")
-    for start in tqdm(range(0, len(missing), BLOCK * world_size), desc="teacher", leave=False, disable=None):
-        block, found = missing[start : start + BLOCK * world_size], {}
-        lengths = [len(by_key[key].input_ids) for key in block]
-        rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
-        for row in rows[dist.get_rank() :: world_size]:
-            members = [by_key[block[i]] for i in row]
-            batch, lines = collate(members or [FILLER], device), []
-            said_of, targets = (
-                live_view(load_teacher, vocab_size, batch, members),
-                batch.input_ids[0, batch.completion_index],
-            )
-            for n in range(0, len(targets), 256):
-                c = slice(n, n + 256)
-                terms = said_of(c, targets[c], args.kd_temperature)
-                ids = terms.logprobs.topk(k).indices  # (c, k)
-                floats = torch.cat([bucketed(terms.logprobs, ids), terms.target_logprobs[:, None]], 1)
-                lines.append(torch.cat([floats.view(torch.int32), ids.int()], 1).cpu())  # (c, 2k + 2)
-            ends = np.cumsum([int(trained.sum()) for _, trained in members])
-            parts = np.split(torch.cat(lines).numpy(), ends[:-1]) if members else []
-            found |= {block[i]: part.tobytes() for i, part in zip(row, parts)}
-        said.update(found)
+def fill_cache(get_teacher, sequences: list[Sequence], vocab_size: int, folder: Path, args, device):
+    """Ask the teacher about the sequences that its cache lacks; each counts once its file is there."""
+    by_path = {folder / key_of(*sequence): sequence for sequence in sequences}
+    asked, k, world_size = missing(by_path), min(args.cache_top_k, vocab_size), dist.get_world_size()
+    say(f"{folder}: {8 * k + 8:,} bytes a token; it lacks {len(asked):,} of {len(by_path):,} sequences")
+    lengths = [len(by_path[path].input_ids) for path in asked]
+    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size) if asked else []
+    for row in tqdm(rows[dist.get_rank() :: world_size], desc="teacher", leave=False, disable=None):
+        members, lines = [by_path[asked[i]] for i in row], []
+        batch = collate(members or [FILLER], device)
+        targets = batch.input_ids[0, batch.completion_index]  # (C,)
+        said_of = live_view(get_teacher, vocab_size, batch, members)
+        for c in (slice(n, n + 256) for n in range(0, len(targets), 256)):
+            logprobs, target_logprobs, _ = said_of(c, targets[c], args.kd_temperature)
+            ids = logprobs.topk(k).indices  # (c, k)
+            floats = torch.cat([bucketed(logprobs, ids), target_logprobs[:, None]], 1)  # (c, k + 2)
+            lines.append(torch.cat([floats.view(torch.int32), ids.int()], 1).cpu())  # (c, 2k + 2)
+        ends = np.cumsum([trained.sum() for _, trained in members])
+        for i, part in zip(row, np.split(torch.cat(lines).numpy(), ends[:-1]) if row else ()):
+            write_whole(asked[i], part.tobytes())
+    dist.barrier()
 
 
-def teacher_answers(load_teacher, tokenizer, said: Cache, prompts, output_dir: Path, args, device) -> str:
+def teacher_answers(get_teacher, tokenizer, prompts, folder: Path, output_dir: Path, args, device) -> str:
     """The dataset that seq_kd learns from: what rewards like of --answers-per-prompt samples of the teacher.
 
-    It is answers.jsonl of the run, with which --resume goes on, and other runs as --teacher-data. Asked are,
-    in whole blocks that are kept in the cache, no more prompts than --max-steps have sequences.
+    It is answers.jsonl of the run, with which --resume goes on. Asked are, in whole blocks that are kept in
+    the cache, no more prompts than --max-steps have sequences.
     """
-    path = output_dir / "answers.jsonl"
-    if gather({dist.get_rank(): args.resume and path.exists()})[0]:
-        return str(path)
+    answers_path = output_dir / "answers.jsonl"
+    if args.resume and not missing([answers_path]):
+        return str(answers_path)
     rewarders = load_rewards(args.reward, prompts[:1], args, device)
     count = args.answers_per_prompt if args.temperature else 1  # greedy answers are all the same
+    prompts = prompts[: math.ceil(args.max_steps * args.batch_size / BLOCK) * BLOCK or None]
     blocks = [prompts[n : n + BLOCK] for n in range(0, len(prompts), BLOCK)]
-    blocks = blocks[: math.ceil(args.max_steps * args.batch_size / BLOCK) or None]
-    flags = args.temperature, args.max_completion_length, count, args.seed
-    keys = [Cache.key(*flags, n, [prompt.input_ids for prompt in block]) for n, block in enumerate(blocks)]
-    missing, answers = set(said.lacks(keys)), []
-    say(f"{said.path}: it lacks {len(missing):,} of {len(blocks):,} blocks of prompts")
-    for n, (key, block) in enumerate(zip(tqdm(keys, desc="teacher", leave=False, disable=None), blocks)):
-        if key in missing:
-            seed = args.seed, n
-            rollout = roll_out(load_teacher(), tokenizer, block, count, args.temperature, seed, args)
-            said.update({key: json.dumps([[c.token_ids, c.ended] for c in rollout]).encode()})
-        for i, (ids, ended) in enumerate(json.loads(said.get(key))):
+    flags, answers, means = (args.temperature, args.max_completion_length, count, args.seed), [], {}
+    paths = [folder / key_of(*flags, n, [x.input_ids for x in block]) for n, block in enumerate(blocks)]
+    asked = missing(paths)
+    for n, path in enumerate(tqdm(paths, desc="teacher", leave=False, disable=None)):
+        if path in asked:
+            flags = count, args.temperature, (args.seed, n), args
+            rollout = roll_out(get_teacher(), tokenizer, blocks[n], *flags)
+            write_whole(path, json.dumps([[c.token_ids, c.ended] for c in rollout]).encode())
+        for i, (ids, ended) in enumerate(json.loads(path.read_bytes())):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             if ended and text.strip():
-                answers.append(Completion(block[i // count], ids, None, text, ended))
-    say(f"{len(answers):,} of {count * sum(map(len, blocks)):,} answers of {args.teacher} came to an end")
-    if rewarders:
-        scores = score(rewarders, answers, 1, args)  # (F, B)
-        means = scores.nanmean(
-            0
-        ).tolist()  # B; NaN, which is kept by no threshold, where no reward says anything
-        answers = [answer for answer, mean in zip(answers, means) if mean > args.reward_threshold]
-        say(f"{len(answers):,} of them have a reward above {args.reward_threshold}")
-    if not answers:
+                answers.append(Completion(blocks[n][i // count], ids, None, text, ended))
+    mine = my_share(len(answers), 1) if rewarders else []
+    try:
+        inputs = reward_inputs([answers[i] for i in mine], args) if mine else {}
+        scores = [rewarder(**inputs) for rewarder in rewarders.values()] if mine else []  # F times B
+        for i, values in zip(mine, zip(*scores, strict=True), strict=True):
+            known = [float(value) for value in values if value is not None]
+            means[i] = np.mean(known) if known else -math.inf  # where no reward says anything
+    except Exception as error:  # whatever a user's function raises
+        fail(f"--reward: {type(error).__name__}: {error}".splitlines()[0])
+    means = gather(means)
+    kept = [answer for i, answer in enumerate(answers) if means.get(i, math.inf) > args.reward_threshold]
+    say(f"{count * len(prompts):,} answers: {len(answers):,} with an end, {len(kept):,} that rewards like")
+    if not kept:
         fail("no answer is left to learn from")
     if dist.get_rank() == 0:
         others = ("text", "messages", "conversations", "instruction")  # would be read in place of these two
-        rows = [{k: v for k, v in c.prompt.row.items() if k not in others} for c in answers]
-        lines = [json.dumps(row | {"completion": c.text}, default=str) for row, c in zip(rows, answers)]
-        path.with_suffix(".partial").write_text("\n".join(lines) + "\n")
-        path.with_suffix(".partial").rename(path)
+        rows = [c.prompt.row | dict.fromkeys(others) | {"completion": c.text} for c in kept]
+        write_whole(answers_path, "".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
     dist.barrier()
-    return str(path)
+    return str(answers_path)
 
 
 def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, check=check_packed):
@@ -1206,8 +1092,8 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
         say(f"continuing from {folder}")
         return json.loads(state["progress"])
-    if found:
-        fail(f"{output_dir}: no checkpoint can be read")
+    if found or (output_dir / "model").exists():
+        fail(f"{output_dir}: there is no checkpoint that can be read")
     return {}
 
 

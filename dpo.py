@@ -180,15 +180,13 @@ class Args:
 # ------------------------------------------------------------------------------------------------------------
 # Algorithm
 # ------------------------------------------------------------------------------------------------------------
-def dpo_loss(
-    chosen_log_ratios: torch.Tensor, rejected_log_ratios: torch.Tensor, *, beta: float, label_smoothing: float
-) -> torch.Tensor:
+def dpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, *, beta: float, label_smoothing: float = 0.0):
     """DPO of each pair, (B,) from log pi/ref, summed over the tokens, of both of its answers, (B,) in nats.
 
     Eq. 7 of arXiv:2305.18290. With label_smoothing e it is cDPO, the cross entropy of labels that are wrong
     with probability e (Mitchell 2023, Eq. 3): -(1 - e) log sigma(m) - e log sigma(-m).
     """
-    margins = beta * (chosen_log_ratios - rejected_log_ratios)  # (B,)
+    margins = beta * (chosen - rejected)  # (B,) of implicit rewards, Eq. 5
     return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
 
 
@@ -333,20 +331,16 @@ def main(args: Args) -> dict:
         fail(f"--ref-model {args.ref_model} has another vocabulary than --model {args.model}")
     if args.max_length > tokenizer.positions:
         fail(f"--max-length {args.max_length}: the model has {tokenizer.positions} positions")
-    read = read_step if args.loss == "step_dpo" else read_pair
-    sources = [load_pairs(tokenizer, name, args.dataset_split, args, 0, read)[0] for name in args.dataset]
+    sources = [load_pairs(tokenizer, name, args.dataset_split, args) for name in args.dataset]
     pairs = [pair for source in sources for pair in source]
-    held_out, _ = load_pairs(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval, read)
-    end_ids = {int(pair.chosen.input_ids[-1]) for pair in pairs} & set(tokenizer.added_tokens_decoder)
+    held_out = load_pairs(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
+    special = {int(ids[-1]) for (ids, _), _ in pairs} & set(tokenizer.added_tokens_decoder)  # ends of answers
+    end_ids = sorted(special | {tokenizer.eos_token_id})
     if args.loss == "step_dpo":
         pairs, held_out = ([step_only(pair) for pair in some] for some in (pairs, held_out))
 
     policy = load_model(args.model, args, device)
-    ends = {
-        "eos_token_id": sorted(end_ids | {tokenizer.eos_token_id}),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    policy.generation_config = GenerationConfig(**ends)
+    policy.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=tokenizer.pad_token_id)
     matrices = {"params": [p for p in policy.parameters() if p.ndim > 1], "weight_decay": args.weight_decay}
     vectors = {"params": [p for p in policy.parameters() if p.ndim <= 1], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, vectors], betas=args.adam_betas, fused=True)
@@ -375,9 +369,8 @@ def main(args: Args) -> dict:
         ref_logps = pair_logps(ref_policy, pairs, args, device) if args.ref_model else start_logps
         ref_policy = None
         gc.collect()  # FSDP's modules refer to each other
-    moving = torch.nn.ModuleDict({"policy": policy})
-    if args.sync_ref_every:
-        moving["ref_policy"] = ref_policy
+    models = {"policy": policy, "ref_policy": ref_policy} if args.sync_ref_every else {"policy": policy}
+    moving = torch.nn.ModuleDict(models)  # what a checkpoint holds
     step = load_checkpoint(output_dir, moving, optimizer).get("step", 0) if args.resume else 0
     logger = Logger(args, output_dir, total_steps, step)
     pair_loss, metrics = LOSSES[args.loss], {}
@@ -509,8 +502,8 @@ def evaluate(policy, ref_policy, tokenizer, held_out, ref_logps, args, device) -
 def move_reference(ref_policy, policy, alpha: float):
     """TR-DPO's soft update of the reference: ref <- alpha pi + (1 - alpha) ref (Eq. 5, arXiv:2404.09656).
 
-    Each process moves its own shards, in the reference's dtype; the weights that a forward pass has gathered
-    are given up before, or the next pass would use them as they were.
+    Each process moves its own shards; what a forward pass has gathered is given up before, or the next pass
+    would use it as it was.
     """
     for model in (ref_policy, policy):
         for module in model.modules():
@@ -635,7 +628,7 @@ def load_rows(source: str, split: str, args) -> list[dict]:
 def report_dropped(source: str, num_rows: int, dropped: dict[str, list[int]]):
     """Say why rows of a dataset cannot be used, reason by reason; end the run where they are most of it."""
     lines = [f"{len(rows):,} rows dropped, first row {rows[0]}: {reason}" for reason, rows in dropped.items()]
-    if 2 * sum(map(len, dropped.values())) >= max(1, num_rows):
+    if 2 * sum(map(len, dropped.values())) > num_rows or num_rows == 0:
         fail(f"{source}: hardly a row of {num_rows:,} can be used; {'; '.join(lines[:3]) or 'it is empty'}")
     for line in lines[:9]:
         say(f"{source}: {line}")
@@ -690,30 +683,30 @@ def read_step(row: dict) -> dict:
     return conversational(row | cut)
 
 
-def load_pairs(tokenizer, source: str | None, split: str, args, limit: int = 0, read=read_pair):
-    """A preference dataset as pairs, each once, and the row of each; says how answers differ in length."""
+def load_pairs(tokenizer, source: str | None, split: str, args, limit: int = 0) -> list[Pair]:
+    """A preference dataset as pairs, each once; says how many there are, and how answers differ in length."""
     if source is None:
-        return [], []
+        return []
     rows, found, dropped = load_rows(source, split, args)[: limit or None], {}, {}
     for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
         try:
-            row = read(row)
+            row = read_step(row) if args.loss == "step_dpo" else read_pair(row)
             pair = Pair(*(encode_answer(tokenizer, row["prompt"], row[key], row) for key in Pair._fields))
             key = tuple(answer.input_ids.tobytes() for answer in pair)
             if key[0] == key[1]:
                 raise ValueError("chosen and rejected are the same")
             if max(len(answer.input_ids) for answer in pair) > args.max_length:
                 raise ValueError("longer than --max-length")
-            found[key] = pair, row
+            found[key] = pair
         except Exception as error:  # chat templates raise what they like
             dropped.setdefault(str(error).splitlines()[0], []).append(n)
     report_dropped(source, len(rows), dropped)
-    pairs, rows = map(list, zip(*found.values(), strict=True))
+    pairs = list(found.values())
     chosen, rejected = count_tokens(pairs).T  # (P,) each
     sizes = f"{chosen.mean():.1f} and {rejected.mean():.1f} tokens an answer"
     longer = f"chosen ones longer in {np.mean(chosen > rejected):.0%}"
     say(f"{source}: {len(pairs):,} different pairs, {sizes}, {longer}")
-    return pairs, rows
+    return pairs
 
 
 def encode_answer(tokenizer, prompt, answer, row: dict) -> Sequence:
@@ -738,7 +731,7 @@ def render(tokenizer, messages: list[dict], first: int, row: dict) -> list[list[
     apply, sequences, text = template_of(tokenizer, row), [], ""
     for n in (n for n, turn in enumerate(messages) if n >= first and turn["role"] == "assistant"):
         head, body = apply(messages[:n], add_generation_prompt=True), apply(messages[: n + 1])
-        content = messages[n].get("content") or ""
+        content = str(messages[n].get("content") or "")
         if not body.startswith(head):
             raise ValueError("the chat template renders the prompt anew with a reply")
         if not content.strip() and body == apply([*messages[:n], {"role": "assistant", "content": content}]):
@@ -818,20 +811,15 @@ def pair_sums(x: torch.Tensor, batch, answers: int = 2) -> torch.Tensor:
     return segment_sum(x, batch.sequence_index, batch.num_sequences).view(-1, answers)
 
 
-def rows_of(pairs: list, args, device):
-    """The packed rows of this process, each with the indices of the pairs that are in it."""
-    lengths, world_size = [row_length(answers, args) for answers in pairs], dist.get_world_size()
-    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
-    for row in tqdm(rows[dist.get_rank() :: world_size], desc="log-probs", leave=False, disable=None):
-        yield row, collate_pairs([pairs[i] for i in row], args, device)
-
-
 @torch.no_grad()
 def pair_logps(model, pairs: list, args, device) -> torch.Tensor:
     """Summed log-probs (P, 2) of the chosen and rejected answers, (P, 1) of single ones, on every process."""
     model.eval()
     logps = torch.zeros(len(pairs), len(pairs[0]) if pairs else 2, device=device)
-    for row, batch in rows_of(pairs, args, device):
+    lengths, world_size = [row_length(answers, args) for answers in pairs], dist.get_world_size()
+    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+    for row in tqdm(rows[dist.get_rank() :: world_size], desc="log-probs", leave=False, disable=None):
+        batch = collate_pairs([pairs[i] for i in row], args, device)
         logps[row] = pair_sums(token_logprobs(model, batch), batch, logps.shape[1])[: len(row)]
     dist.all_reduce(logps)
     return logps
@@ -919,8 +907,8 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
         say(f"continuing from {folder}")
         return json.loads(state["progress"])
-    if found:
-        fail(f"{output_dir}: no checkpoint can be read")
+    if found or (output_dir / "model").exists():
+        fail(f"{output_dir}: there is no checkpoint that can be read")
     return {}
 
 

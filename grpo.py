@@ -572,7 +572,7 @@ def load_rows(source: str, split: str, args) -> list[dict]:
 def report_dropped(source: str, num_rows: int, dropped: dict[str, list[int]]):
     """Say why rows of a dataset cannot be used, reason by reason; end the run where they are most of it."""
     lines = [f"{len(rows):,} rows dropped, first row {rows[0]}: {reason}" for reason, rows in dropped.items()]
-    if 2 * sum(map(len, dropped.values())) >= max(1, num_rows):
+    if 2 * sum(map(len, dropped.values())) > num_rows or num_rows == 0:
         fail(f"{source}: hardly a row of {num_rows:,} can be used; {'; '.join(lines[:3]) or 'it is empty'}")
     for line in lines[:9]:
         say(f"{source}: {line}")
@@ -822,8 +822,8 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
         say(f"continuing from {folder}")
         return json.loads(state["progress"])
-    if found:
-        fail(f"{output_dir}: no checkpoint can be read")
+    if found or (output_dir / "model").exists():
+        fail(f"{output_dir}: there is no checkpoint that can be read")
     return {}
 
 

@@ -184,16 +184,8 @@ def ipo_loss(chosen: torch.Tensor, rejected: torch.Tensor, *, beta: float) -> to
     return (chosen - rejected - 1 / (2 * beta)).square()
 
 
-def kto_loss(
-    log_ratio: torch.Tensor,
-    labels: torch.Tensor,
-    kl: torch.Tensor,
-    *,
-    beta: float,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> torch.Tensor:
-    """KTO of each answer, (B,) from log pi/ref, summed over its tokens, (B,), and labels (B,), 1 if desirable.
+def kto_loss(log_ratio, labels, kl, *, beta: float, desirable_weight: float, undesirable_weight: float):
+    """KTO of each answer, (B,), from log pi/ref, summed over its tokens, and labels, 1 if good, (B,) each.
 
     Eq. 7 of arXiv:2402.01306: gains and losses are felt against a reference point, and both level off. The
     point z0 is the KL of policy and reference, estimated by `kl`, a scalar: the mean of log pi/ref over
@@ -205,9 +197,7 @@ def kto_loss(
     return torch.where(labels.bool(), desirable, undesirable)
 
 
-def simpo_loss(
-    avg_chosen_logps: torch.Tensor, avg_rejected_logps: torch.Tensor, *, beta: float, gamma_beta_ratio: float
-) -> torch.Tensor:
+def simpo_loss(avg_chosen_logps, avg_rejected_logps, *, beta: float, gamma_beta_ratio: float) -> torch.Tensor:
     """SimPO of each pair, (B,) from log-probs averaged over each answer's tokens (B,).
 
     Eq. 6 of arXiv:2405.14734: the margin beta x difference must exceed gamma = beta x gamma_beta_ratio.
@@ -215,31 +205,18 @@ def simpo_loss(
     return -F.logsigmoid(beta * (avg_chosen_logps - avg_rejected_logps - gamma_beta_ratio))
 
 
-def log1mexp(x: torch.Tensor) -> torch.Tensor:
-    """log(1 - e^x) for x < 0, in the branch that keeps its digits (Maechler 2012, Eq. 7).
-
-    At x = 0 it would be -infinity; x is kept below -1e-6, where its gradient is 0 (a certain answer).
-    """
-    x = x.clamp(max=-1e-6)
-    near_zero = x > -math.log(2)
-    # Each branch sees only what is its own: where() would pass the other's infinite gradient on as NaN.
-    near, far = torch.where(near_zero, x, -1.0), torch.where(near_zero, -1.0, x)
-    return torch.where(near_zero, torch.log(-torch.expm1(near)), torch.log1p(-torch.exp(far)))
-
-
-def orpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, *, beta: float) -> torch.Tensor:
+def orpo_loss(avg_chosen_logps, avg_rejected_logps, *, beta: float) -> torch.Tensor:
     """ORPO's odds-ratio term of each pair, (B,), from log-probs averaged over each answer's tokens (B,).
 
     Eq. 7 of arXiv:2403.07691: -lambda log sigma(log odds(y_w) - log odds(y_l)), with lambda = beta and
     log odds = log p - log(1 - p). The objective adds the NLL of the chosen answer (Eq. 6).
     """
-    log_odds_ratio = chosen - rejected - (log1mexp(chosen) - log1mexp(rejected))  # (B,)
-    return -beta * F.logsigmoid(log_odds_ratio)
-
-
-def pairwise_accuracy(desirable: torch.Tensor, undesirable: torch.Tensor) -> float:
-    """Share of couples in which the desirable answer has the higher reward, ties one half (ROC's area)."""
-    return preferred((desirable[:, None] - undesirable[None]).flatten()).mean().item()
+    sure = -1e-6  # a log-prob above it counts as this: log(1 - p) would have no digits, and no end
+    both = (avg_chosen_logps, avg_rejected_logps)
+    chosen, rejected = (
+        logp - torch.log(-torch.expm1(logp.clamp(max=sure))) for logp in both
+    )  # log odds (B,)
+    return -beta * F.logsigmoid(chosen - rejected)
 
 
 def preferred(margins: torch.Tensor, tie: float = 1e-4) -> torch.Tensor:
@@ -275,42 +252,35 @@ def main(args: Args) -> dict:
     held_out = load_labelled(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
     if kto:  # trains on single answers: pairs are taken apart
         examples = [((y,), (good,)) for answers, labels in examples for y, good in zip(answers, labels)]
-    answers, labels = (
-        [answers for answers, _ in examples],
-        np.array([labels for _, labels in examples]),
-    )  # (P, K)
-    mismatched = mismatch(answers, args) if kto else []
-    if kto:
-        check_weights(labels, args)
-    end_ids = {int(some[0].input_ids[-1]) for some in answers} & set(tokenizer.added_tokens_decoder)
+        counts = [sum(labels == (good,) for _, labels in examples) for good in (1, 0)]
+        if not all(counts):
+            fail(f"KTO needs both labels: {counts[0]:,} answers are desirable, {counts[1]:,} are not")
+        ratio = counts[0] * args.desirable_weight / (counts[1] * args.undesirable_weight)
+        say(f"{counts[0]:,} answers are desirable, {counts[1]:,} not: {ratio:.3g} weighted, Eq. 8: 1 to 4/3")
+    answers, labels = zip(*examples)
+    special = {int(some[0].input_ids[-1]) for some in answers} & set(tokenizer.added_tokens_decoder)
+    end_ids = sorted(special | {tokenizer.eos_token_id})  # of answers
     steps_per_epoch = len(answers) / args.batch_size
     total_steps = args.max_steps or max(1, math.ceil(args.num_epochs * steps_per_epoch))
     rng, num_epochs = np.random.default_rng(args.seed), math.ceil(total_steps / steps_per_epoch)
     stream = np.concatenate([rng.permutation(len(answers)) for _ in range(num_epochs)])
     used, stream = np.unique(stream[: total_steps * args.batch_size], return_inverse=True)
-    answers, labels = [answers[i] for i in used], labels[used]  # from here on only those that a step meets
-    mismatched = [mismatched[i] for i in used] if kto else []
-    counts, lengths = (
-        count_tokens(answers),
-        np.array([row_length(some, args) for some in answers]),
-    )  # (P, K), (P,)
-    for (ids, trained), good in zip(answers[stream[0]], labels[stream[0]]):
-        say(
-            f"first {'good' if good else 'bad'} answer:\n{tokenizer.decode(ids)}\ntrained: {tokenizer.decode(ids[trained])}"
-        )
+    mismatched = mismatch(answers, used, args) if kto else []
+    answers, labels = [answers[i] for i in used], np.array(labels)[used]  # only those that a step meets
+    lengths = np.array([row_length(some, args) for some in answers])  # (P,)
+    counts = count_tokens(answers)  # (P, K)
+    ids, trained = answers[stream[0]][0]
+    say(f"first answer:\n{tokenizer.decode(ids)}\ntrained of it:\n{tokenizer.decode(ids[trained])}")
 
     policy = load_model(args.model, args, device)
-    ends = {
-        "eos_token_id": sorted(end_ids | {tokenizer.eos_token_id}),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    policy.generation_config = GenerationConfig(**ends)
+    policy.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=tokenizer.pad_token_id)
     matrices = {"params": [p for p in policy.parameters() if p.ndim > 1], "weight_decay": args.weight_decay}
     vectors = {"params": [p for p in policy.parameters() if p.ndim <= 1], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, vectors], betas=args.adam_betas, fused=True)
 
     # 0. Reference: log-probs (P, K) under it and, for their drift, under the starting policy
-    ref_logps = start_logps = held_out_logps = mismatched_logps = None
+    ref_logps = start_logps = torch.zeros(labels.shape, device=device)  # read by nothing in simpo and orpo
+    held_out_logps = mismatched_logps = None
     if with_reference:
         ref_policy = load_model(args.ref_model, args, device, frozen=True) if args.ref_model else policy
         start_logps = pair_logps(policy, answers, args, device)
@@ -346,19 +316,19 @@ def main(args: Args) -> dict:
             batch = collate_pairs([answers[i] for i in ids], args, device)
             logps = pair_sums(token_logprobs(policy, batch), batch, labels.shape[1])[: len(ids)]  # (B, K)
             row_labels, row_counts = (torch.from_numpy(x[ids]).to(device) for x in (labels, counts))  # (B, K)
-            ref, start = (logps if x is None else x[ids] for x in (ref_logps, start_logps))  # (B, K)
 
             # 4. Loss: each row adds its part of the mean over the whole optimizer batch
-            losses = losses_of(logps, ref, row_counts, row_labels, kl, args)  # (B,)
+            scores = compared(logps, ref_logps[ids], row_counts, args)  # (B, K)
+            losses = losses_of(scores, row_labels, kl, args)  # (B,)
             nll = -(logps * row_labels).sum() / good_tokens
             loss = losses.sum() / len(picks) + (1 if args.algorithm == "orpo" else args.sft_coef) * nll
             (loss * world_size).backward()  # FSDP2 averages over processes what is to be summed
             with torch.no_grad():
-                rewards = rewards_of(logps, ref, row_counts, args)  # (B, K)
+                rewards = args.beta * scores  # (B, K)
                 signs = row_labels * 2 - 1  # 1 for what is to be raised, -1 for what is to be lowered
                 margins = (signs * (rewards - args.beta * kl.clamp(min=0))).sum(1)  # (B,)
-                of_each = torch.stack([torch.ones_like(logps), rewards, logps, logps - start])  # (4, B, K)
-                sides = [(of_each * side).sum((1, 2)) for side in (row_labels, 1 - row_labels)]  # (4,) each
+                values = [torch.ones_like(logps), rewards, logps, logps - start_logps[ids]]  # (B, K) each
+                sides = [(torch.stack(values) * y).sum((1, 2)) for y in (row_labels, 1 - row_labels)]  # (4,)
                 sums[1:] += torch.cat([loss[None], preferred(margins).sum()[None], *sides])
 
         # 5. Update
@@ -413,23 +383,21 @@ def main(args: Args) -> dict:
     return metrics
 
 
-def losses_of(logps, ref_logps, counts, labels, kl, args) -> torch.Tensor:
-    """The loss of --algorithm for each pair or answer, (B,); log-probs, counts and labels are (B, K)."""
-    if args.algorithm == "ipo":
-        return ipo_loss(*((logps - ref_logps) / (counts if args.ipo_length_average else 1)).T, beta=args.beta)
+def compared(logps, ref_logps, counts, args) -> torch.Tensor:
+    """What --algorithm compares, (B, K): log-ratios to the reference, or averages over the counted tokens."""
+    if args.algorithm in REFERENCE_FREE:
+        return logps / counts
+    return (logps - ref_logps) / (counts if args.ipo_length_average else 1)
+
+
+def losses_of(scores, labels, kl, args) -> torch.Tensor:
+    """The loss of --algorithm for each pair or answer, (B,), of what is `compared` and labels, (B, K)."""
     if args.algorithm == "kto":
         weights = {"desirable_weight": args.desirable_weight, "undesirable_weight": args.undesirable_weight}
-        return kto_loss((logps - ref_logps)[:, 0], labels[:, 0], kl, beta=args.beta, **weights)
+        return kto_loss(scores[:, 0], labels[:, 0], kl, beta=args.beta, **weights)
     if args.algorithm == "simpo":
-        return simpo_loss(*(logps / counts).T, beta=args.beta, gamma_beta_ratio=args.gamma_beta_ratio)
-    return orpo_loss(*(logps / counts).T, beta=args.beta)
-
-
-def rewards_of(logps, ref_logps, counts, args) -> torch.Tensor:
-    """What --algorithm compares, times beta, (B, K): log-ratios to the reference, or average log-probs."""
-    if args.algorithm in REFERENCE_FREE:
-        return args.beta * logps / counts
-    return args.beta * (logps - ref_logps) / (counts if args.ipo_length_average else 1)
+        return simpo_loss(*scores.T, beta=args.beta, gamma_beta_ratio=args.gamma_beta_ratio)
+    return {"ipo": ipo_loss, "orpo": orpo_loss}[args.algorithm](*scores.T, beta=args.beta)
 
 
 def evaluate(policy, tokenizer, held_out, ref_logps, args, device) -> tuple[dict, list]:
@@ -440,16 +408,14 @@ def evaluate(policy, tokenizer, held_out, ref_logps, args, device) -> tuple[dict
     good = torch.tensor([labels for _, labels in held_out], device=device).bool()  # (P, K)
     counts = torch.from_numpy(count_tokens(answers)).to(device)  # (P, K)
     logps = pair_logps(policy, answers, args, device)  # (P, K)
-    rewards = rewards_of(logps, ref_logps, counts, args)  # (P, K)
+    rewards = args.beta * compared(logps, ref_logps, counts, args)  # (P, K)
     chosen, rejected = rewards[good], rewards[~good]
-    metrics = {"eval/margin": (chosen.mean() - rejected.mean()).item()}
-    if good.shape[1] == 1:
-        metrics["eval/accuracy"] = pairwise_accuracy(chosen, rejected)
-    else:
-        right = preferred(chosen - rejected)  # (P,)
+    is_pairs = good.shape[1] == 2
+    margins = chosen - rejected if is_pairs else (chosen[:, None] - rejected).flatten()  # of every couple
+    metrics = {"eval/accuracy": preferred(margins).mean().item(), "eval/margin": margins.mean().item()}
+    if is_pairs:
         alike = counts.diff().abs().squeeze(1) <= 0.1 * counts.amax(1)  # (P,) by 10 % of the longer one
-        metrics["eval/accuracy"] = right.mean().item()
-        metrics["eval/accuracy_length_matched"] = right[alike].mean().item()  # NaN, if there are none
+        metrics["eval/accuracy_length_matched"] = preferred(margins)[alike].mean().item()  # NaN without any
     if ref_logps is not None:
         metrics["eval/chosen_log_ratio"] = (logps - ref_logps)[good].mean().item()
     asked = [some[0] for some, labels in held_out if labels[0]]
@@ -469,6 +435,7 @@ Pair = namedtuple("Pair", ["chosen", "rejected"])  # two answers, sequences that
 FILLER = Sequence(np.zeros(1, np.int32), np.zeros(1, bool))  # for a process that has no row: trains nothing
 COLUMNS = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen_drift", "grad_norm")
 PAIR_FORMATS = "prompt + chosen + rejected; question + chosen + rejected; chosen + rejected; HH's"
+ANSWER_FORMATS = "prompt + completion + label (true or false)"
 
 
 def say(message: str):
@@ -575,7 +542,7 @@ def load_rows(source: str, split: str, args) -> list[dict]:
 def report_dropped(source: str, num_rows: int, dropped: dict[str, list[int]]):
     """Say why rows of a dataset cannot be used, reason by reason; end the run where they are most of it."""
     lines = [f"{len(rows):,} rows dropped, first row {rows[0]}: {reason}" for reason, rows in dropped.items()]
-    if 2 * sum(map(len, dropped.values())) >= max(1, num_rows):
+    if 2 * sum(map(len, dropped.values())) > num_rows or num_rows == 0:
         fail(f"{source}: hardly a row of {num_rows:,} can be used; {'; '.join(lines[:3]) or 'it is empty'}")
     for line in lines[:9]:
         say(f"{source}: {line}")
@@ -620,11 +587,9 @@ def load_labelled(tokenizer, source: str | None, split: str, args, limit: int = 
     for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
         try:
             row = conversational(row)
-            if (
-                args.algorithm == "kto"
-                and {"prompt", "completion"} < row.keys()
-                and row.get("label") in (0, 1)
-            ):
+            if args.algorithm == "kto" and "chosen" not in row:
+                if not {"prompt", "completion", "label"} <= row.keys() or row["label"] not in (0, 1):
+                    raise ValueError(f"found {', '.join(row)}; accepted are {ANSWER_FORMATS}; {PAIR_FORMATS}")
                 names, labels = ("completion",), (int(row["label"]),)
             else:
                 row, names, labels = read_pair(row), Pair._fields, (1, 0)
@@ -637,10 +602,8 @@ def load_labelled(tokenizer, source: str | None, split: str, args, limit: int = 
         except Exception as error:  # chat templates raise what they like
             dropped.setdefault(str(error).splitlines()[0], []).append(n)
     report_dropped(source, len(rows), dropped)
-    labels = [label for _, labels in found.values() for label in labels]
-    say(f"{source}: {len(found):,} different examples, {len(labels):,} answers, {sum(labels):,} of them good")
-    if len({len(answers) for answers, _ in found.values()}) > 1 or len(set(labels)) < 2:
-        fail(f"{source}: it must hold good and bad answers, in pairs or single ones, not both")
+    good = sum(sum(labels) for _, labels in found.values())
+    say(f"{source}: {len(found):,} different examples, {good:,} answers of them good")
     return list(found.values())
 
 
@@ -666,7 +629,7 @@ def render(tokenizer, messages: list[dict], first: int, row: dict) -> list[list[
     apply, sequences, text = template_of(tokenizer, row), [], ""
     for n in (n for n, turn in enumerate(messages) if n >= first and turn["role"] == "assistant"):
         head, body = apply(messages[:n], add_generation_prompt=True), apply(messages[: n + 1])
-        content = messages[n].get("content") or ""
+        content = str(messages[n].get("content") or "")
         if not body.startswith(head):
             raise ValueError("the chat template renders the prompt anew with a reply")
         if not content.strip() and body == apply([*messages[:n], {"role": "assistant", "content": content}]):
@@ -700,37 +663,24 @@ def tokenize(tokenizer, turns: list[tuple[str, str]], train_on_prompt: bool) -> 
     return Sequence(np.array(input_ids, np.int32), np.array(trained))
 
 
-def mismatch(answers: list, args) -> list:
-    """The prompt of each single answer, completed by an answer to another prompt: for KTO's KL.
+def mismatch(answers, which, args) -> list:
+    """The prompts of some single answers, each completed by an answer to another prompt: for KTO's KL.
 
-    In a seeded order of all answers it is the last one before it that has another prompt: in the order of the
-    data the other answer to a prompt stands beside it, and a donor would always be of one label.
+    It is the last one before it with another prompt, in a seeded order of all: in the order of the data both
+    answers of a pair stand side by side, and all donors would have one label.
     """
     order = np.random.default_rng(args.seed).permutation(len(answers))
-    starts = [int(trained.argmax()) for ((_, trained),) in answers]
+    places, mismatched = np.argsort(order), []
+    starts = [int(trained.argmax()) for ((_, trained),) in answers]  # where a prompt ends
     prompts = [ids[:start].tobytes() for ((ids, _),), start in zip(answers, starts)]
     if len(set(prompts)) < 2:
         fail("KTO estimates a KL from answers to other prompts, and all prompts are the same")
-    mismatched = {}
-    for n, i in enumerate(order):
-        donor = next(
-            j for j in (order[n - back] for back in range(1, len(order))) if prompts[j] != prompts[i]
-        )
-        (one,), (other,) = answers[i], answers[donor]
-        parts = [(x[: starts[i]], y[starts[donor] :]) for x, y in zip(one, other)]
-        mismatched[i] = (Sequence(*(np.concatenate(part)[: args.max_length] for part in parts)),)
-    return [mismatched[i] for i in range(len(answers))]
-
-
-def check_weights(labels: np.ndarray, args):
-    """Say whether KTO's weights keep the paper's rule: n_D lambda_D / (n_U lambda_U) in [1, 4/3] (Eq. 8)."""
-    desirable, undesirable = int(labels.sum()), int((1 - labels).sum())
-    fair = desirable * args.desirable_weight / undesirable
-    ratio = fair / args.undesirable_weight
-    fits = 0.999 <= ratio <= 1.001 * 4 / 3  # as the rule is printed
-    rule = f"the paper's rule is --undesirable-weight in [{fair * 3 / 4:.4g}, {fair:.4g}]"
-    advice = "as the paper wants it" if fits else f"outside [1, 4/3]: {rule}"
-    say(f"{desirable:,} answers desirable, {undesirable:,} not, weighted ratio {ratio:.3g}, {advice}")
+    for i in which:
+        others = (order[places[i] - back] for back in range(1, len(order)))
+        donor = next(j for j in others if prompts[j] != prompts[i])
+        parts = [(x[: starts[i]], y[starts[donor] :]) for x, y in zip(answers[i][0], answers[donor][0])]
+        mismatched.append((Sequence(*(np.concatenate(part)[: args.max_length] for part in parts)),))
+    return mismatched
 
 
 def shared_prompt(answers, args) -> int:
@@ -767,20 +717,15 @@ def pair_sums(x: torch.Tensor, batch, answers: int = 2) -> torch.Tensor:
     return segment_sum(x, batch.sequence_index, batch.num_sequences).view(-1, answers)
 
 
-def rows_of(pairs: list, args, device):
-    """The packed rows of this process, each with the indices of the pairs that are in it."""
-    lengths, world_size = [row_length(answers, args) for answers in pairs], dist.get_world_size()
-    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
-    for row in tqdm(rows[dist.get_rank() :: world_size], desc="log-probs", leave=False, disable=None):
-        yield row, collate_pairs([pairs[i] for i in row], args, device)
-
-
 @torch.no_grad()
 def pair_logps(model, pairs: list, args, device) -> torch.Tensor:
     """Summed log-probs (P, 2) of the chosen and rejected answers, (P, 1) of single ones, on every process."""
     model.eval()
     logps = torch.zeros(len(pairs), len(pairs[0]) if pairs else 2, device=device)
-    for row, batch in rows_of(pairs, args, device):
+    lengths, world_size = [row_length(answers, args) for answers in pairs], dist.get_world_size()
+    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+    for row in tqdm(rows[dist.get_rank() :: world_size], desc="log-probs", leave=False, disable=None):
+        batch = collate_pairs([pairs[i] for i in row], args, device)
         logps[row] = pair_sums(token_logprobs(model, batch), batch, logps.shape[1])[: len(row)]
     dist.all_reduce(logps)
     return logps
@@ -868,8 +813,8 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
         say(f"continuing from {folder}")
         return json.loads(state["progress"])
-    if found:
-        fail(f"{output_dir}: no checkpoint can be read")
+    if found or (output_dir / "model").exists():
+        fail(f"{output_dir}: there is no checkpoint that can be read")
     return {}
 
 

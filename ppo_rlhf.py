@@ -60,11 +60,12 @@ import sys
 import time
 import traceback
 from collections import Counter, namedtuple
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import datasets
@@ -251,16 +252,15 @@ def gae(token_rewards, values, sequence_index, gamma: float, lam: float) -> tupl
 
 
 def whiten(values, population, shift_mean: bool = True) -> torch.Tensor:
-    """Values (C,) over the unbiased deviation of their `population`, around 0 or, else its mean.
+    """Values (C,) over the unbiased deviation of their `population`, around 0; else around its mean.
 
     The population is the whole rollout. Where it does not vary there is no deviation to divide by: values
     come out as 0, or as they are.
     """
     centred, mean = torch.zeros_like(values), population.mean() if len(population) else 0.0
     if len(population) > 1 and population.amax() > population.amin():
-        centred = (values - mean) / (
-            population.std(unbiased=True) + 1e-8
-        )  # + 1e-8: TRL, there to the variance
+        std = population.std(unbiased=True)
+        centred = (values - mean) / (std + 1e-8)  # std + 1e-8: TRL, there the variance
     return centred if shift_mean else centred + mean
 
 
@@ -336,11 +336,10 @@ def main(args: Args) -> dict:
     output_dir, tokenizer = choose_output_dir(args), load_tokenizer(args)
     value_start = runpy.run_path(located("rewards.py"))["ensemble_members"](args.value_model)[0]
     for name in filter(None, (args.ref_model, value_start)):
-        if load_tokenizer(replace(args, model=name)).vocab != tokenizer.vocab:
+        if load_tokenizer(SimpleNamespace(model=name, chat_template=None)).vocab != tokenizer.vocab:
             fail(f"{name} has another vocabulary than --model {args.model}")
     prompts = load_prompts(tokenizer, args.dataset, args.dataset_split, args)
-    eval_datasets = [args.eval_dataset] if args.eval_dataset else []
-    held_out = load_prompts(tokenizer, eval_datasets, args.eval_split, args, args.num_eval)
+    held_out = load_prompts(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
     longest = max(len(prompt.input_ids) for prompt in prompts + held_out) + args.max_completion_length
     if longest > tokenizer.positions:
         fail(f"--max-completion-length: {longest} tokens with a prompt, {tokenizer.positions} positions")
@@ -353,7 +352,8 @@ def main(args: Args) -> dict:
     say(f"first prompt:\n{tokenizer.decode(prompts[stream[0]].input_ids)}")
 
     policy = load_model(args.model, args, device)
-    policy.generation_config = GenerationConfig(eos_token_id=end_tokens(tokenizer, policy))
+    end_ids = end_tokens(tokenizer, policy)
+    policy.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=tokenizer.pad_token_id)
     value_model = load_model(value_start, args, device, kind=ValueModel, check=check_values)
     models = torch.nn.ModuleDict({"policy": policy, "value_model": value_model})
     groups, peaks = [], []  # of the optimizer: matrices and vectors of both models, their learning rates
@@ -371,7 +371,7 @@ def main(args: Args) -> dict:
     kl_coef = progress.get("kl_coef", args.kl_coef) if args.kl_target else args.kl_coef
     logger = Logger(args, output_dir, total_steps, step)
     logprobs_of = partial(token_logprobs, temperature=args.temperature, return_entropy=True)
-    evaluation = partial(evaluate, policy, tokenizer, held_out, rewarders, gold_rewarders, args, device)
+    evaluation = partial(evaluate, policy, tokenizer, held_out, rewarders, gold_rewarders, args)
     metrics = {}
     if step == 0:
         evaluated, samples = evaluation()
@@ -381,8 +381,7 @@ def main(args: Args) -> dict:
         step, started = step + 1, time.perf_counter()
         asked = [prompts[i] for i in stream[(step - 1) * num_prompts : step * num_prompts]]  # P
         seed = (args.seed, step)
-        rollout = roll_out(policy, tokenizer, asked, group_size, args.temperature, seed, args, device)  # B
-        rolled_out = time.perf_counter()
+        rollout = roll_out(policy, tokenizer, asked, group_size, args.temperature, seed, args)  # B
 
         # 2. Score: a line for each function, and their weighted sum; NaN says nothing
         scores = score(rewarders, rollout, group_size, args)  # (F, B)
@@ -400,8 +399,7 @@ def main(args: Args) -> dict:
         for part in np.array_split(np.arange(len(rollout)).reshape(-1, group_size), args.num_minibatches):
             if ids := [i for i in part.flat if trained[i]]:
                 size = sum(len(rollout[i].token_ids) for i in ids)
-                packed = pack_rollout(rollout, ids, args, device)
-                minibatches.append((size, [PPORow(**vars(row)) for row in packed]))
+                minibatches.append((size, pack_rollout(rollout, ids, args, device)))
         with_ref, mine = step % kl_every == 0, [row for _, rows in minibatches for row in rows]
         models.eval()
         with torch.no_grad():
@@ -411,25 +409,20 @@ def main(args: Args) -> dict:
                 row.old_values = token_values(value_model, row.batch)  # (C,)
 
         # 4. Advantage: of each token of this process's rows; whitened over those of all processes
-        known = ("old_logprobs", "ref_logprobs", "entropy", "old_values", "completion")
-        old_logprobs, ref_logprobs, entropy, old_values, completion = (
-            tokens_of(mine, name) for name in known
-        )
-        completion, ref_log_ratio = completion.long(), kl_k1(old_logprobs, ref_logprobs)  # (C,) each
+        old_logprobs, ref_logprobs = tokens_of(mine, "old_logprobs"), tokens_of(mine, "ref_logprobs")
+        old_values, completion = tokens_of(mine, "old_values"), tokens_of(mine, "completion").long()
+        ref_log_ratio = kl_k1(old_logprobs, ref_logprobs)  # (C,)
         token_rewards = shaped_rewards(shaped[completion], ref_log_ratio, completion, kl_coef)  # (C,)
-        told = [ref_log_ratio, kl_k3(old_logprobs, ref_logprobs), entropy, token_rewards, old_values]
+        told = [ref_log_ratio, kl_k3(old_logprobs, ref_logprobs), tokens_of(mine, "entropy"), token_rewards]
         if args.whiten_rewards:
             token_rewards = whiten(token_rewards, of_all(token_rewards), shift_mean=False)
         advantages, returns = gae(token_rewards, old_values, completion, args.gamma, args.lam)  # (C,) each
-        told = of_all(torch.stack([*told, returns, advantages]))  # (7, C) of all processes
+        told = of_all(torch.stack([*told, old_values, returns, advantages]))  # (7, C) of all processes
         if args.whiten_advantages:
             advantages = whiten(advantages, told[-1])
-        sizes = [len(row.completion) for row in mine]
-        for row, advantage, return_ in zip(mine, advantages.split(sizes), returns.split(sizes), strict=True):
-            row.advantages, row.returns = (
-                advantage.float().to(device),
-                return_.float().to(device),
-            )  # (C,) each
+        both = torch.stack([advantages, returns]).float().to(device)  # (2, C)
+        for row, of_row in zip(mine, both.split([len(row.completion) for row in mine], dim=1)):
+            row.advantages, row.returns = of_row  # (C,) each
 
         # 5. Update: `num_ppo_epochs` passes over the rollout, `num_minibatches` updates each
         factor = lr_factor(step, total_steps, args.warmup_steps, args.lr_schedule)
@@ -443,9 +436,8 @@ def main(args: Args) -> dict:
                 ratio = torch.exp(logprobs - row.old_logprobs)  # (C,)
                 policy_losses = ppo_policy_loss(ratio, row.advantages, args.epsilon, args.epsilon_high)
                 if args.tis_cap:
-                    policy_losses = policy_losses * sampler_weights(
-                        row.old_logprobs, row.sampler_logprobs, args.tis_cap
-                    )
+                    weights = sampler_weights(row.old_logprobs, row.sampler_logprobs, args.tis_cap)  # (C,)
+                    policy_losses = policy_losses * weights
                 policy_loss = policy_losses.sum() / size
                 if args.entropy_coef:
                     policy_loss = policy_loss - args.entropy_coef * entropy.sum() / size
@@ -465,8 +457,8 @@ def main(args: Args) -> dict:
                     sums["policy/clipfrac_avg"] += (too_low | too_high).sum()
                     sums["val/clipfrac_avg"] += value_held.sum()
                     sums["val/ratio"] += ratio.sum()
-                    gap = (row.old_logprobs - row.sampler_logprobs).abs()  # (C,)
-                    sums["sampling/logp_difference_mean"] += gap.sum()
+                    gap = row.old_logprobs - row.sampler_logprobs  # (C,)
+                    sums["sampling/logp_difference_mean"] += gap.abs().sum()
             norms = []  # of policy and value model
             for model in (policy, value_model):
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -507,7 +499,6 @@ def main(args: Args) -> dict:
             "num_tokens": num_tokens,
             "tokens_per_second": batch_tokens / seconds,
             "step_time": seconds,
-            "time/rollout": rolled_out - started,
         }
         metrics |= {f"rewards/{name}/mean": x.nanmean().item() for name, x in zip(rewarders, scores)}
         for name, total in totals.items():  # losses are means over minibatches, the others over tokens
@@ -581,27 +572,6 @@ Prompt = namedtuple("Prompt", ["input_ids", "row", "place"])
 # An answer as it was sampled: token ids, log-probs under the sampler, text, whether an end token came.
 Completion = namedtuple("Completion", ["prompt", "token_ids", "logprobs", "text", "ended"])
 COLUMNS = ("objective/scores", "objective/kl", "loss/value_avg", "completions/mean_length", "step_time")
-
-
-@dataclass
-class Row:
-    """A packed row of completions (see common.collate), and what is known of its C completion tokens."""
-
-    batch: object
-    completion: torch.Tensor  # (C,) which completion of the rollout each token belongs to
-    sampler_logprobs: torch.Tensor  # (C,)
-    old_logprobs: torch.Tensor | None = None  # (C,)
-    ref_logprobs: torch.Tensor | None = None  # (C,)
-
-
-@dataclass
-class PPORow(Row):
-    """A packed row, and what PPO knows besides of its tokens."""
-
-    entropy: torch.Tensor | None = None  # (C,) of the policy that sampled, in nats
-    old_values: torch.Tensor | None = None  # (C,)
-    advantages: torch.Tensor | None = None  # (C,)
-    returns: torch.Tensor | None = None  # (C,)
 
 
 def say(message: str):
@@ -708,7 +678,7 @@ def load_rows(source: str, split: str, args) -> list[dict]:
 def report_dropped(source: str, num_rows: int, dropped: dict[str, list[int]]):
     """Say why rows of a dataset cannot be used, reason by reason; end the run where they are most of it."""
     lines = [f"{len(rows):,} rows dropped, first row {rows[0]}: {reason}" for reason, rows in dropped.items()]
-    if 2 * sum(map(len, dropped.values())) >= max(1, num_rows):
+    if 2 * sum(map(len, dropped.values())) > num_rows or num_rows == 0:
         fail(f"{source}: hardly a row of {num_rows:,} can be used; {'; '.join(lines[:3]) or 'it is empty'}")
     for line in lines[:9]:
         say(f"{source}: {line}")
@@ -878,7 +848,7 @@ def pack_rollout(rollout: list[Completion], ids: list[int], args, device) -> lis
     return rows
 
 
-def tokens_of(rows: list[PPORow], name: str) -> torch.Tensor:
+def tokens_of(rows: list[SimpleNamespace], name: str) -> torch.Tensor:
     """What is known of all tokens of this process's rows, (C,), float64 on the CPU."""
     return torch.cat([torch.zeros(0), *(getattr(row, name).cpu() for row in rows)]).double()
 
@@ -1002,8 +972,8 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
         say(f"continuing from {folder}")
         return json.loads(state["progress"])
-    if found:
-        fail(f"{output_dir}: no checkpoint can be read")
+    if found or (output_dir / "model").exists():
+        fail(f"{output_dir}: there is no checkpoint that can be read")
     return {}
 
 

@@ -23,7 +23,7 @@ Deviations from common practice, each with its reason:
     python reward_model.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset trl-lib/ultrafeedback_binarized \
         --learning-rate 1e-5 --batch-size 64 --max-length 2048 --max-tokens-per-micro-batch 16384
 
-Shapes: N tokens in a row, B pairs (or answers), K answers of each (2 or 1), C trained tokens, H hidden size.
+Shapes: N tokens in a row, B pairs (or answers), K answers of each (2 or 1), C = B K ends, H hidden size.
 """
 
 import atexit
@@ -181,13 +181,9 @@ def center_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) ->
 
 
 @fsdp_forward
-def answer_rewards(model, batch) -> torch.Tensor:
-    """Rewards (B,), float32, of the B answers in a packed row, read at the last trained token of each."""
-    index = batch.completion_index  # (C,)
-    ones = torch.ones_like(index)
-    last = segment_sum(ones, batch.sequence_index, batch.num_sequences).cumsum(0) - 1  # (B,)
-    ends = index[last if len(index) else []]  # (B,); none where a row holds filler
-    states = packed_hidden_states(model, batch)[0, ends]  # (B, H)
+def head_outputs(model, batch) -> torch.Tensor:
+    """Outputs (C,), float32, of the head at the marked tokens of a packed row, where rewards are read."""
+    states = packed_hidden_states(model, batch)[0, batch.completion_index]  # (C, H)
     return model.score(states.float()).sum(1)  # of one output; FSDP2 hooks no view
 
 
@@ -241,7 +237,7 @@ def main(args: Args) -> dict:
     train = [x for name in args.dataset for x in load_answers(tokenizer, name, args.dataset_split, args)]
     held_out = load_answers(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
     if args.objective == "outcome":  # pairs are taken apart
-        train = [Labelled((s,), [z], x.row) for x in train for s, z in zip(x.answers, x.labels)]
+        train = [Labelled((s,), [z], [n], x.row) for x in train for s, z, n in zip(*x[:3])]
     answers, pairwise = [item.answers for item in train], args.objective == "bradley_terry"
     labels = torch.tensor([item.labels for item in train], device=device)  # (P, K)
     margins = torch.tensor([float(item.row.get("margin") or 0) for item in train], device=device)  # (P,)
@@ -274,7 +270,7 @@ def main(args: Args) -> dict:
             # 2. Rewards: (B, 2), chosen and rejected, or (B, 1)
             ids = picks[row]
             batch = collate_pairs([answers[i] for i in ids], args, device)
-            rewards = answer_rewards(model, batch).view(-1, labels.shape[1])  # (B, K); none in an empty row
+            rewards = head_outputs(model, batch).view(-1, labels.shape[1])  # (B, K); none in an empty row
             batch_rewards[row] = rewards.detach()
 
             # 3. Loss: each row adds its part of the mean over the whole optimizer batch
@@ -346,7 +342,10 @@ def evaluate(model, held_out, args, device) -> dict:
     if not held_out:
         return {}
     answers, labels = [item.answers for item in held_out], torch.tensor([item.labels for item in held_out])
-    rewards, lengths = answer_scores(model, answers, args, device), torch.from_numpy(count_tokens(answers))
+    rewards, lengths = (
+        answer_scores(model, answers, args, device),
+        torch.tensor([x.lengths for x in held_out]),
+    )
     right = preferred((rewards * (2 * labels - 1)).sum(1))  # (P,)
     metrics = {
         "eval/accuracy": right.mean().item(),
@@ -356,9 +355,7 @@ def evaluate(model, held_out, args, device) -> dict:
         couples = rewards[labels == 1][:, None] - rewards[labels == 0][None]  # good with bad: ROC's area
         return metrics | {"eval/auc": preferred(couples).mean().item()}
     differences, kinds = rewards[:, 0] - rewards[:, 1], [str(item.row.get("kind") or "") for item in held_out]
-    metrics["eval/ties"] = (right == 0.5).float().mean().item()
-    metrics["eval/ece"] = calibration_error(differences)
-    metrics["eval/margin"] = differences.mean().item()
+    metrics |= {"eval/ece": calibration_error(differences), "eval/margin": differences.mean().item()}
     groups = {"length_matched": (lengths[:, 0] - lengths[:, 1]).abs() <= 0.1 * lengths.amax(1)}  # (P,) each
     groups |= {kind: torch.tensor([kind == other for other in kinds]) for kind in sorted({*kinds} - {""})}
     known = {f"eval/accuracy_{name}": right[members].mean().item() for name, members in groups.items()}
@@ -367,8 +364,7 @@ def evaluate(model, held_out, args, device) -> dict:
 
 def train_ensemble(args, output_dir: Path) -> dict:
     """Train --num-members models into member_<n>/ of one folder -> the metrics of the last."""
-    if dist.get_rank() == 0:
-        (output_dir / "args.json").write_text(as_json(args))
+    (output_dir / "args.json").write_text(as_json(args))
     metrics, names = {}, [f"member_{n}" for n in range(args.num_members)]
     for n, folder in enumerate(output_dir / name for name in names):
         own = {"num_members": 1, "seed": args.seed + n, "output_dir": str(folder), "resume": folder.exists()}
@@ -388,7 +384,9 @@ def score_dataset(args, device) -> dict:
     output = Path(args.score_output or Path(args.score).with_suffix(".scored.jsonl"))
     if output.exists() or dist.get_world_size() > 1:
         fail(f"--score runs in one process, and {output}, where the rewards go, must not exist")
-    rows, asked, counts, dropped = load_rows(args.score, args.dataset_split, args), [], [], {}
+    rows, asked, counts, dropped = [], [], [], {}
+    for row in load_rows(args.score, args.dataset_split, args):
+        rows.append({name: value for name, value in row.items() if value is not None})
     for n, row in enumerate(rows, 1):
         read = conversational(row)
         completions = read["completions"] if "completions" in read else [read.get("completion")]
@@ -399,12 +397,12 @@ def score_dataset(args, device) -> dict:
         asked += [(read["prompt"], completion, *settings) for completion in completions]
         counts.append(len(completions))
     report_dropped(args.score, len(rows), dropped)
+    names = ("prompts", "completions", "tools", "chat_template_kwargs")
     try:
         reward = runpy.run_path(located("rewards.py"))["reward_model"](args.model, device, args.dtype)
+        rewards = reward(**dict(zip(names, map(list, zip(*asked)))))
     except (OSError, ValueError) as error:  # also where it has no reward head
         fail(f"--model {args.model}: {error}".splitlines()[0])
-    names = ("prompts", "completions", "tools", "chat_template_kwargs")
-    rewards = reward(**dict(zip(names, map(list, zip(*asked)))))
     with open(output, "x") as file:
         left = iter(rewards)
         for row, count in zip(rows, counts):
@@ -422,8 +420,9 @@ def score_dataset(args, device) -> dict:
 Sequence = namedtuple("Sequence", ["input_ids", "trained"])  # token ids and which of them are trained
 Pair = namedtuple("Pair", ["chosen", "rejected"])  # two answers, sequences that begin with the same prompt
 FILLER = Sequence(np.zeros(1, np.int32), np.zeros(1, bool))  # for a process that has no row: trains nothing
-# A single answer, or the two of a pair, as sequences; which are good, 1 or 0 each; their row of the dataset.
-Labelled = namedtuple("Labelled", ["answers", "labels", "row"])
+# A single answer, or the two of a pair, sequences whose last tokens are marked; which are good, 1 or 0 each;
+# how many tokens each answers with; the row of the dataset.
+Labelled = namedtuple("Labelled", ["answers", "labels", "lengths", "row"])
 COLUMNS = ("loss", "accuracy", "margin", "mean_reward", "grad_norm", "tokens_per_second")  # on the terminal
 PAIR_FORMATS = "prompt + chosen + rejected; question + chosen + rejected; chosen + rejected; HH's"
 
@@ -532,7 +531,7 @@ def load_rows(source: str, split: str, args) -> list[dict]:
 def report_dropped(source: str, num_rows: int, dropped: dict[str, list[int]]):
     """Say why rows of a dataset cannot be used, reason by reason; end the run where they are most of it."""
     lines = [f"{len(rows):,} rows dropped, first row {rows[0]}: {reason}" for reason, rows in dropped.items()]
-    if 2 * sum(map(len, dropped.values())) >= max(1, num_rows):
+    if 2 * sum(map(len, dropped.values())) > num_rows or num_rows == 0:
         fail(f"{source}: hardly a row of {num_rows:,} can be used; {'; '.join(lines[:3]) or 'it is empty'}")
     for line in lines[:9]:
         say(f"{source}: {line}")
@@ -590,7 +589,7 @@ def render(tokenizer, messages: list[dict], first: int, row: dict) -> list[list[
     apply, sequences, text = template_of(tokenizer, row), [], ""
     for n in (n for n, turn in enumerate(messages) if n >= first and turn["role"] == "assistant"):
         head, body = apply(messages[:n], add_generation_prompt=True), apply(messages[: n + 1])
-        content = messages[n].get("content") or ""
+        content = str(messages[n].get("content") or "")
         if not body.startswith(head):
             raise ValueError("the chat template renders the prompt anew with a reply")
         if not content.strip() and body == apply([*messages[:n], {"role": "assistant", "content": content}]):
@@ -637,11 +636,6 @@ def row_length(answers, args) -> int:
     return sum(len(ids) for ids, _ in answers) - shared_prompt(answers, args)
 
 
-def count_tokens(pairs: list) -> np.ndarray:
-    """Trained tokens (P, 2) of the chosen and rejected answers, (P, 1) of single ones."""
-    return np.array([[int(trained.sum()) for _, trained in answers] for answers in pairs])
-
-
 def collate_pairs(pairs: list, args, device):
     """Pairs as one packed row: its sequences 2k and 2k + 1 are the chosen and the rejected one of pair k.
 
@@ -651,14 +645,6 @@ def collate_pairs(pairs: list, args, device):
     sequences = [answer for answers in pairs for answer in answers]
     shared = [n for answers in pairs for n in (0, shared_prompt(answers, args))[: len(answers)]]
     return collate(sequences, device, shared if any(shared) else None)
-
-
-def rows_of(pairs: list, args, device):
-    """The packed rows of this process, each with the indices of the pairs that are in it."""
-    lengths, world_size = [row_length(answers, args) for answers in pairs], dist.get_world_size()
-    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
-    for row in tqdm(rows[dist.get_rank() :: world_size], desc="log-probs", leave=False, disable=None):
-        yield row, collate_pairs([pairs[i] for i in row], args, device)
 
 
 def load_answers(tokenizer, source: str | None, split: str, args, limit: int = 0) -> list[Labelled]:
@@ -678,7 +664,9 @@ def load_answers(tokenizer, source: str | None, split: str, args, limit: int = 0
                 raise ValueError("chosen and rejected are the same")
             if max(len(answer.input_ids) for answer in answers) > args.max_length:
                 raise ValueError("longer than --max-length")
-            found[tuple(answer.input_ids.tobytes() for answer in answers)] = Labelled(answers, labels, row)
+            lengths = [int(answer.trained.sum()) for answer in answers]
+            ends = tuple(Sequence(ids, np.arange(len(ids)) == len(ids) - 1) for ids, _ in answers)
+            found.setdefault(tuple(ids.tobytes() for ids, _ in ends), Labelled(ends, labels, lengths, row))
         except Exception as error:  # chat templates raise what they like
             dropped.setdefault(str(error).splitlines()[0], []).append(n)
     report_dropped(source, len(rows), dropped)
@@ -696,30 +684,32 @@ def load_reward_model(name, args, tokenizer, device):
         if not any("SequenceClassification" in kind for kind in config.architectures or ()):
             noise = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(args.seed))
             model.score.weight.data = noise.to(model.dtype) / math.sqrt(model.score.in_features + 1)
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        model.config.pad_token_id, model.config.reward_offset = pad, 0.0
-        model.generation_config = None  # it writes nothing
+        model.generation_config, model.config.reward_offset = None, 0.0  # it writes nothing
         return model
 
     kind = SimpleNamespace(from_pretrained=from_pretrained)
-    return load_model(name, args, device, kind=kind, check=check_rewards)
+    model, pad = load_model(name, args, device, kind=kind, check=check_rewards), tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+    return model
 
 
 @torch.no_grad()
 def check_rewards(model):
-    """Raise ValueError unless two answers in a packed row, which may share a prompt, score as each does alone in
-    the stock model. In float32: a leak shows as an error of 0.1, rounding as 1e-5 of the rewards."""
+    """Raise ValueError unless packed answers, also with a shared prompt, score as alone in the stock model.
+
+    In float32: a leak shows as an error of 0.1, rounding as 1e-5 of the rewards.
+    """
     device, vocab_size = model.get_input_embeddings().weight.device, model.config.get_text_config().vocab_size
     one, other = (torch.arange(1, n + 1) * 7919 % vocab_size for n in (9, 6))
     name, attn = model.config.model_type, model.config._attn_implementation
     rows = [([one, other], None)] + [([one, torch.cat([one[:4], other])], [0, 4])] * (attn == "packed")
+    model.config.pad_token_id = None  # the stock model reads the last token then
     for sequences, shared in rows:
         ends = [(ids, torch.arange(len(ids)) == len(ids) - 1) for ids in sequences]
-        pad, model.config.pad_token_id = model.config.pad_token_id, None  # stock reads the last token then
-        alone = [model(input_ids=ids[None].to(device), use_cache=False).logits[0, 0] for ids in sequences]
-        model.config.pad_token_id, alone = pad, torch.stack(alone).float()  # (B,)
-        error = (answer_rewards(model, collate(ends, device, shared)) - alone).abs().max().item()
-        if not error < 1e-4 * (10 + alone.abs().max().item()):
+        alone = [model(input_ids=ids[None].to(device), use_cache=False).logits[0] for ids in sequences]
+        alone = torch.cat(alone)  # (B,)
+        error = (head_outputs(model, collate(ends, device, shared)) - alone).abs().max()
+        if not error < 1e-4 * (10 + alone.abs().max()):
             raise ValueError(f"{name}: packed rewards are {error:.2g} from the model's under --attn {attn}")
 
 
@@ -728,8 +718,11 @@ def answer_scores(model, answers: list, args, device) -> torch.Tensor:
     """Rewards (P, K), on the CPU, of the answers of pairs, or of single ones, with the model's offset."""
     model.eval()
     rewards = torch.zeros(len(answers), len(answers[0]), device=device)
-    for row, batch in rows_of(answers, args, device):
-        rewards[row] = answer_rewards(model, batch).view(-1, rewards.shape[1])
+    lengths, world_size = [row_length(some, args) for some in answers], dist.get_world_size()
+    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+    for row in tqdm(rows[dist.get_rank() :: world_size], desc="rewards", leave=False, disable=None):
+        batch = collate_pairs([answers[i] for i in row], args, device)
+        rewards[row] = head_outputs(model, batch).view(-1, rewards.shape[1])
     dist.all_reduce(rewards)
     return rewards.cpu() + model.config.reward_offset
 
@@ -794,8 +787,8 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
         say(f"continuing from {folder}")
         return json.loads(state["progress"])
-    if found:
-        fail(f"{output_dir}: no checkpoint can be read")
+    if found or (output_dir / "model").exists():
+        fail(f"{output_dir}: there is no checkpoint that can be read")
     return {}
 
 

@@ -9,264 +9,195 @@
     reinforce_pp           R from token t on, whitened over the batch            Eq. 5, arXiv:2501.03262
     reinforce_pp_baseline  the same of R_i - mean of its group                   Eq. 8, arXiv:2501.03262
 
-The gradient of the expected reward needs a baseline not to be right but to be quiet; what is subtracted must
-not depend on the completion itself. `gradient/variance` measures how much each choice helps. The loop:
+A baseline has not to be right but to make the gradient quiet; it must not depend on the completion. The loop:
 
     1. Rollout    sample G completions of each prompt; for remax a greedy one, too
     2. Reward     score them, minus the KL to the reference: of the sampled tokens, without gradient
     3. Advantage  subtract the baseline of --algorithm
     4. Update     policy gradient on packed rows; clipped only where a rollout serves several updates
-    5. Evaluate   sampled and greedy answers to held-out prompts; monitors; log; save
+    5. Evaluate   sampled and greedy answers to held-out prompts; log; save
 
 Deviations from the papers, each with its reason:
-    1. The sum over a completion's tokens is divided by --max-completion-length, one number for all: the
-       gradient keeps its direction and gets a size that --max-grad-norm can be the same for.
-    2. reinforce_pp_baseline has its KL in the reward as its siblings have; its paper adds k2 to the loss,
-       which has the same gradient.
-    3. Clipped ratios are those of tokens, not of sequences: the ratio of 500 tokens leaves any clip range.
+    1. No KL by default (--kl-coef 0): where rewards can be verified there is no reward model to be fooled.
+    2. Sums over tokens are divided by --max-completion-length, so that --max-grad-norm suits any length.
+    3. reinforce_pp_baseline has its KL in the return (k1), as its siblings; its paper has k2 in the loss, of
+       which the gradient is another: of every token's own KL, not of whole sequences (see common.py).
+    4. Clipped ratios are those of tokens, not of sequences: the ratio of 500 tokens leaves any clip range.
+    5. A completion without a reward (None) is not trained on; no baseline and no mean counts it.
 
-    python rloo_remax.py                                       # CPU, offline, 6 minutes on one core
-    python rloo_remax.py --algorithm remax                     # or reinforce, reinforce_pp, ...
+    python rloo_remax.py                                       # CPU, offline, 3 minutes on one core
     python rloo_remax.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k --dataset-config main \
-        --learning-rate 1e-6 --batch-size 512 --num-generations 4 --kl-coef 0.01 --max-completion-length 512 \
+        --learning-rate 1e-6 --kl-coef 0.01 --batch-size 512 --num-generations 4 --max-completion-length 512 \
         --max-tokens-per-micro-batch 16384
 
-Shapes: P prompts of a step, G completions of each, B = P G sequences, N tokens in a row, C completion tokens,
-F reward functions.
+Shapes: P prompts, G completions of each, B = P G, N tokens in a row, C completion tokens, F rewards.
 """
 
+import atexit
 import ctypes
 import gc
-import importlib.util
 import inspect
 import json
 import math
 import os
+import re
+import runpy
 import shutil
 import signal
 import sys
 import time
-import warnings
-from bisect import bisect_left, insort
-from collections import Counter
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+import traceback
+from collections import Counter, namedtuple
+from dataclasses import asdict, replace
+from datetime import timedelta
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Annotated, Literal
 
+import datasets
 import numpy as np
+import pydantic
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dcp_state
 import transformers
 import tyro
-from torch.distributed.device_mesh import init_device_mesh
+from matplotlib.figure import Figure
+from pydantic import Field, FilePath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessor,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common import (
-    check_attention,
-    check_packed,
-    collate,
-    fsdp_forward,
-    kl_k1,
-    kl_k3,
-    packed_hidden_states,
-    segment_sum,
-    token_logprobs,
-)
+import common
+from common import CHATML, check_packed, kl_k1, kl_k3, segment_sum, token_logprobs
+
+HERE = Path(__file__).resolve().parent
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Dtype = Literal["float32", "bfloat16"]
+Algorithm = Literal["rloo", "remax", "reinforce_pp", "reinforce_pp_baseline", "reinforce"]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Arguments
 # ------------------------------------------------------------------------------------------------------------
-@dataclass
+@pydantic.dataclasses.dataclass
 class Args:
-    algorithm: Literal["rloo", "remax", "reinforce_pp", "reinforce_pp_baseline", "reinforce"] = "rloo"
-    """Which baseline is subtracted from the rewards."""
+    # Algorithm
+    algorithm: Algorithm = "rloo"  # which baseline is subtracted from the rewards
 
     # Model
-    model: str = "tiny/sft"
-    """Model to fine-tune: a hub id or a folder."""
-    ref_model: str | None = None
-    """Reference model: a hub id or a folder; by default --model as it is before training."""
-    chat_template: str | None = None
-    """File with a Jinja chat template to use instead of the tokenizer's own."""
-    prompt_template: str | None = None
-    """Text for a base model in place of a chat template; {prompt} in it is the question (R1-Zero)."""
-    attn: str = "packed"
-    """Attention: packed, or flash_attention_2 where it is installed, or eager (exact, slow)."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about 30 % slower, far less memory, the same result."""
-    compile: bool = False
-    """Compile each layer with torch.compile."""
+    model: str = "tiny/sft"  # model to fine-tune: a hub id or a folder
+    ref_model: str | None = None  # reference model; by default --model as it is before training
+    chat_template: FilePath | None = None  # Jinja chat template to use instead of the tokenizer's own
+    attn: str = "packed"  # packed, or flash_attention_2 where it is installed, or eager (exact, slow)
+    dtype: Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # what is computed in
+    gradient_checkpointing: bool = False  # recompute activations: about 30 % slower, far less memory
+    compile: bool = False  # compile each layer with torch.compile
 
     # Data
-    dataset: tuple[str, ...] = ("tiny/data/prompts_train.jsonl",)
-    """Hub ids or local .jsonl/.json/.parquet/.csv files or saved datasets."""
-    dataset_config: str | None = None
-    """Configuration name of the hub dataset ("main" for openai/gsm8k)."""
-    dataset_split: str = "train"
-    """Split of the hub dataset to train on."""
-    eval_dataset: str | None = None
-    """Held-out dataset; by default the one of tiny/ if tiny/ is trained on, else none."""
-    eval_split: str = "test"
-    """Split of the hub dataset to evaluate on."""
-    order: Literal["shuffled", "given", "length"] = "shuffled"
-    """Order of the sequences within an epoch; `length` goes from short to long (a curriculum)."""
-    max_prompt_length: int = 512
-    """Longest prompt in tokens; longer ones are dropped and counted."""
-    share_prompt: bool = True
-    """Put a prompt into the row once, seen by all its answers (arXiv:2410.20305): the same result."""
+    dataset: tuple[str, ...] = ("tiny/data/prompts_train.jsonl",)  # hub ids, files, saved datasets
+    dataset_config: str | None = None  # configuration name of the hub dataset ("main" for openai/gsm8k)
+    dataset_split: str = "train"  # split of the hub dataset to train on
+    eval_dataset: str | None = None  # held-out dataset; by default tiny/'s if tiny/ is trained on, else none
+    eval_split: str = "test"  # split of the hub dataset to evaluate on
+    max_prompt_length: PositiveInt = 512  # longest prompt in tokens; longer ones are dropped and counted
 
     # Reward
-    reward: tuple[str, ...] = ()
-    """Functions file.py:function that score completions; rewards.py:math_answer if nothing else is given."""
-    reward_model: tuple[str, ...] = ()
-    """Folders of reward models (see reward_model.py), scored together as one reward."""
-    reward_weights: tuple[float, ...] = ()
-    """Weight of each --reward in turn, and of the reward models last; by default 1 each."""
-    reward_aggregation: Literal["mean", "min", "mean_minus_std"] = "mean"
-    """One reward from those of several reward models (arXiv:2310.02743)."""
-    std_coef: float = 1.0
-    """Standard deviations that mean_minus_std takes off (arXiv:2310.02743 takes off variances)."""
-    eval_reward: tuple[str, ...] = ()
-    """Gold rewards, file.py:function: logged and evaluated on, never optimised."""
-    allow_code_execution: bool = False
-    """Let reward functions run what the model writes (rewards.py:code_tests)."""
+    reward: tuple[str, ...] = ("rewards.py:math_answer",)  # file.py:function, or a reward model
+    reward_weights: tuple[float, ...] = ()  # weight of each --reward in turn; by default 1 each
+    eval_reward: tuple[str, ...] = ()  # gold rewards: logged and evaluated on, never optimised
+    allow_code_execution: bool = False  # let rewards run what the model writes (rewards.py:code_tests)
 
     # Rollout
-    num_generations: int = 8
-    """Completions of each prompt: the group (TRL: 8)."""
-    max_completion_length: int = 128
-    """Longest sampled answer in tokens."""
-    temperature: float = 1.0
-    """Sampling temperature; 0, where samples are not trained on, is greedy."""
-    top_p: float = 1.0
-    """Share of the probability mass to sample from: 1, for log-probs are those of the whole distribution."""
-    generation_batch_size: int = 256
-    """Prompts that are sampled at once."""
-    save_rollouts: bool = False
-    """Write every rollout to rollouts.jsonl of the run."""
-    replay_rollouts: str | None = None
-    """Train on the rollouts of this file, of an earlier run, in place of sampling."""
+    num_generations: PositiveInt = 8  # completions of each prompt: the group (TRL: 8)
+    max_completion_length: PositiveInt = 128  # longest sampled answer in tokens
+    temperature: PositiveFloat = 1.0  # sampling temperature
+    max_tokens_per_rollout: PositiveInt = 65536  # tokens that are sampled at once: memory, never the result
+    mask_truncated: bool = False  # do not train on completions that --max-completion-length cut off
 
     # Loss
-    loss_agg: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"] = (
-        "seq_mean_token_sum_norm"
-    )
-    """Weight of a token: 1 / its completion's length (GRPO), one for all (DAPO), 1 / longest (Dr. GRPO)."""
-    kl_coef: float = 0.0
-    """Weight of the KL to the reference in the reward (TRL: 0.05)."""
-    gamma: float = 1.0
-    """Discount per token of the returns of reinforce_pp (arXiv:2501.03262: 1)."""
-    epsilon: float = 0.2
-    """How far below 1 the probability ratio still earns (arXiv:1707.06347: 0.2)."""
-    epsilon_high: float | None = None
-    """How far above 1 (arXiv:2503.14476: 0.28); None is as far as below."""
-    gradient_variance: bool = True
-    """Measure the variance of the gradient from the halves of a batch; takes a copy of it in memory."""
-    max_kl: float | None = None
-    """Stop the run once the mean KL to the reference per token is above this (nats)."""
-    num_iterations: int = 1
-    """Passes over a rollout (GRPO's mu)."""
-    num_minibatches: int = 1
-    """Optimizer updates that a pass over a rollout is cut into."""
+    kl_coef: NonNegativeFloat = 0.0  # weight of the KL to the reference in the reward (TRL: 0.05)
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0  # discount per token, of reinforce_pp (its paper: 1)
+    epsilon: PositiveFloat = 0.2  # how far below 1 the ratio still earns (arXiv:1707.06347: 0.2)
+    epsilon_high: PositiveFloat | None = None  # how far above 1 (DAPO: 0.28); None: as below
+    tis_cap: NonNegativeFloat = 0.0  # cap of weights old / sampler (TIS: 2); 0 trusts the sampler's log-probs
+    max_kl: PositiveFloat | None = None  # stop once the mean KL to the reference per token is above (nats)
+    num_iterations: PositiveInt = 1  # passes over a rollout (GRPO's mu)
+    num_minibatches: PositiveInt = 1  # optimizer updates that a pass over a rollout is cut into
 
     # Optimization
-    learning_rate: float = 1e-4
-    """Peak learning rate of AdamW; the default suits tiny/, models of billions 2e-5 (SFT) to 1e-6 (DPO)."""
-    lr_schedule: Literal["linear", "cosine", "constant"] = "constant"
-    """Shape of the learning rate after warm-up; linear and cosine end at 0."""
-    warmup_steps: int = 5
-    """Steps over which the learning rate rises linearly from 0."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's two moments (TRL: 0.9, 0.999)."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay, on matrices only (TRL: 0)."""
-    max_grad_norm: float = 1.0
-    """Largest norm of a model's gradient; larger ones are scaled down to it (TRL: 1.0); inf is no end."""
-    batch_size: int = 128
-    """Sequences, or pairs of them, per step over all processes; online, completions of a rollout."""
-    max_tokens_per_micro_batch: int = 1024
-    """Tokens of a packed row: memory only, never the result. A longer sequence gets its own row."""
-    num_epochs: float = 1.0
-    """Passes over the training set (TRL: 3)."""
-    max_steps: int = 120
-    """Steps (optimizer updates; online, rollouts); 0 derives them from --num-epochs."""
+    learning_rate: NonNegativeFloat = 1e-4  # peak of AdamW's; the default suits tiny/, billions need 1e-6
+    lr_schedule: Literal["linear", "cosine", "constant"] = "constant"  # after warm-up; the first two end at 0
+    warmup_steps: NonNegativeInt = 5  # steps over which the learning rate rises linearly from 0
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay rates of AdamW's two moments
+    weight_decay: NonNegativeFloat = 0.0  # AdamW's decoupled weight decay, on matrices only
+    max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
+    batch_size: PositiveInt = 128  # completions of a step, over all prompts and processes
+    max_tokens_per_micro_batch: PositiveInt = 1024  # tokens of a packed row: memory only, never the result
+    num_epochs: PositiveFloat = 1.0  # passes over the prompts
+    max_steps: NonNegativeInt = 120  # rollouts; 0 derives them from --num-epochs
 
     # Evaluation and output
-    eval_every: int = 40
-    """Steps between evaluations; 0 evaluates only before and after."""
-    num_eval: int = 256
-    """Rows of the evaluation sets that are used; 0 uses all."""
-    eval_samples: int = 4
-    """Samples of each held-out prompt: the k of pass@k and maj@k."""
-    seed: int = 1
-    """Seed of the data order, the noise and the sampling."""
-    output_dir: str | None = None
-    """Folder of the run; by default runs/<script>_<seed>_<time>."""
-    resume: bool = False
-    """Continue the run in --output-dir from its last checkpoint."""
-    save_every: int = 500
-    """Steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C."""
-    keep_checkpoints: int = 2
-    """How many of the last checkpoints stay on disk."""
-    log_every: int = 5
-    """Steps between lines on the terminal; metrics.jsonl has one line a step."""
-    wandb: bool = False
-    """Log to Weights & Biases as well (WANDB_MODE=offline works)."""
+    eval_every: NonNegativeInt = 40  # steps between evaluations; 0 evaluates only before and after
+    num_eval: NonNegativeInt = 256  # rows of the evaluation set that are used; 0 uses all
+    eval_samples: NonNegativeInt = 4  # samples of each held-out prompt, the k of pass@k; 0: greedy only
+    seed: NonNegativeInt = 1  # of the data order and the sampling
+    output_dir: str | None = None  # folder of the run; by default runs/rloo_remax_<seed>_<time>
+    resume: bool = False  # continue the run in --output-dir from its last checkpoint
+    save_every: NonNegativeInt = 500  # steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C
+    log_every: PositiveInt = 5  # steps between lines on the terminal; metrics.jsonl has one line a step
+    wandb: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
+
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def in_range(cls, values, build):
+        try:
+            return build(values)
+        except pydantic.ValidationError as error:
+            problem = error.errors()[0]
+            fail(f"--{problem['loc'][0].replace('_', '-')} {problem['input']}: {problem['msg']}")
 
     def __post_init__(self):
-        if self.dataset == ("tiny/data/prompts_train.jsonl",) and not self.eval_dataset:
-            self.eval_dataset = "tiny/data/prompts_eval.jsonl"
-        if not self.reward and not self.reward_model:
-            self.reward = ("rewards.py:math_answer",)
+        if self.dataset == Args.dataset:
+            self.eval_dataset = self.eval_dataset or "tiny/data/prompts_eval.jsonl"
         if self.epsilon_high is None:
             self.epsilon_high = self.epsilon
-        check_flags(self)
-        if self.attn != "packed":
-            self.share_prompt = False
-        if self.num_generations < (2 if self.algorithm in ("rloo", "reinforce_pp_baseline") else 1):
-            fail(
-                f"--num-generations {self.num_generations}: --algorithm {self.algorithm} compares at least 2"
-            )
+        if self.resume and not self.output_dir:
+            fail("--resume needs --output-dir: which run should continue?")
+        if self.num_generations < 2 and self.algorithm in ("rloo", "reinforce_pp_baseline"):
+            fail(f"--num-generations {self.num_generations}: --algorithm {self.algorithm} needs 2")
         if self.batch_size % self.num_generations:
             fail(f"--batch-size {self.batch_size} is no multiple of --num-generations {self.num_generations}")
         if self.batch_size // self.num_generations < self.num_minibatches:
             fail(f"--num-minibatches {self.num_minibatches}: more than the prompts of a step")
-        if len(self.reward_weights) not in (0, len(self.reward) + bool(self.reward_model)):
-            fail(f"--reward-weights has {len(self.reward_weights)} numbers for {self.num_rewards} rewards")
-
-    @property
-    def num_rewards(self) -> int:
-        return len(self.reward) + bool(self.reward_model)
+        if self.reward_weights and len(self.reward_weights) != len(self.reward):
+            fail(f"{len(self.reward_weights)} --reward-weights for {len(self.reward)} rewards")
+        if "tiny/" not in self.model and self.learning_rate == Args.learning_rate:
+            say(f"--learning-rate {self.learning_rate} suits tiny/; models of billions take 1e-6")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Algorithm
 # ------------------------------------------------------------------------------------------------------------
+def weighted_sum(scores: torch.Tensor, weights: tuple[float, ...]) -> torch.Tensor:
+    """Rewards (B,) from the scores (F, B) of F functions, by default 1 each: without NaN, NaN if all are."""
+    weighted = scores * torch.tensor(weights or [1.0] * len(scores), dtype=scores.dtype)[:, None]  # (F, B)
+    return weighted.nansum(0).masked_fill(scores.isnan().all(0), math.nan)
+
+
 def rloo_advantages(scores: torch.Tensor) -> torch.Tensor:
     """Each score minus the mean of the others of its group: (P, G) -> (P, G) (Eq. 7, arXiv:2402.14740).
 
-    Leave one out: the baseline does not depend on the completion, so the gradient stays unbiased. A NaN takes
-    no part and has the advantage 0.
+    Leave one out: no baseline depends on its completion, so the gradient is unbiased. A NaN gets 0.
     """
     known = ~scores.isnan()  # (P, G)
-    others = (known.sum(1, keepdim=True) - 1).clamp(min=1)  # (P, 1)
+    others = known.sum(1, keepdim=True) - 1  # (P, 1)
     rest = scores.nansum(1, keepdim=True) - scores  # (P, G)
-    alone = known.sum(1, keepdim=True) < 2  # (P, 1)
-    return torch.where(known & ~alone, scores - rest / others, 0.0)
+    return torch.where(known & (others > 0), scores - rest / others, 0.0)
 
 
 def remax_advantages(scores: torch.Tensor, greedy_scores: torch.Tensor) -> torch.Tensor:
@@ -274,97 +205,37 @@ def remax_advantages(scores: torch.Tensor, greedy_scores: torch.Tensor) -> torch
     return (scores - greedy_scores[:, None]).nan_to_num(0.0)
 
 
-def reinforce_pp_returns(
-    rewards: torch.Tensor, penalties: torch.Tensor, sequence_index: torch.Tensor, *, gamma: float
-) -> torch.Tensor:
+def reinforce_pp_returns(rewards, penalties, sequence_index, gamma: float) -> torch.Tensor:
     """What each token earns from itself on, (C,): r(o) gamma^(T - t) - sum of later penalties, discounted.
 
     `rewards` (B,) come at the last token, `penalties` (C,), kl_coef x log pi_old/ref, at each (Eq. 5,
-    arXiv:2501.03262).
+    arXiv:2501.03262); `sequence_index` (C,) says whose a token is.
     """
     token_rewards = -penalties.double()  # (C,)
-    counts = torch.bincount(sequence_index, minlength=len(rewards))  # (B,)
-    last = counts.cumsum(0) - 1  # (B,)
+    last = torch.bincount(sequence_index, minlength=len(rewards)).cumsum(0) - 1  # (B,)
     token_rewards = token_rewards.index_add(0, last, rewards.double().nan_to_num(0.0))  # (C,)
-    returns, running, index = token_rewards.tolist(), 0.0, sequence_index.tolist()
-    for t in range(len(returns) - 1, -1, -1):
-        running = running if t + 1 < len(index) and index[t] == index[t + 1] else 0.0
-        running = returns[t] = returns[t] + gamma * running
+    returns, index = token_rewards.tolist(), sequence_index.tolist()
+    for t in range(len(returns) - 2, -1, -1):
+        if index[t] == index[t + 1]:
+            returns[t] += gamma * returns[t + 1]
     return torch.tensor(returns, dtype=torch.float64)
 
 
-def whiten(values: torch.Tensor, *, shift_mean: bool = True) -> torch.Tensor:
-    """Values (C,) over their unbiased standard deviation, around 0 or, without `shift_mean`, their mean.
-
-    Values that do not vary have no deviation to be divided by: they come out as 0, or as they are.
-    """
-    mean = values.mean() if len(values) else 0.0
-    centred = torch.zeros_like(values)  # (C,)
-    if len(values) > 1 and values.amax() > values.amin():
-        centred = (values - mean) / (values.std(unbiased=True) + 1e-8)  # + 1e-8: TRL, there to the variance
-    return centred if shift_mean else centred + mean
+def whiten(values: torch.Tensor) -> torch.Tensor:
+    """Values (C,) minus their mean, over their unbiased standard deviation; 0 where they do not vary."""
+    if len(values) < 2 or values.amax() == values.amin():
+        return torch.zeros_like(values)
+    return (values - values.mean()) / (values.std(unbiased=True) + 1e-8)  # + 1e-8: TRL, there to the variance
 
 
-def reinforce_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    *,
-    clip: tuple[float, float] | None = None,
-) -> torch.Tensor:
+def reinforce_loss(logprobs, ratio, advantages, clip: tuple[float, float] | None = None) -> torch.Tensor:
     """Loss of each completion token, (C,): -A log pi, whose gradient is that of the expected reward.
 
-    With `clip`, (epsilon, epsilon_high), PPO's surrogate for policies that have moved since (Eq. 7,
-    arXiv:1707.06347); at ratio 1 its gradient is the same.
+    With `clip`, both epsilons, PPO's surrogate (Eq. 7, arXiv:1707.06347): at ratio 1 the same gradient.
     """
     if clip is None:
         return -advantages * logprobs
-    ratio = torch.exp(logprobs - old_logprobs)  # (C,)
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantages)
-
-
-def token_weights(
-    lengths: torch.Tensor,
-    *,
-    loss_agg: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"],
-    num_sequences: int,
-    num_tokens: int,
-    max_completion_length: int,
-) -> torch.Tensor:
-    """What each token of sequences of `lengths` (B,) tokens counts, (B,): the loss is the weighted sum.
-
-    `num_sequences` and `num_tokens` are those of the whole optimizer batch. A mean of sequence means (GRPO)
-    makes a token of a long answer count less; one mean over all tokens (DAPO, Eq. 8, arXiv:2503.14476) lets
-    long answers count more; a constant (Dr. GRPO) leaves every token of the gradient as it is.
-    """
-    if loss_agg == "token_mean":
-        return torch.full_like(lengths, 1 / max(1, num_tokens), dtype=torch.float32)
-    if loss_agg == "seq_mean_token_sum_norm":
-        return torch.full_like(
-            lengths, 1 / (max(1, num_sequences) * max_completion_length), dtype=torch.float32
-        )
-    return 1 / (max(1, num_sequences) * lengths.clamp(min=1).float())
-
-
-def clip_shares(ratio: torch.Tensor, advantages: torch.Tensor, epsilon, epsilon_high) -> torch.Tensor:
-    """Where the clip takes the gradient, (2, C): below the range at A < 0, above it at A > 0."""
-    low, high = (ratio < 1 - epsilon) & (advantages < 0), (ratio > 1 + epsilon_high) & (advantages > 0)
-    return torch.stack([low, high]).float()
-
-
-def pass_at_k(right: np.ndarray, k: int) -> float:
-    """Chance that one of k samples is right, unbiased, from n samples of each prompt (P, n).
-
-    1 - C(n - c, k) / C(n, k) for c right ones of n (Eq. 1, arXiv:2107.03374).
-    """
-    n, counts = right.shape[1], right.sum(1)
-    return float(np.mean([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in counts]))
-
-
-def majority(answers: list[str]) -> int:
-    """Index of a solution with the most frequent final answer (self-consistency, arXiv:2203.11171)."""
-    counts = Counter(answers)
-    return max(range(len(answers)), key=lambda i: (counts[answers[i]], -i))
 
 
 def distinct_ngrams(group: list[list[int]], n: int = 2) -> float:
@@ -373,51 +244,7 @@ def distinct_ngrams(group: list[list[int]], n: int = 2) -> float:
     return len(set(grams)) / max(1, len(grams))
 
 
-def self_bleu(group: list[list[int]], n: int = 4) -> float:
-    """Mean BLEU-n of each completion of a group beside its siblings: 1 if all are alike (arXiv:1802.01886).
-
-    An order of n-grams without a match counts as half a match.
-    """
-    if len(group) < 2:
-        return 0.0
-    grams = [[Counter(tuple(ids[i : i + k]) for i in range(len(ids) - k + 1)) for k in range(1, n + 1)]
-             for ids in group]  # fmt: skip
-    scores = []
-    for i, ids in enumerate(group):
-        others = [j for j in range(len(group)) if j != i]
-        logs = []
-        for k in range(n):
-            total = sum(grams[i][k].values())
-            if not total:
-                continue
-            best = Counter()
-            for j in others:
-                best |= grams[j][k]
-            matches = sum((grams[i][k] & best).values())
-            logs.append(math.log(matches / total if matches else 1 / (2 * total)))
-        closest = min((len(group[j]) for j in others), key=lambda m: (abs(m - len(ids)), m))
-        brevity = min(0.0, 1 - closest / max(1, len(ids)))
-        scores.append(math.exp(sum(logs) / len(logs) + brevity) if logs else 0.0)
-    return sum(scores) / len(scores)
-
-
-def symptoms(first: dict, last: dict) -> list[str]:
-    """What has commonly gone wrong, from metrics averaged over the first steps and over the last."""
-    found, both = [], first.keys() & last.keys()
-    if "entropy" in both and last["entropy"] < 0.5 * first["entropy"]:
-        found.append("entropy has halved: samples are getting alike (--epsilon-high, a lower learning rate)")
-    if last["completions/mean_length"] > 2 * first["completions/mean_length"]:
-        found.append("completions are twice as long: does the reward pay for length?")
-    if {"reward", "gold_reward"} <= both:
-        rise, fall = last["reward"] - first["reward"], first["gold_reward"] - last["gold_reward"]
-        if rise > 0 and fall > 0.02:
-            found.append(
-                "reward rises and gold reward falls: it is being hacked (a weight for the KL, --max-kl)"
-            )
-    return found
-
-
-def lr_factor(step: int, *, total_steps: int, warmup_steps: int, lr_schedule: str) -> float:
+def lr_factor(step: int, total_steps: int, warmup_steps: int, lr_schedule: str) -> float:
     """The learning rate of the 1-based `step` as a share of its peak: linear warm-up, then down towards 0."""
     if step <= warmup_steps:
         return step / warmup_steps
@@ -428,1323 +255,676 @@ def lr_factor(step: int, *, total_steps: int, warmup_steps: int, lr_schedule: st
 # ------------------------------------------------------------------------------------------------------------
 # Training
 # ------------------------------------------------------------------------------------------------------------
-COLUMNS = {  # of the terminal's lines
-    "reward": ".3f",
-    "reward_std": ".3f",
-    "loss": "+.4f",
-    "kl": ".4f",
-    "entropy": ".3f",
-    "completions/mean_length": ".1f",
-    "completions/clipped_ratio": ".2f",
-    "grad_norm": ".2f",
-    "step_time": ".1f",
-}
-
-
 def main(args: Args) -> dict:
     """Train as `args` says and return the last metrics."""
-    rank, world_size, device = setup_distributed()
-    torch.manual_seed(args.seed)
-    check_sampling(args.temperature, args.top_p)
-    output_dir = choose_output_dir(args, args.algorithm)
-    tokenizer = load_tokenizer(args)
-    check_reference(args, tokenizer)
-    judge_names = find_judges(args.reward_model)
-    functions, gold = load_functions(args.reward, args), load_functions(args.eval_reward, args)
-    sources = [tokenize_prompts(tokenizer, name, args.dataset_split, args) for name in args.dataset]
-    prompts = [prompt for source in sources for prompt in source]
-    held_out = tokenize_prompts(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
-    readers = judge_tokenizers(judge_names, prompts + held_out, args)
-    recorded = load_rollouts(args, tokenizer) if args.replay_rollouts else None
-    epoch_size, prompt_lengths = len(prompts), np.array([len(prompt.input_ids) for prompt in prompts])
+    device, world_size = setup_distributed(), dist.get_world_size()
+    output_dir, tokenizer = choose_output_dir(args), load_tokenizer(args)
+    if args.ref_model and load_tokenizer(replace(args, model=args.ref_model)).vocab != tokenizer.vocab:
+        fail(f"--ref-model {args.ref_model} has another vocabulary than --model {args.model}")
+    prompts = load_prompts(tokenizer, args.dataset, args.dataset_split, args)
+    held_out = load_prompts(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
+    longest = max(len(prompt.input_ids) for prompt in prompts + held_out) + args.max_completion_length
+    if longest > tokenizer.positions:
+        fail(f"--max-completion-length: {longest} tokens with a prompt, {tokenizer.positions} positions")
+    rewarders = load_rewards(args.reward, [prompts[0], *held_out[:1]], args, device)
+    gold_rewarders = load_rewards(args.eval_reward, [prompts[0], *held_out[:1]], args, device)
     group_size, num_prompts = args.num_generations, args.batch_size // args.num_generations
-    total_steps = args.max_steps or max(1, math.ceil(args.num_epochs * epoch_size / num_prompts))
-    num_epochs = math.ceil(total_steps * num_prompts / epoch_size)
-    stream = data_order(prompt_lengths, [prompts], [1], epoch_size, num_epochs, args.order, args.seed)
-    say(tokenizer.decode(prompts[stream[0]].input_ids))
+    total_steps = args.max_steps or max(1, math.ceil(args.num_epochs * len(prompts) / num_prompts))
+    rng, num_epochs = np.random.default_rng(args.seed), math.ceil(total_steps * num_prompts / len(prompts))
+    stream = np.concatenate([rng.permutation(len(prompts)) for _ in range(num_epochs)])
+    say(f"first prompt:\n{tokenizer.decode(prompts[stream[0]].input_ids)}")
 
-    policy = load_model(args.model, args, tokenizer, device)
-    ref_policy = load_model(args.ref_model or args.model, args, tokenizer, device).requires_grad_(False)
-    judges = [load_judge(name, reader, args, device) for name, reader in readers.items()]
-    optimizer = make_optimizer(policy, args)
-    step, num_tokens = load_checkpoint(output_dir, policy, optimizer) if args.resume else (0, 0)
-    logger = Logger(args, output_dir, total_steps, step, COLUMNS)
-    metrics, spent, monitor = {}, False, Monitor(output_dir, step)
-    judging = (gold, [], ()) if gold else (functions, judges, args.reward_weights)
-    evaluation = (policy, tokenizer, held_out, *judging, args, device)
+    policy = load_model(args.model, args, device)
+    end_ids = end_tokens(tokenizer, policy)
+    policy.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=tokenizer.pad_token_id)
+    matrices = {"params": [p for p in policy.parameters() if p.ndim > 1], "weight_decay": args.weight_decay}
+    vectors = {"params": [p for p in policy.parameters() if p.ndim <= 1], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([matrices, vectors], betas=args.adam_betas, fused=True)
+    kl_every = 1 if args.kl_coef or args.max_kl else args.log_every  # a metric alone is worth less
+    if kl_every <= total_steps:
+        ref_policy = load_model(args.ref_model or args.model, args, device, frozen=True)
+    progress = load_checkpoint(output_dir, policy, optimizer) if args.resume else {}
+    step, num_tokens = progress.get("step", 0), progress.get("num_tokens", 0)
+    logger = Logger(args, output_dir, total_steps, step)
+    logprobs_of = partial(token_logprobs, temperature=args.temperature)
+    evaluation = partial(evaluate, policy, tokenizer, held_out, rewarders, gold_rewarders, args)
+    metrics, updates = {}, args.num_iterations * args.num_minibatches
+    clip = (args.epsilon, args.epsilon_high) if updates > 1 else None
     if step == 0:
-        results, samples = evaluate_policy(*evaluation)
-        logger.log({"step": 0} | results, samples)
-    while step < total_steps and not spent:
-        # 1. Rollout: G completions of each prompt of the step, from the policy as it is
-        step, started = step + 1, time.perf_counter()
-        picks = stream[(step - 1) * num_prompts : step * num_prompts]
-        asked = [prompts[i] for i in picks for _ in range(group_size)]  # B = P G, group after group
-        if recorded is not None:
-            rollout = recorded[(step - 1) % len(recorded)]
-        else:
-            rollout = roll_out(policy, tokenizer, asked, args, device, seed=args.seed * 10**6 + step)
-        greedy = replace(args, temperature=1e-6)  # all the mass on the likeliest token
-        baseline = [c.prompt for c in rollout[::group_size]] if args.algorithm == "remax" else []
-        baseline = roll_out(policy, tokenizer, baseline, greedy, device, seed=0)  # (P,) or none
-        rolled_out = time.perf_counter()
+        evaluated, samples = evaluation()
+        logger.log({"step": 0} | evaluated, samples)
+    while step < total_steps:
+        # 1. Rollout: G completions of each prompt of the step, from the policy and for remax a greedy one
+        step, seed, started = step + 1, (args.seed, step + 1), time.perf_counter()
+        asked = [prompts[i] for i in stream[(step - 1) * num_prompts : step * num_prompts]]  # P
+        rollout = roll_out(policy, tokenizer, asked, group_size, args.temperature, seed, args)
+        greedy = [] if args.algorithm != "remax" else roll_out(policy, tokenizer, asked, 1, 0.0, seed, args)
 
         # 2. Reward: a line of scores for each function, and their weighted sum; NaN says nothing
-        scores = score(functions, judges, rollout, args, device)  # (F, B)
-        rewards = weigh(scores, args.reward_weights)  # (B,)
-        gold_scores = score(gold, [], rollout, args, device)  # (gold, B)
-        scored = time.perf_counter()
+        scores = score(rewarders, rollout, group_size, args)  # (F, B)
+        rewards = weighted_sum(scores, args.reward_weights)  # (B,)
+        gold_rewards = weighted_sum(score(gold_rewarders, rollout, group_size, args), ())  # (B,)
+        if step == 1 and rewards.isnan().all():
+            fail(f"--reward {', '.join(rewarders)}: None for every completion of the first step")
+        greedy_rewards = weighted_sum(score(rewarders, greedy, 1, args), args.reward_weights)  # (P,) or none
+        lengths = torch.tensor([len(completion.token_ids) for completion in rollout])  # (B,)
+        usable = torch.tensor([completion.ended or not args.mask_truncated for completion in rollout])  # (B,)
+        usable &= ~rewards.isnan()  # what is not trained on is in no baseline and no mean of the loss
+        weights, minibatches = torch.zeros(len(rollout), device=device), []  # (B,)
+        for part in np.array_split(np.arange(len(rollout)).reshape(-1, group_size), args.num_minibatches):
+            ids = [i for i in part.flat if usable[i]]
+            weights[ids] = 1 / (max(1, len(ids)) * args.max_completion_length)
+            minibatches.append(pack_rollout(rollout, ids, args, device))
+        origins = lengths.cumsum(0) - lengths - torch.tensor([len(c.prompt.input_ids) for c in rollout])
+        penalties = torch.zeros(int(lengths.sum()), device=device)  # (all tokens,) what the KL takes off
+        with_ref = step % kl_every == 0
+        with torch.no_grad():
+            for row in sum(minibatches, []):
+                positions = row.batch.position_ids[0, row.batch.completion_index]  # (C,)
+                row.token = origins.to(device)[row.completion] + positions  # (C,) its place among all tokens
+                row.old_logprobs = logprobs_of(policy, row.batch) if updates > 1 or args.kl_coef else None
+                row.ref_logprobs = logprobs_of(ref_policy, row.batch) if with_ref else None
+                if args.kl_coef:
+                    penalties[row.token] = args.kl_coef * kl_k1(row.old_logprobs, row.ref_logprobs)
+        dist.all_reduce(penalties)
 
-        # 3. Advantage (B times (C_i,)): the rewards after the KL, minus the baseline
-        sequences = [Sequence(completion.input_ids, completion.trained) for completion in rollout]
-        counts = torch.tensor([len(completion.token_ids) for completion in rollout])  # (B,)
-        of_all = torch.arange(len(rollout)).repeat_interleave(counts)  # (all tokens,)
-        sampler_logps = [torch.from_numpy(completion.logprobs) for completion in rollout]  # B times (C_i,)
-        ref_logps = completion_logps(ref_policy, sequences, args, device)  # B times (C_i,)
-        updates = args.num_iterations * args.num_minibatches
-        with_old = updates > 1 or args.kl_coef  # else the first forward pass is that of the old policy
-        old_logps = completion_logps(policy, sequences, args, device) if with_old else None
-        compared = time.perf_counter()
-        penalties = torch.zeros(len(of_all))  # (all tokens,)
-        if args.kl_coef:
-            penalties = args.kl_coef * kl_k1(torch.cat(old_logps), torch.cat(ref_logps)).cpu()
-        greedy_scores = weigh(score(functions, judges, baseline, args, device), args.reward_weights)  # (P,)
-        advantages = token_advantages(
-            rewards.view(-1, group_size), penalties, of_all, greedy_scores, args
-        ).split(counts.tolist())
+        # 3. Advantage of every token: the reward after the KL, minus the baseline
+        groups = rewards.view(-1, group_size)  # (P, G)
+        trained = groups.masked_fill(~usable.view(groups.shape), math.nan)  # (P, G)
+        of_token = torch.arange(len(rollout)).repeat_interleave(lengths)  # (all tokens,)
+        advantages = token_advantages(trained, penalties.cpu(), of_token, greedy_rewards, args).to(device)
 
         # 4. Update: `num_iterations` passes over the rollout, `num_minibatches` updates each
-        lengths = np.array([len(sequence.input_ids) for sequence in sequences])  # (B,)
-        clip = (args.epsilon, args.epsilon_high) if updates > 1 else None
+        learning_rate = args.learning_rate * lr_factor(step, total_steps, args.warmup_steps, args.lr_schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
         policy.train()
-        sums = torch.zeros(8, device=device)  # told to stop, loss, tokens, and what is summed over tokens
-        variance = torch.zeros((), device=device)
-        grad_norm, fills = torch.zeros((), device=device), []
-        for update in range(updates):
-            iteration, part = divmod(update, args.num_minibatches)
-            shuffled = np.random.default_rng((args.seed, step, iteration)).permutation(
-                len(rollout) // group_size
-            )
-            groups = np.array_split(shuffled, args.num_minibatches)[part]
-            ids = (groups[:, None] * group_size + np.arange(group_size)).flatten()
-            weights = token_weights(
-                counts,
-                loss_agg=args.loss_agg,
-                num_sequences=len(ids),
-                num_tokens=int(counts[ids].sum()),
-                max_completion_length=args.max_completion_length,
-            )  # (B,)
-            middle = len(groups) // 2 * group_size * args.gradient_variance  # 0: no halves, no variance
-            first_gradient = []
-            for half in (ids[:middle], ids[middle:]):
-                rows, fill = rows_of(sequences, half, args, world_size)
-                fills += [fill] * bool(rows)
-                for mine in rows[rank::world_size]:
-                    batch = collate_answers([sequences[i] for i in mine], args, device)
-                    logprobs, entropy = token_logprobs(
-                        policy, batch, temperature=args.temperature, return_entropy=True
-                    )  # (C,) each
-                    old = joined(old_logps, mine, device) if old_logps else logprobs.detach()  # (C,)
-                    ref, sampler = joined(ref_logps, mine, device), joined(sampler_logps, mine, device)
-                    advantage = joined(advantages, mine, device)  # (C,)
-                    weight = weights[mine].to(device)[batch.sequence_index]  # (C,)
-                    losses = reinforce_loss(logprobs, old, advantage, clip=clip)  # (C,)
-                    loss = (losses * weight).sum()
-                    (loss * world_size).backward()  # FSDP2 averages over processes what is to be summed
-                    with torch.no_grad():
-                        ratio = torch.exp(logprobs - old)  # (C,)
-                        clipped = clip_shares(ratio, advantage, args.epsilon, args.epsilon_high)  # (2, C)
-                        gap = (old - sampler).abs()  # (C,)
-                        of_tokens = [torch.ones_like(gap), kl_k3(logprobs, ref), entropy, *clipped, gap]
-                        sums[1:] += torch.cat([loss[None], torch.stack(of_tokens).sum(1)])
-                if middle and not first_gradient:
-                    first_gradient = [p.grad.clone() for p in policy.parameters()]
-            if middle:
-                gradient = [p.grad for p in policy.parameters()]
-                share = middle / len(ids)
-                variance += gradient_variance(first_gradient, gradient, share) / updates
-            norm = full(torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
-            if not torch.isfinite(norm):
-                stop_on_nonfinite(output_dir, step, [sequences[i] for i in ids], loss.item(), norm.item())
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * lr_factor(
-                    step,
-                    total_steps=total_steps,
-                    warmup_steps=args.warmup_steps,
-                    lr_schedule=args.lr_schedule,
-                )
+        sums, grad_norms = Counter(), []  # over the tokens of the step, by metric
+        for rows in minibatches * args.num_iterations:
+            for row in rows:
+                logprobs, entropy = logprobs_of(policy, row.batch, return_entropy=True)  # (C,) each
+                old_logprobs = logprobs.detach() if row.old_logprobs is None else row.old_logprobs  # (C,)
+                ratio = torch.exp(logprobs - old_logprobs)  # (C,)
+                advantage, weight = advantages[row.token], weights[row.completion]  # (C,) each
+                too_low = (ratio < 1 - args.epsilon) & (advantage < 0)  # (C,) where the clip holds the token
+                too_high = (ratio > 1 + args.epsilon_high) & (advantage > 0)  # (C,)
+                losses = reinforce_loss(logprobs, ratio, advantage, clip)  # (C,)
+                if args.tis_cap:  # truncated importance sampling, fengyao.notion.site/off-policy-rl
+                    losses = losses * torch.exp(old_logprobs - row.sampler_logprobs).clamp(max=args.tis_cap)
+                loss = (losses * weight).sum()
+                (loss * world_size).backward()  # FSDP2 averages over processes what is to be summed
+                sums["tokens"] += len(logprobs)
+                sums["loss"] += loss.detach()
+                sums["entropy"] += entropy.detach().sum()
+                sums["clip_ratio/low_mean"] += too_low.sum()
+                sums["clip_ratio/high_mean"] += too_high.sum()
+                sums["clip_ratio/region_mean"] += (too_low | too_high).sum()
+                sums["sampling/logp_difference_mean"] += (old_logprobs - row.sampler_logprobs).abs().sum()
+                if with_ref:
+                    sums["kl"] += kl_k3(logprobs.detach(), row.ref_logprobs).sum()
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+            grad_norms.append(float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm))
+            if not math.isfinite(grad_norms[-1]):
+                fail(f"step {step}: gradient norm {grad_norms[-1]}; --resume goes back to a checkpoint")
             optimizer.step()
             optimizer.zero_grad()
-            grad_norm += norm / updates
-        sums[0] = logger.stopping
-        stopping, loss, num, *totals = all_reduce(sums).tolist()
-        kl, entropy, low, high, gap = (total / max(1, num) for total in totals)
+        sums["stopping"] = logger.stopping
+        totals = torch.tensor([float(x) for x in sums.values()], device=device)
+        dist.all_reduce(totals)
+        totals = dict(zip(sums, totals.tolist()))
+        loss, stopping, count = totals.pop("loss"), totals.pop("stopping"), max(1, totals.pop("tokens"))
         seconds = time.perf_counter() - started
 
         # 5. Evaluate, log, save
-        batch_tokens, std = int(lengths.sum()), group_std(rewards.view(-1, group_size))  # (P,)
+        batch_tokens = sum(len(c.prompt.input_ids) + len(c.token_ids) for c in rollout)
         num_tokens += batch_tokens
-        names = [name for name, _ in functions] + ["reward_model"] * bool(judges)
         metrics = {
             "step": step,
-            "epoch": step * num_prompts / epoch_size,
+            "epoch": step * num_prompts / len(prompts),
             "loss": loss / updates,
-            "learning_rate": optimizer.param_groups[0]["lr"],
-            "grad_norm": grad_norm.item(),
-            "gradient/variance": variance.item(),
+            "learning_rate": learning_rate,
+            "grad_norm": float(np.mean(grad_norms)),
             "reward": rewards.nanmean().item(),
-            "advantage_std": torch.cat(advantages).std().item(),
-            "reward_std": std.mean().item(),
-            "frac_reward_zero_std": (std == 0).double().mean().item(),
-            "kl": kl,
-            "entropy": entropy,
-            "clip_ratio/low_mean": low,
-            "clip_ratio/high_mean": high,
-            "clip_ratio/region_mean": low + high,
-            "sampling/logp_difference_mean": gap,
+            "reward_std": groups.std(1, correction=int(group_size > 1)).nanmean().item(),
+            "frac_reward_zero_std": (groups == groups[:, :1]).all(1).double().mean().item(),
+            "advantage_std": advantages.std().item(),
+            "gold_reward": gold_rewards.nanmean().item(),
             "num_tokens": num_tokens,
             "tokens_per_second": batch_tokens / seconds,
             "step_time": seconds,
-            "packing/fill": float(np.mean(fills)),
-            "time/rollout": rolled_out - started,
-            "time/reward": scored - rolled_out,
-            "time/logprobs": compared - scored,
-            "time/update": seconds - (compared - started),
         }
-        metrics |= describe_rollout(rollout, names, scores, gold_scores, group_size)
-        if device.type == "cuda":
-            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        monitor(metrics)
-        spent = args.max_kl is not None and kl > args.max_kl
-        samples = []
-        if step == total_steps or spent or (args.eval_every and step % args.eval_every == 0):
-            results, samples = evaluate_policy(*evaluation)
-            metrics |= results
+        metrics |= {f"rewards/{name}/mean": x.nanmean().item() for name, x in zip(rewarders, scores)}
+        metrics |= {name: total / count for name, total in totals.items()}
+        metrics |= describe_rollout(rollout, group_size)
+        if args.max_kl and metrics["kl"] > args.max_kl:
+            say(f"step {step}: KL {metrics['kl']:.3g} to the reference is above --max-kl {args.max_kl}")
+            total_steps = step
+        last, samples = step == total_steps, []
+        if last or (args.eval_every and step % args.eval_every == 0):
+            evaluated, samples = evaluation()
+            metrics |= evaluated
         logger.log(metrics, samples)
-        if args.save_rollouts and recorded is None:
-            save_rollout(output_dir, step, rollout, rewards)
-        if stopping or (args.save_every and (step == total_steps or spent or step % args.save_every == 0)):
-            save_checkpoint(output_dir, policy, optimizer, step, num_tokens, args.keep_checkpoints)
-        if stopping and step < total_steps:
+        if stopping or (args.save_every and (last or step % args.save_every == 0)):
+            save_checkpoint(output_dir, policy, optimizer, {"step": step, "num_tokens": num_tokens})
+        if stopping and not last:
             logger.close(f"stopped; continue with --resume --output-dir {output_dir}")
             return metrics
-    if spent:
-        say(f"stopped at step {step}: KL {kl:.3g} to the reference is above --max-kl {args.max_kl}")
     save_model(output_dir / "model", policy, tokenizer)
     logger.close(f"model saved to {output_dir / 'model'}")
     return metrics
 
 
-def token_advantages(rewards, penalties, sequence_index, greedy_scores, args) -> torch.Tensor:
+def token_advantages(rewards, penalties, sequence_index, greedy_rewards, args) -> torch.Tensor:
     """Advantages (all tokens,) of --algorithm from rewards (P, G) and the KL's penalties (all tokens,)."""
     if args.algorithm == "reinforce_pp_baseline":
         rewards = rewards - rewards.nanmean(1, keepdim=True)  # (P, G)
     if args.algorithm.startswith("reinforce_pp"):
-        returns = reinforce_pp_returns(rewards.flatten(), penalties, sequence_index, gamma=args.gamma)
+        returns = reinforce_pp_returns(rewards.flatten(), penalties, sequence_index, args.gamma)
         known = ~rewards.flatten().isnan()[sequence_index]  # (all tokens,)
         return torch.zeros_like(returns).masked_scatter(known, whiten(returns[known])).float()
-    penalty = segment_sum(penalties, sequence_index, rewards.numel()).view(rewards.shape)  # (P, G)
-    returns = rewards - penalty  # (P, G)
+    returns = rewards - segment_sum(penalties, sequence_index, rewards.numel()).view(rewards.shape)  # (P, G)
     if args.algorithm == "rloo":
         returns = rloo_advantages(returns)
     elif args.algorithm == "remax":
-        returns = remax_advantages(returns, greedy_scores)
+        returns = remax_advantages(returns, greedy_rewards)
     return returns.nan_to_num(0.0).flatten()[sequence_index].float()
 
 
-def evaluate_policy(policy, tokenizer, held_out, functions, judges, weights, args, device):
-    """Rewards of sampled and greedy answers to held-out prompts; how often one of k samples is right."""
+def evaluate(policy, tokenizer, held_out, rewarders, gold_rewarders, args) -> tuple[dict, list[dict]]:
+    """Rewards of greedy and of sampled answers to held-out prompts; how often one of k samples is right."""
     if not held_out:
         return {}, []
-    asked = [prompt for prompt in held_out for _ in range(args.eval_samples)]
-    sampled = roll_out(policy, tokenizer, asked, args, device, seed=args.seed)
-    greedy = roll_out(policy, tokenizer, held_out, replace(args, temperature=1e-6), device, seed=args.seed)
-    scores = score(functions, judges, sampled, args, device)  # (F, P k)
-    rewards = weigh(scores, weights)  # (P k,)
-    metrics = {
-        "eval/reward": rewards.nanmean().item(),
-        "eval/greedy_reward": weigh(score(functions, judges, greedy, args, device), weights).nanmean().item(),
-        "eval/mean_length": float(np.mean([len(completion.token_ids) for completion in sampled])),
-        "eval/clipped_ratio": float(np.mean([not completion.ended for completion in sampled])),
-    }
-    if functions:  # right: more than half a point of the first one
-        right = (scores[0] > 0.5).view(len(held_out), -1).numpy()  # (P, k)
-        finals = np.array([final_answer(c.text) for c in sampled], object).reshape(right.shape)  # (P, k)
-        metrics["eval/pass@k"] = pass_at_k(right, args.eval_samples)
-        chosen = [majority(list(f)) for f in finals]  # (P,)
-        metrics["eval/maj@k"] = float(np.mean(right[np.arange(len(chosen)), chosen]))
+    k, seed = args.eval_samples, (args.seed, 0)
+    judges, weights = (gold_rewarders, ()) if gold_rewarders else (rewarders, args.reward_weights)
+    answers = roll_out(policy, tokenizer, held_out, 1, 0.0, seed, args)  # P
+    rewards = weighted_sum(score(judges, answers, 1, args), weights)  # (P,)
+    metrics = {"greedy_reward": rewards.nanmean().item()}
+    if k:
+        answers = roll_out(policy, tokenizer, held_out, k, args.temperature, seed, args)  # P k
+        scores = score(judges, answers, k, args)  # (F, P k)
+        rewards = weighted_sum(scores, weights)  # (P k,)
+        metrics |= {"reward": rewards.nanmean().item()} | describe_rollout(answers, k)
+        right = scores[0].nan_to_num(0).view(-1, k).numpy()  # (P, k)
+        if np.isin(right, (0, 1)).all():  # the first reward tells right from wrong
+            final_answer = runpy.run_path(located("rewards.py"))["final_answer"]
+            finals = [[final_answer(c.text) for c in answers[n : n + k]] for n in range(0, len(answers), k)]
+            votes = [line.index(Counter(line).most_common(1)[0][0]) for line in finals]  # arXiv:2203.11171
+            majority = right[range(len(votes)), votes]  # (P,)
+            metrics |= {"pass@k": right.max(1).mean().item(), "maj@k": majority.mean().item()}
     samples = [
         {"prompt": tokenizer.decode(c.prompt.input_ids), "completion": c.text, "reward": reward}
-        for c, reward in zip(sampled, rewards.tolist(), strict=True)
+        for c, reward in zip(answers[:: k or 1], rewards[:: k or 1].tolist())
     ]
-    return metrics, samples[:: args.eval_samples]
+    return {f"eval/{name}": value for name, value in metrics.items()}, samples
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Plumbing
 # ------------------------------------------------------------------------------------------------------------
-class Sequence(NamedTuple):
-    """Token ids and which of them are trained, both (length,)."""
-
-    input_ids: np.ndarray
-    trained: np.ndarray
-
-
-FILLER = Sequence(np.zeros(1, np.int32), np.zeros(1, bool))  # for a process that has no row: trains nothing
+# What is asked: token ids, the dataset row with its prompt (text or messages), where that stands.
+Prompt = namedtuple("Prompt", ["input_ids", "row", "place"])
+# An answer as it was sampled: token ids, log-probs under the sampler, text, whether an end token came.
+Completion = namedtuple("Completion", ["prompt", "token_ids", "logprobs", "text", "ended"])
+COLUMNS = ("reward", "kl", "entropy", "completions/mean_length", "grad_norm", "step_time")  # on the terminal
 
 
-class Prompt(NamedTuple):
-    """What is asked: its token ids, and the dataset row with a `prompt`, text or messages."""
-
-    input_ids: list[int]
-    row: dict
-
-
-class Completion(NamedTuple):
-    """A sampled answer as it was sampled: token ids, their log-probs under the sampler, its text."""
-
-    prompt: Prompt
-    token_ids: list[int]
-    logprobs: np.ndarray
-    text: str
-    ended: bool
-
-    @property
-    def input_ids(self) -> np.ndarray:
-        return np.array(self.prompt.input_ids + self.token_ids, np.int32)
-
-    @property
-    def trained(self) -> np.ndarray:
-        return np.arange(len(self.prompt.input_ids) + len(self.token_ids)) >= len(self.prompt.input_ids)
-
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}"
-    "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def say(message: str, file=None):
+def say(message: str):
     """Print a line above the progress bar, from the first process only."""
     if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(message, file=file or sys.stdout)
+        tqdm.write(message)
 
 
 def fail(message: str):
     """End the run over a user's mistake: one line and exit code 2."""
-    say(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def check_flags(args):
-    """End the run over what no run can have, NaN included: flags that scripts share, with their ranges."""
-    ranges = (
-        (
-            "be at least 1",
-            lambda x: x >= 1,
-            "batch_size max_tokens_per_micro_batch max_length max_prompt_length max_completion_length"
-            " generation_batch_size num_generations num_iterations num_ppo_epochs num_minibatches num_members"
-            " num_samples num_rollouts answers_per_prompt eval_samples keep_checkpoints log_every",
-        ),
-        (
-            "be above 0",
-            lambda x: x > 0,
-            "max_grad_norm num_epochs epsilon epsilon_high kl_target kl_horizon target_kl max_kl reward_clip"
-            " cliprange_value kd_temperature desirable_weight undesirable_weight",
-        ),
-        (
-            "be at least 0",
-            lambda x: x >= 0,
-            "learning_rate value_learning_rate weight_decay warmup_steps value_warmup_steps max_steps kl_coef"
-            " vf_coef std_coef missing_eos_penalty temperature num_eval eval_every save_every",
-        ),
-        ("lie in [0, 1]", lambda x: 0 <= x <= 1, "gamma lam kl_discount"),
-        (
-            "lie in [0, 1)",
-            lambda x: 0 <= x < 1,
-            "eval_fraction label_smoothing replay_fraction ches_filter_fraction",
-        ),
-    )
-    for words, holds, names in ranges:
-        for name in names.split():
-            value = getattr(args, name, None)
-            if value is not None and not holds(value):
-                fail(f"--{name.replace('_', '-')} must {words}, not {value}")
-    if "{prompt}" not in (getattr(args, "prompt_template", None) or "{prompt}"):
-        fail("--prompt-template has no {prompt} in it, where the question goes")
-    if args.resume and not args.output_dir:
-        fail("--resume needs --output-dir: which run should continue?")
-
-
-def process() -> tuple[int, int]:
-    """Rank and number of the processes that torchrun started, (0, 1) without it."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def setup_distributed() -> tuple[int, int, torch.device]:
-    """Join the processes that torchrun started -> rank, world size, device.
-
-    CUDA gets a process group for one process, too: FSDP2 then keeps float32 masters and computes in bfloat16.
-    """
+def setup_distributed() -> torch.device:
+    """Join the processes that torchrun started, or be a group of one; silence libraries -> own device."""
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until the Logger takes over
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process
-    cuda, libc = torch.cuda.is_available(), ctypes.CDLL(None)
-    if not cuda and hasattr(libc, "mallopt"):
-        # glibc gives big buffers back to the system and pages them in anew at every step: keep them instead.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    device, libc = torch.device("cpu"), ctypes.CDLL(None)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    elif hasattr(libc, "mallopt"):  # else glibc gives big buffers back and pages them in anew at every step
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer from outside the heap
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    elif cuda and not dist.is_initialized():
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    return *process(), device
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)  # rollouts are waited for
+        atexit.register(lambda: (gc.collect(), dist.destroy_process_group()))  # gloo aborts what leaves later
+    return device
 
 
-def leave_distributed():
-    """Leave the process group at a clean end: threads of gloo that outlive the interpreter abort it."""
-    gc.collect()  # sharded models hold the group
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def located(name: str) -> str:
+    """A path as given, or beside this file: tiny/ is found from any folder; a hub id is left as it is."""
+    return name if Path(name).exists() or not (HERE / name).exists() else str(HERE / name)
 
 
-def all_reduce(x: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def full(x: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that FSDP2 may have sharded."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def locate(name: str) -> str:
-    """A path as given, or beside this file (tiny/ is found from any folder); a hub id is left as it is."""
-    beside = Path(__file__).resolve().parent / name
-    return str(beside) if beside.exists() and not Path(name).exists() else name
-
-
-def choose_output_dir(args, script: str) -> Path:
-    """The folder of the run; one that holds a run already is continued or left alone, never overwritten."""
-    names = [args.output_dir or f"runs/{script}_{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"]
-    if dist.is_initialized():
-        dist.broadcast_object_list(names)  # the clock may tick between two processes
+def choose_output_dir(args) -> Path:
+    """The run's folder: made here, by no other run, and removed if nothing is written; or one to resume."""
+    name = f"runs/{Path(__file__).stem}_{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    names = [args.output_dir or name]
+    dist.broadcast_object_list(names)
     folder = Path(names[0])
-    if not args.resume and (folder / "metrics.jsonl").exists():
-        state = "finished" if (folder / "model").exists() else "unfinished"
-        fail(f"{folder} holds a run ({state}): --resume continues it, another --output-dir starts a new one")
-    if args.resume and (folder / "model").exists() and not list(folder.glob("checkpoints/step_*")):
-        fail(f"{folder} holds a finished run without checkpoints: choose another --output-dir")
+    if args.resume:
+        if not (folder / "args.json").exists():
+            fail(f"--resume: {folder} holds no run")
+        before, now = json.loads((folder / "args.json").read_text()), json.loads(as_json(args))
+        for flag in (flag for flag in before if before[flag] != now.get(flag) and flag != "resume"):
+            stop_or_say = fail if flag in ("script", "model", "dataset", "seed") else say
+            stop_or_say(f"--resume: {flag} was {before[flag]} and is {now.get(flag)}")
+    elif dist.get_rank() == 0:
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            fail(f"--output-dir {folder}: {error.strerror}; name a new one, or --resume the run in it")
+        atexit.register(lambda: folder.is_dir() and not any(folder.iterdir()) and folder.rmdir())
     return folder
 
 
-def check_sampling(temperature: float, top_p: float):
-    """End the run where samples would come from another distribution than the one that is scored."""
-    if temperature <= 0:
-        fail(f"--temperature must be above 0 to explore, not {temperature}")
-    if top_p != 1:
-        fail("--top-p must be 1: log-probs of the whole distribution do not fit samples of a part of it")
+def as_json(args) -> str:
+    """The flags of a run, and whose they are."""
+    return json.dumps({"script": Path(__file__).name} | asdict(args), indent=2, default=str)
 
 
-def check_reference(args, tokenizer):
-    """End the run where --ref-model does not exist or has other tokens than --model."""
-    if args.ref_model is None:
-        return
-    path = locate(args.ref_model)
-    if path.startswith((".", "/")) and not Path(path).is_dir():
-        fail(f"--ref-model {args.ref_model}: no such folder")
+def load_tokenizer(args):
+    """The tokenizer of --model with the chat template of the run; it knows the model's `positions`."""
     try:
-        vocabulary = AutoTokenizer.from_pretrained(path).get_vocab()
+        tokenizer = AutoTokenizer.from_pretrained(located(args.model))
+        config = AutoConfig.from_pretrained(located(args.model)).get_text_config()
     except (OSError, ValueError) as error:
-        fail(f"--ref-model {args.ref_model}: {str(error).splitlines()[0]}")
-    if vocabulary != tokenizer.get_vocab():
-        fail(f"--ref-model {args.ref_model}: its tokenizer is not that of --model {args.model}")
-
-
-class Monitor:
-    """Looks at the metrics of a run, warns of each of `symptoms` once; knows the steps before a --resume."""
-
-    def __init__(self, output_dir: Path, step: int):
-        path = output_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if step and process()[0] == 0 else []
-        self.history = [self.known(line) for line in map(json.loads, lines) if 0 < line["step"] <= step]
-        self.warned = set()
-
-    def known(self, metrics: dict) -> dict:
-        """Metrics without those that are NaN, under the names that `symptoms` reads: PPO has others."""
-        alike = {"objective/entropy": "entropy", "objective/scores": "reward"}
-        return {alike.get(key, key): value for key, value in metrics.items() if value == value}
-
-    def before(self, name: str) -> float:
-        """What a metric was at the last step before a --resume, on every process; 0 at the start."""
-        value = [self.history[-1][name] if self.history else 0]
-        if dist.is_initialized():
-            dist.broadcast_object_list(value)
-        return value[0]
-
-    def __call__(self, metrics: dict):
-        self.history.append(self.known(metrics))
-        first, last = self.history[:5], self.history[-5:]
-        keys = [key for key in self.history[-1] if all(key in m for m in first + last)]
-        means = [{key: sum(m[key] for m in steps) / len(steps) for key in keys} for steps in (first, last)]
-        for symptom in symptoms(*means) if len(self.history) >= 10 else ():
-            if symptom not in self.warned:
-                say(f"warning: step {metrics['step']}: {symptom}")
-                self.warned.add(symptom)
-
-
-def load_tokenizer(args, flag: str = "--model"):
-    """The tokenizer of --model, its chat template, and `end_ids`: what may end a turn.
-
-    The architecture is checked here as well, before anything slow is loaded.
-    """
-    path = locate(args.model)
-    if path.startswith((".", "/")) and not Path(path).is_dir():
-        fail(f"{flag} {args.model}: no such folder")
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-        check_attention(config, transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], args.attn)
-    except KeyError:
-        fail(f"{flag} {args.model}: {config.model_type} is not a causal language model")
-    except (OSError, ValueError) as error:
-        fail(f"{flag} {args.model}: {str(error).splitlines()[0]}")
-    if not tokenizer.is_fast:
-        fail(f"{flag} {args.model}: its tokenizer reports no character offsets; only fast tokenizers do")
+        fail(f"--model {args.model}: {error}".splitlines()[0])
+    if tokenizer.eos_token is None:
+        fail(f"--model {args.model}: its tokenizer has no end token (EOS), so a completion could not end")
     if args.chat_template:
-        if not Path(args.chat_template).is_file():
-            fail(f"--chat-template {args.chat_template}: no such file")
-        tokenizer.chat_template = Path(args.chat_template).read_text(encoding="utf-8")
-    tokenizer.known_size = len(tokenizer)  # tokens from here on have no embedding yet
-    try:  # Gemma and Llama 3 end a turn with a token that only their generation config names
-        ends = np.atleast_1d(GenerationConfig.from_pretrained(path).eos_token_id or []).tolist()
-    except OSError:
-        ends = []
-    turn_ends = []
-    try:  # and what the template writes behind a reply: Qwen2.5's base models have another EOS
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!")[2]
-        behind_ids = tokenizer(behind, add_special_tokens=False).input_ids
-        turn_ends = [i for i in behind_ids if i in tokenizer.added_tokens_decoder][:1]
-    except Exception:  # no template, or one that wants another conversation: `render` says so, with the row
-        pass
-    tokenizer.turn_end_id = (turn_ends or [tokenizer.eos_token_id])[0]
-    tokenizer.end_ids = sorted({int(i) for i in [tokenizer.eos_token_id, *ends, *turn_ends] if i is not None})
+        tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
+    if tokenizer.chat_template is None:
+        say(f"{args.model} has no chat template: conversations are written in ChatML")
+        tokenizer.chat_template = CHATML
+    tokenizer.positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     return tokenizer
 
 
-def use_chatml(tokenizer):
-    """Give a tokenizer without a chat template ChatML, its special tokens, and its end of turn as EOS."""
-    say("the tokenizer has no chat template: using ChatML")
-    tokenizer.chat_template = CHATML
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    tokenizer.eos_token = "<|im_end|>"
-    tokenizer.turn_end_id = tokenizer.eos_token_id
-    tokenizer.end_ids = sorted({*tokenizer.end_ids, tokenizer.eos_token_id})
-
-
-def load_rows(source: str, split: str, config: str | None) -> list[dict]:
-    """The rows of a .jsonl/.json/.parquet/.csv file, a saved dataset or a hub dataset; at least one."""
-    path, rows = Path(locate(source)), []
-    if not path.exists() and (path.suffix in (".jsonl", ".json", ".parquet", ".csv") or source[0] in "./"):
-        fail(f"{source}: no such file")
-    if path.suffix in (".jsonl", ".json"):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            fail(f"{source}: not UTF-8 ({error})")
-        whole = text.lstrip().startswith("[")  # one list, else one row a line
-        for n, line in enumerate([text] if whole else text.split("\n"), 1):
-            try:
-                rows += (json.loads(line) if whole else [json.loads(line)]) if line.strip() else []
-            except json.JSONDecodeError as error:
-                fail(f"{source}, line {n}: not JSON ({error})")
-    else:
-        import datasets  # here, because the import takes a second that .jsonl does not need
-
-        datasets.disable_progress_bars()
-        try:
-            if path.is_dir():
-                rows = datasets.load_from_disk(str(path))
-                rows = rows[split] if isinstance(rows, dict) else rows
-            elif path.exists():
-                rows = datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
-            else:
-                rows = datasets.load_dataset(source, config, split=split)
-        except Exception as error:  # `datasets` raises a dozen kinds; for the user they are one
-            fail(f"{source}: {type(error).__name__}: {error}".splitlines()[0])
-    if not len(rows):
-        fail(f"{source}: the dataset is empty")
-    return list(rows)
-
-
-def tokenize_prompts(tokenizer, source: str | None, split: str, args, limit: int = 0) -> list[Prompt]:
-    """The prompts of a dataset, with all columns for the reward functions; `question` is a user's message."""
-    if source is None:
-        return []
-    prompts, dropped = [], 0
-    rows = load_rows(source, split, args.dataset_config)[: limit or None]
-    for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
-        where = f"{source}, row {n}"
-        if not isinstance(row, dict):
-            fail(f"{where}: not an object with columns, but {type(row).__name__}")
-        asked = [{"role": "user", "content": row["question"]}] if "question" in row else None
-        row = row | {"prompt": row.get("prompt", asked)}
-        if not isinstance(row["prompt"], str | list) or not row["prompt"]:
-            fail(f"{where}: found the columns {', '.join(row)}; needed is prompt or question")
-        try:
-            if args.prompt_template:
-                question = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-                row["prompt"] = args.prompt_template.replace("{prompt}", question)
-            elif isinstance(row["prompt"], list) and tokenizer.chat_template is None:
-                use_chatml(tokenizer)
-            input_ids = prompt_tokens(tokenizer, row["prompt"], row)
-        except Exception as error:  # templates raise what they like
-            fail(f"{where}: neither text nor messages that the chat template takes ({error})")
-        if len(input_ids) > args.max_prompt_length:
-            dropped += 1
-        else:
-            prompts.append(Prompt(input_ids, row))
-    if not prompts:
-        fail(f"{source}: no prompt is within --max-prompt-length {args.max_prompt_length}")
-    told = f", {dropped:,} dropped as longer than {args.max_prompt_length:,} tokens" if dropped else ""
-    say(f"{source}: {len(prompts):,} prompts{told}")
-    return prompts
-
-
-def prompt_tokens(tokenizer, prompt, row: dict) -> list[int]:
-    """A prompt, text or messages, as the token ids after which an answer begins."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
-    options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def load_function(spec: str):
-    """The function that file.py:function names."""
-    path, _, name = spec.rpartition(":")
-    path = Path(locate(path))
-    if not name or not path.is_file():
-        fail(f"{spec}: not file.py:function of a file that exists")
-    found = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(found)
+def load_rows(source: str, split: str, args) -> list[dict]:
+    """The rows of a file, a saved dataset or a hub dataset."""
+    path = located(source)
+    kind = re.search(r"\.(csv|json|parquet)l?(\.gz)?$", path)
     try:
-        found.loader.exec_module(module)
-    except Exception as error:  # whatever stands in that file
-        fail(f"{spec}: {type(error).__name__}: {error}".splitlines()[0])
-    if not callable(getattr(module, name, None)):
-        fail(f"{spec}: {path.name} has no function {name}")
-    return getattr(module, name)
+        if kind:
+            options = {"keep_default_na": False} if kind[1] == "csv" else {}  # an empty cell is an empty text
+            return list(datasets.load_dataset(kind[1], data_files=path, split="train", **options))
+        if not Path(path).is_dir():
+            return list(datasets.load_dataset(path, args.dataset_config, split=split))
+        saved = datasets.load_from_disk(path)
+        return list(saved[split] if isinstance(saved, dict) else saved)
+    except Exception as error:  # `datasets` raises a dozen kinds; for the user they are one
+        cause = error.__cause__ or error
+        fail(f"{source} cannot be loaded: {type(cause).__name__}: {cause}".splitlines()[0])
 
 
-def load_functions(specs: tuple[str, ...], args) -> list[tuple[str, object]]:
-    """Names and functions of --reward or --eval-reward, with those of our settings that they name."""
-    ours = {
-        "allow_code_execution": args.allow_code_execution,
-        "max_completion_length": args.max_completion_length,
-    }
+def report_dropped(source: str, num_rows: int, dropped: dict[str, list[int]]):
+    """Say why rows of a dataset cannot be used, reason by reason; end the run where they are most of it."""
+    lines = [f"{len(rows):,} rows dropped, first row {rows[0]}: {reason}" for reason, rows in dropped.items()]
+    if 2 * sum(map(len, dropped.values())) >= max(1, num_rows):
+        fail(f"{source}: hardly a row of {num_rows:,} can be used; {'; '.join(lines[:3]) or 'it is empty'}")
+    for line in lines[:9]:
+        say(f"{source}: {line}")
+
+
+def load_prompts(tokenizer, sources, split: str, args, limit: int = 0) -> list[Prompt]:
+    """The prompts of some datasets, or of one, with all columns; unusable rows are dropped and counted."""
     found = []
+    for source in np.atleast_1d(sources or ()).tolist():
+        rows, prompts, dropped = load_rows(source, split, args)[: limit or None], [], {}
+        for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
+            try:
+                prompts.append(read_prompt(tokenizer, row, f"{Path(source).name}, row {n}", args))
+            except Exception as error:  # chat templates raise what they like
+                dropped.setdefault(str(error).splitlines()[0], []).append(n)
+        report_dropped(source, len(rows), dropped)
+        say(f"{source}: {len(prompts):,} prompts")
+        found += prompts
+    columns = dict.fromkeys(name for prompt in found for name in prompt.row)  # None where a dataset lacks one
+    return [prompt._replace(row=columns | prompt.row) for prompt in found]
+
+
+def read_prompt(tokenizer, row: dict, place: str, args) -> Prompt:
+    """What a row of any accepted format asks: text, or a conversation up to where an answer begins."""
+    match common.conversational(row):
+        case {"prompt": str(prompt)} if prompt.strip():
+            input_ids = tokenizer(prompt).input_ids
+        case {"prompt": [_, *_] as turns} | {"messages": [*turns, {"role": "assistant"}]}:
+            prompt, text = turns, common.template_of(tokenizer, row)(turns, add_generation_prompt=True)
+            input_ids = tokenizer(text, add_special_tokens=False).input_ids
+        case _:
+            raise ValueError(f"no prompt in {', '.join(row)}; accepted are prompt, messages, question ...")
+    if len(input_ids) > args.max_prompt_length:
+        raise ValueError("longer than --max-prompt-length")
+    return Prompt(input_ids, row | {"prompt": prompt}, place)
+
+
+def load_rewards(specs: tuple[str, ...], prompts: list[Prompt], args, device) -> dict:
+    """Reward functions by name, of files or of reward models, that take the columns of all `prompts`."""
+    found = {}
     for spec in specs:
-        function = load_function(spec)
-        named = inspect.signature(function).parameters
-        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in named.values()):
-            fail(f"{spec}: without **kwargs it cannot take prompts, completions and the dataset's columns")
-        name = spec.rpartition(":")[2]
-        if name in (known for known, _ in found):
-            name = f"{name}_{len(found)}"
-        found.append((name, partial(function, **{key: value for key, value in ours.items() if key in named})))
+        path, _, name = spec.rpartition(":")
+        try:
+            if path.endswith(".py"):
+                function = runpy.run_path(located(path))[name]
+            else:
+                name, load = "reward_model", runpy.run_path(located("rewards.py"))["reward_model"]
+                function = load(spec, device, args.dtype)
+            for asked in prompts:
+                inspect.signature(function).bind(**reward_inputs([Completion(asked, [], [], "", True)], args))
+        except Exception as error:  # whatever stands in that file
+            fail(f"--reward {spec}: {type(error).__name__}: {error}".splitlines()[0])
+        found[name if name not in found else f"{name}_{len(found)}"] = function
     return found
 
 
-def score(functions, judges, rollout: list[Completion], args, device) -> torch.Tensor:
-    """Scores (F, B), float64, of each function and, last, of the reward models together; NaN for None."""
-    rank, world_size = process()
-    scores = torch.zeros(len(functions), len(rollout), dtype=torch.float64)  # (F, B)
-    blocks = range(0, len(rollout), args.num_generations)  # groups stay together: some rewards compare
-    mine = [n for start in blocks[rank::world_size] for n in range(start, start + args.num_generations)]
-    mine = [n for n in mine if n < len(rollout)]
-    rows, texts = [rollout[n].prompt.row for n in mine], [rollout[n].text for n in mine]
-    columns = {
-        key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)
+def reward_inputs(rollout: list[Completion], args) -> dict:
+    """The keywords of reward functions, TRL's: lists of prompts, completions and every column; settings."""
+    rows = [completion.prompt.row for completion in rollout]
+    said = lambda text, prompt: text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+    return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"} | {
+        "prompts": [row["prompt"] for row in rows],
+        "completions": [said(c.text, c.prompt.row["prompt"]) for c in rollout],
+        "completion_ids": [c.token_ids for c in rollout],
+        "truncated": [not c.ended for c in rollout],
+        "allow_code_execution": args.allow_code_execution,
+        "max_completion_length": args.max_completion_length,
     }
-    given = {
-        "prompts": columns.pop("prompt", []),
-        "completion_ids": [rollout[n].token_ids for n in mine],
-    } | columns
-    given["completions"] = [
-        [{"role": "assistant", "content": text}] if isinstance(row["prompt"], list) else text
-        for row, text in zip(rows, texts, strict=True)
-    ]
-    for line, (name, function) in zip(scores, functions, strict=True):
-        values = list(function(**given) or ()) if mine else []
-        if len(values) != len(mine):
-            fail(f"reward {name} returned {len(values)} numbers for {len(mine)} completions")
-        line[mine] = torch.tensor([math.nan if v is None else float(v) for v in values], dtype=torch.float64)
-    scores = all_reduce(scores.to(device)).cpu()
-    if judges:
-        lines = torch.stack([judge_rewards(*judge, rollout, args, device) for judge in judges])  # (judges, B)
-        together = combine(lines, reward_aggregation=args.reward_aggregation, std_coef=args.std_coef)  # (B,)
-        scores = torch.cat([scores, together[None].double().cpu()])
-    return scores
 
 
-def weigh(scores: torch.Tensor, weights: tuple[float, ...]) -> torch.Tensor:
-    """The weighted sum of scores (F, B) -> (B,): without those that are NaN, NaN where all are."""
-    weighted = scores * torch.tensor(weights or [1.0] * len(scores), dtype=torch.float64)[:, None]
-    return torch.where(scores.isnan().all(0), math.nan, weighted.nansum(0))
+def ask(name: str, rewarder, rollout: list[Completion], args) -> list[float]:
+    """What a reward function says of completions, NaN for None; where it fails, that ends the run."""
+    try:
+        values = list(rewarder(**reward_inputs(rollout, args)))
+        numbers = [math.nan if value is None else float(value) for value in values]
+        if len(numbers) != len(rollout) or any(map(math.isinf, numbers)) or str in map(type, values):
+            raise ValueError(f"not a number for each of {len(rollout)} completions: {values!s:.40}")
+        return numbers
+    except Exception as error:
+        for completion in rollout if len(rollout) > 1 else ():
+            ask(name, rewarder, [completion], args)  # ends here at the first row that fails by itself
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error!s:.200}".replace("\n", " ")
+        row = rollout[0].prompt.place if len(rollout) == 1 else "no row by itself"
+        fail(f"reward {name}: {what} ({row}; {Path(frame.filename).name}, line {frame.lineno})")
 
 
-def describe_rollout(rollout, names, scores, gold_scores, group_size: int) -> dict:
-    """Metrics of what was sampled: rewards by name, lengths, how many were cut off, how alike groups are."""
-    lengths = [len(completion.token_ids) for completion in rollout]
-    groups = [[c.token_ids for c in rollout[n : n + group_size]] for n in range(0, len(rollout), group_size)]
-    metrics = {
-        "completions/mean_length": float(np.mean(lengths)),
-        "completions/min_length": min(lengths),
-        "completions/max_length": max(lengths),
+def score(rewarders: dict, rollout: list[Completion], group_size: int, args) -> torch.Tensor:
+    """Scores (F, B), float64, of each reward function, NaN for None; each process scores whole groups."""
+    mine, found = my_share(len(rollout), group_size), {}
+    for name, rewarder in rewarders.items() if mine else ():
+        values = ask(name, rewarder, [rollout[i] for i in mine], args)
+        found |= {(name, i): value for i, value in zip(mine, values)}
+    found = gather(found)
+    scores = [[found[name, i] for i in range(len(rollout))] for name in rewarders]
+    return torch.tensor(scores, dtype=torch.float64).reshape(len(rewarders), len(rollout))
+
+
+def gather(found: dict) -> dict:
+    """What all processes have found, together."""
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, found)
+    return dict(item for share in shares for item in share.items())
+
+
+def my_share(size: int, group_size: int) -> list[int]:
+    """Which of `size` completions this process samples and scores: whole groups, one after the other."""
+    groups = np.arange(size).reshape(-1, group_size)
+    return np.array_split(groups, dist.get_world_size())[dist.get_rank()].flatten().tolist()
+
+
+@common.unsharded
+def roll_out(policy, tokenizer, prompts, group_size, temperature, seed, args) -> list[Completion]:
+    """Sample `group_size` completions of each prompt; `seed` and its place say what one is, nothing else."""
+    policy.eval()
+    asked = [prompt for prompt in prompts for _ in range(group_size)]  # B
+    mine = sorted(my_share(len(asked), group_size), key=lambda i: len(asked[i].input_ids))
+    longest = max(len(prompt.input_ids) for prompt in prompts) + args.max_completion_length
+    size, end_ids = max(1, args.max_tokens_per_rollout // longest), policy.generation_config.eos_token_id
+    uniforms = np.random.default_rng(seed).random((len(asked), args.max_completion_length))  # (B, T)
+    sampled = {}
+    for chunk in (mine[start : start + size] for start in range(0, len(mine), size)):
+        numbers = torch.tensor(uniforms[chunk], device=policy.device)
+        answers = common.decode(policy, [asked[i].input_ids for i in chunk], numbers, end_ids, temperature)
+        sampled |= dict(zip(chunk, answers))
+    sampled, rollout = gather(sampled), []
+    for i, prompt in enumerate(asked):
+        ids, logprobs = sampled[i]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        rollout.append(Completion(prompt, ids, logprobs, text, ended=ids[-1] in end_ids))
+    return rollout
+
+
+def pack_siblings(answers, max_tokens: int, multiple_of: int = 1, share: bool = True):
+    """`pack` for pairs of (prompt ids, completion ids): neighbours with the same prompt share a copy of it.
+
+    A group larger than max_tokens is split into parts, each with its copy. A row lists (pair, tokens shared):
+
+    >>> pack_siblings([([1, 2], [5, 5]), ([1, 2], [6, 6]), ([1, 2], [7, 7]), ([3], [8])], max_tokens=6)
+    [[(0, 0), (1, 2)], [(2, 0), (3, 0)]]  # 2 + 2 + 2 and 2 + 2 + 1 + 1 tokens
+    """
+    parts, sizes = [], []  # answers that share a copy; tokens
+    for prompt, siblings in groupby(range(len(answers)), key=lambda i: answers[i][0]):
+        group, lengths = zip(*[(i, len(answers[i][1])) for i in siblings])
+        for part in common.pack(lengths, max_tokens - len(prompt) if share else 0):
+            parts.append([(group[n], len(prompt) if n != part[0] else 0) for n in part])
+            sizes.append(len(prompt) + sum(lengths[n] for n in part))
+    rows = common.pack(sizes, max_tokens, multiple_of) or [[]] * multiple_of
+    return [[member for n in row for member in parts[n]] for row in rows]
+
+
+def pack_rollout(rollout: list[Completion], ids: list[int], args, device) -> list[SimpleNamespace]:
+    """This process's packed rows of the completions `ids` of a rollout, at last empty ones.
+
+    A row has a `batch` and, of its C tokens, `completion` (whose in the rollout) and `sampler_logprobs`.
+    """
+    answers = [(rollout[i].prompt.input_ids, rollout[i].token_ids) for i in ids]
+    budget, world_size, rows = args.max_tokens_per_micro_batch, dist.get_world_size(), []
+    packed = pack_siblings(answers, budget, world_size, share=args.attn == "packed")
+    for row in packed[dist.get_rank() :: world_size]:
+        pairs, shared = [answers[n] for n, _ in row], [count for _, count in row]
+        sequences = [(x + y, [False] * len(x) + [True] * len(y)) for x, y in pairs]
+        batch = common.collate(sequences or [([0], [False])], device, shared if any(shared) else None)
+        completion = torch.tensor([ids[n] for n, _ in row], device=device).long()[batch.sequence_index]
+        logprobs = torch.cat([torch.zeros(0), *(rollout[ids[n]].logprobs for n, _ in row)]).to(device)  # (C,)
+        rows.append(SimpleNamespace(batch=batch, completion=completion, sampler_logprobs=logprobs))
+    return rows
+
+
+def describe_rollout(rollout: list[Completion], group_size: int) -> dict:
+    """Metrics of what was sampled: lengths, how many were cut off, how alike groups are (of a few tokens)."""
+    starts = range(0, min(len(rollout), 16 * group_size), group_size)
+    groups = [[c.token_ids[:256] for c in rollout[n : n + group_size]] for n in starts]
+    return {
+        "completions/mean_length": float(np.mean([len(completion.token_ids) for completion in rollout])),
         "completions/clipped_ratio": float(np.mean([not completion.ended for completion in rollout])),
         "completions/distinct_2": float(np.mean([distinct_ngrams(group) for group in groups])),
-        "completions/self_bleu": float(np.mean([self_bleu(group) for group in groups[:8]])),
     }
-    for name, line in zip(names, scores, strict=True):
-        metrics |= {f"rewards/{name}/mean": line.nanmean().item(), f"rewards/{name}/std": nan_std(line)}
-    if len(gold_scores):
-        metrics["gold_reward"] = weigh(gold_scores, ()).nanmean().item()
-    return metrics
 
 
-@torch.no_grad()
-def gradient_variance(part: list[torch.Tensor], whole: list[torch.Tensor], share: float) -> torch.Tensor:
-    """Variance, summed over all parameters, of a gradient of which `part` came from a `share` of the groups.
-
-    The mean gradients of the two parts, a and b, are independent: share (1 - share) |a - b|^2 is unbiased for
-    the variance of their weighted mean, the whole.
-    """
-    differences = [p / share - (w - p) / (1 - share) for p, w in zip(part, whole, strict=True)]
-    return share * (1 - share) * full(torch.nn.utils.get_total_norm(differences)).square()
+def end_tokens(tokenizer, model) -> list[int]:
+    """Ids that end an answer: those of the model and tokenizer, and what a chat template writes behind it."""
+    ends = {tokenizer.eos_token_id, *np.atleast_1d(model.generation_config.eos_token_id or []).tolist()}
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("!")[2]
+    behind_ids = tokenizer(behind, add_special_tokens=False).input_ids  # Qwen2.5's base: not its EOS
+    return sorted(ends | set(behind_ids[:1]) & set(tokenizer.added_tokens_decoder))
 
 
-def group_std(rewards: torch.Tensor) -> torch.Tensor:
-    """Unbiased standard deviation (P,) of each group's rewards (P, G), exactly 0 where all are the same."""
-    known = ~rewards.isnan()  # (P, G)
-    count = known.sum(1, keepdim=True)  # (P, 1)
-    mean = rewards.nansum(1, keepdim=True) / count.clamp(min=1)  # (P, 1)
-    centred = torch.where(known, rewards - mean, 0.0)  # (P, G)
-    same = rewards.nan_to_num(-math.inf).amax(1) <= rewards.nan_to_num(math.inf).amin(
-        1
-    )  # (P,) up to rounding
-    return (centred.square().sum(1) / (count[:, 0] - 1).clamp(min=1)).sqrt() * ~same
-
-
-def nan_std(x: torch.Tensor) -> float:
-    """Unbiased standard deviation of what is not NaN, 0 for fewer than two numbers."""
-    known = x[~x.isnan()]
-    return known.std().item() if len(known) > 1 else 0.0
-
-
-def load_model(name: str, args, tokenizer, device):
-    """A model with float32 parameters, checked against packed rows, sharded where processes share it."""
-    path = locate(name)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=args.attn)
-    model.auto_class, model.stored_dtype = AutoModelForCausalLM, AutoConfig.from_pretrained(path).dtype
-    embed_new_tokens(model, tokenizer)
-    prepare_model(model, args, device)
+def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, check=check_packed):
+    """A model without dropout that passed `check`: float32, or frozen in --dtype; FSDP2 shards and casts."""
+    compute = getattr(torch, args.dtype)
+    settings = {"dtype": compute if frozen else torch.float32, "attn_implementation": args.attn}
     try:
-        with unsharded(model):  # sharded again behind it: an optimizer over whole parameters updates copies
-            check_packed(model)
-    except ValueError as error:
-        fail(f"{name}: {error}")
-    size = sum(p.numel() for p in model.parameters())
-    say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, attention {args.attn}")
-    return model
-
-
-def embed_new_tokens(model, tokenizer):
-    """Start the embeddings of tokens that the tokenizer has been given at the mean of the known ones."""
-    if len(tokenizer) > len(model.get_input_embeddings().weight):  # Qwen's tables have spare rows
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    new = slice(tokenizer.known_size, len(tokenizer))
-    tables = {model.get_input_embeddings(), model.get_output_embeddings()} - {None}
-    for table in tables if new.stop > new.start else ():
-        table.weight.data[new] = table.weight.data[: new.start].mean(0)
-
-
-def prepare_model(model, args, device):
-    """Dropout off, checkpointing and compiling as the flags say, onto the device, sharded over processes."""
+        model = kind.from_pretrained(located(name), **settings).to(device).requires_grad_(not frozen)
+        check(model)
+    except (ImportError, OSError, ValueError) as error:  # ImportError: an --attn that is not installed
+        fail(f"{name}: {error}".splitlines()[0])
+    model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
     for module in model.modules():
         for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
             if isinstance(getattr(module, rate, None), float):
                 setattr(module, rate, 0.0)
-    if args.gradient_checkpointing:
+    if args.gradient_checkpointing and not frozen:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     for layer in layers if args.compile else ():
         layer.compile()
-    model.to(device)
-    if dist.is_initialized():
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        policy = MixedPrecisionPolicy()
-        if device.type == "cuda":
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if dist.get_world_size() > 1 or compute != model.dtype:
+        mixed = {"param_dtype": compute, "reduce_dtype": torch.float32}
         if hasattr(model, "score"):  # a reward head stays in float32
-            fully_shard(model.score, mesh=mesh)
-        for module in [*layers, model]:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-
-
-def load_reward_model(name: str, args, tokenizer, device):
-    """A model with one output and float32 parameters; on a causal language model it gets a new head.
-
-    The head starts with standard deviation 1 / sqrt(H + 1) (arXiv:2009.01325), from the seed.
-    """
-    path = locate(name)
-    config = AutoConfig.from_pretrained(path, num_labels=1)
-    options = {"config": config, "dtype": torch.float32, "attn_implementation": args.attn}
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(path, **options)
-    except ValueError:
-        fail(f"{name}: transformers has no sequence classification for {config.model_type}")
-    model.auto_class, model.stored_dtype = AutoModelForSequenceClassification, config.dtype
-    embed_new_tokens(model, tokenizer)
-    if not any("SequenceClassification" in kind for kind in config.architectures or ()):
-        generator = torch.Generator().manual_seed(args.seed)
-        std = 1 / math.sqrt(model.score.in_features + 1)
-        model.score.weight.data = torch.randn(model.score.weight.shape, generator=generator) * std
-    model.config.reward_offset = getattr(config, "reward_offset", 0.0)
-    model.config.pad_token_id = (
-        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    )
-    prepare_model(model, args, device)
-    with unsharded(model):
-        check_rewards(model, name)
+            exact = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float32)
+            fully_shard(model.score, mp_policy=exact)
+        for layer in layers:
+            fully_shard(layer, mp_policy=MixedPrecisionPolicy(**mixed))
+        fully_shard(model, mp_policy=MixedPrecisionPolicy(**mixed, cast_forward_inputs=False))
     size = sum(p.numel() for p in model.parameters())
-    say(f"{name}: {config.model_type}, {size:,} parameters, {device.type}, attention {args.attn}")
+    say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, {args.attn} attention")
     return model
 
 
-@torch.no_grad()
-def check_rewards(model, name: str):
-    """End the run unless two answers in one packed row score as each does alone in the stock model.
-
-    Also where their prompt stands in the row once, if --attn packed lets it.
-    """
-    device, vocab_size = model.get_input_embeddings().weight.device, model.config.get_text_config().vocab_size
-    one, other = (torch.arange(1, n + 1) * 7919 % (vocab_size - 1) + 1 for n in (9, 6))
-    attn = model.config._attn_implementation
-    rows = [([one, other], None)] + [([one, torch.cat([one[:4], other])], [0, 4])] * (attn == "packed")
-    for sequences, shared in rows:
-        ends = [(ids, torch.arange(len(ids)) == len(ids) - 1) for ids in sequences]
-        pad, model.config.pad_token_id = model.config.pad_token_id, None  # stock reads the last token then
-        logits = [model(input_ids=ids[None].to(device), use_cache=False).logits[0, 0] for ids in sequences]
-        model.config.pad_token_id = pad
-        rewards = answer_rewards(model, collate(ends, device, shared))
-        error = (rewards - torch.stack(logits).float()).abs().max().item()
-        if not error < (1e-3 if logits[0].dtype == torch.float32 and device.type == "cpu" else 0.1):
-            fail(f"{name}: packed rewards differ from the model's by {error:.2g} under --attn {attn}")
-
-
-def find_judges(names: tuple[str, ...]) -> list[str]:
-    """The folders of --reward-model, an ensemble's members in its place; each must be a reward model."""
-    found = []
-    for name in names:
-        index = Path(locate(name)) / "ensemble.json"
-        members = json.loads(index.read_text())["members"] if index.exists() else []
-        found += [str(index.parent / member) for member in members] or [name]
-    for name in found:
-        path = locate(name)
-        if path.startswith((".", "/")) and not Path(path).is_dir():
-            fail(f"--reward-model {name}: no such folder")
-        try:
-            kinds = AutoConfig.from_pretrained(path).architectures or ()
-        except (OSError, ValueError) as error:
-            fail(f"--reward-model {name}: {str(error).splitlines()[0]}")
-        if not any("SequenceClassification" in kind for kind in kinds):
-            fail(f"--reward-model {name}: no reward model, but {', '.join(kinds) or 'nothing known'}")
-    return found
-
-
-def judge_tokenizers(names: list[str], prompts: list[Prompt], args) -> dict:
-    """The own tokenizer of each reward model, which must have a template if prompts are messages."""
-    found = {name: own_tokenizer(name, args, "--reward-model") for name in names}
-    for name, tokenizer in found.items():
-        if tokenizer.chat_template is None and any(isinstance(p.row["prompt"], list) for p in prompts):
-            fail(f"--reward-model {name}: prompts are messages, and its tokenizer has no chat template")
-    return found
-
-
-def load_judge(name: str, tokenizer, args, device) -> tuple:
-    """A frozen reward model and its own tokenizer."""
-    return load_reward_model(name, args, tokenizer, device).requires_grad_(False), tokenizer
-
-
-def own_tokenizer(name: str, args, flag: str):
-    """The tokenizer of another model than --model, which `flag` gives, with its own chat template."""
-    return load_tokenizer(replace(args, model=name, chat_template=None), flag)
-
-
-@fsdp_forward
-def answer_rewards(model, batch) -> torch.Tensor:
-    """Rewards (B,), float32, of the B answers in a packed row, read at the last trained token of each."""
-    states = packed_hidden_states(model, batch)[0, batch.completion_index]  # (C, H)
-    ones = torch.ones_like(states[:, 0], dtype=torch.long)  # (C,)
-    last = segment_sum(ones, batch.sequence_index, batch.num_sequences).cumsum(0) - 1  # (B,)
-    return model.score(states[last if len(ones) else []].float()).squeeze(-1)  # none where a row holds filler
-
-
-@torch.no_grad()
-def judge_rewards(model, tokenizer, rollout: list[Completion], args, device) -> torch.Tensor:
-    """Rewards (B,) of completions under a reward model, each read at its last token, on every process."""
-    rank, world_size = process()
-    sequences = [judged(tokenizer, completion) for completion in rollout]
-    rewards = torch.zeros(len(sequences), device=device)
-    rows = pack(
-        [len(s.input_ids) for s in sequences], args.max_tokens_per_micro_batch, multiple_of=world_size
-    )
-    for row in rows[rank::world_size]:
-        rewards[row] = answer_rewards(model, collate([sequences[i] for i in row] or [FILLER], device))
-    return all_reduce(rewards) + model.config.reward_offset
-
-
-def judged(tokenizer, completion: Completion) -> Sequence:
-    """A completion as a reward model reads it: with its own tokenizer and template, its last token marked."""
-    row = completion.prompt.row
-    end = tokenizer.turn_end_id if isinstance(row["prompt"], list) else tokenizer.eos_token_id
-    ending = [end] * (completion.ended and end is not None)
-    prompt_ids = prompt_tokens(tokenizer, row["prompt"], row)
-    answer_ids = tokenizer(completion.text, add_special_tokens=False).input_ids
-    input_ids = np.array(prompt_ids + answer_ids + ending, np.int32)
-    return Sequence(input_ids, np.arange(len(input_ids)) == len(input_ids) - 1)
-
-
-def combine(rewards: torch.Tensor, *, reward_aggregation: str, std_coef: float) -> torch.Tensor:
-    """One reward from those of several models, (members, ...) -> (...), after arXiv:2310.02743.
-
-    A policy that is trained against the mean finds where single members err; `min` and `mean_minus_std`
-    distrust answers on which they differ. The paper takes off variances, in another unit.
-    """
-    if reward_aggregation == "min":
-        return rewards.amin(0)
-    return rewards.mean(0) - (
-        std_coef * rewards.std(0, unbiased=False) if reward_aggregation == "mean_minus_std" else 0
-    )
-
-
-def make_optimizer(model, args):
-    """Fused AdamW; weight decay on matrices only, not on norms and biases."""
-    matrices, vectors = (
-        [p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False)
-    )
-    groups = [
-        {"params": matrices, "weight_decay": args.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=args.adam_betas, fused=True)
-
-
-@contextmanager
-def unsharded(model):
-    """All parameters whole on every process: generation then needs no communication per token."""
-    modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for module in modules:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    yield
-    for module in modules:
-        module.set_reshard_after_forward(module is not model, recurse=False)
-        module.reshard()
-
-
-class InverseSampler(LogitsProcessor):
-    """Samples by inverting the distribution function at uniform numbers (B, T) given, and keeps log-probs.
-
-    Each sequence has its own numbers, so what is sampled depends on no other: not on the sequences that are
-    sampled at once, nor on the number of processes.
-    """
-
-    def __init__(self, uniforms: torch.Tensor, temperature: float):
-        self.uniforms, self.temperature, self.logprobs = uniforms, temperature, []  # logprobs: T times (B,)
-
-    def __call__(self, input_ids, scores):
-        logprobs = (scores.float() / self.temperature).log_softmax(-1)  # (B, V)
-        cumulative = logprobs.double().exp().cumsum(-1)  # (B, V)
-        wanted = self.uniforms[:, len(self.logprobs), None] * cumulative[:, -1:]  # (B, 1)
-        tokens = torch.searchsorted(cumulative, wanted, right=True).clamp(max=scores.shape[-1] - 1)  # (B, 1)
-        self.logprobs.append(logprobs.gather(-1, tokens).squeeze(-1))
-        return torch.full_like(scores, -math.inf).scatter(-1, tokens, 0.0)  # greedy decoding then takes it
-
-
-@torch.no_grad()
-def roll_out(policy, tokenizer, prompts: list[Prompt], args, device, *, seed: int) -> list[Completion]:
-    """Sample a completion of each prompt at --temperature, up to and with the first end token.
-
-    Every setting is given here: the model's own generation config stays out of it.
-    """
-    policy.eval()
-    rank, world_size = process()
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    own_config, policy.generation_config = (
-        policy.generation_config,
-        GenerationConfig(
-            max_new_tokens=args.max_completion_length,
-            eos_token_id=tokenizer.end_ids,
-            pad_token_id=pad,
-            do_sample=False,  # InverseSampler has sampled already
-        ),
-    )
-    size = (len(prompts), args.max_completion_length + 1)  # some devices decode one token more
-    uniforms = torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    order, sampled = (
-        sorted(range(rank, len(prompts), world_size), key=lambda i: len(prompts[i].input_ids)),
-        {},
-    )
-    with unsharded(policy):
-        for start in range(0, len(order), args.generation_batch_size):
-            chunk = order[start : start + args.generation_batch_size]
-            asked = [prompts[i].input_ids for i in chunk]
-            width = max(map(len, asked))
-            input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in asked], device=device)
-            attention_mask = torch.tensor(
-                [[0] * (width - len(ids)) + [1] * len(ids) for ids in asked], device=device
-            )
-            sampler = InverseSampler(uniforms[chunk].to(device), args.temperature)
-            output = policy.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                logits_processor=[sampler],
-                synced_gpus=False,  # processes have different numbers of chunks
-            )
-            logprobs = torch.stack(sampler.logprobs, 1).cpu().numpy()  # (chunk, T)
-            for i, ids, line in zip(chunk, output[:, width:].tolist(), logprobs, strict=True):
-                stop = next((n + 1 for n, token in enumerate(ids) if token in tokenizer.end_ids), len(ids))
-                sampled[i] = ids[:stop], line[:stop]
-    policy.generation_config = own_config
-    if dist.is_initialized():
-        shares = [None] * world_size
-        dist.all_gather_object(shares, sampled)
-        sampled = {i: found for share in shares for i, found in share.items()}
-    return [completion_of(tokenizer, prompt, *sampled[i]) for i, prompt in enumerate(prompts)]
-
-
-def completion_of(tokenizer, prompt: Prompt, token_ids: list[int], logprobs) -> Completion:
-    """What was sampled, with its text; truncated if its last token is not an end token."""
-    text = tokenizer.decode(token_ids, skip_special_tokens=True)
-    return Completion(prompt, token_ids, logprobs, text, token_ids[-1] in tokenizer.end_ids)
-
-
-def save_rollout(output_dir: Path, step: int, rollout: list[Completion], rewards: torch.Tensor):
-    """Add a step's completions to rollouts.jsonl."""
-    if process()[0] == 0:
-        with open(output_dir / "rollouts.jsonl", "a") as file:
-            for completion, reward in zip(rollout, rewards.tolist(), strict=True):
-                sampled = {"token_ids": completion.token_ids, "logprobs": completion.logprobs.tolist()}
-                asked = {"prompt_ids": completion.prompt.input_ids, "row": completion.prompt.row}
-                reward = None if math.isnan(reward) else reward
-                line = {"step": step} | asked | sampled | {"completion": completion.text, "reward": reward}
-                file.write(json.dumps(line) + "\n")
-
-
-def load_rollouts(args, tokenizer) -> list[list[Completion]]:
-    """The rollouts of --replay-rollouts in the order of their steps."""
-    steps = {}
-    for line in load_rows(args.replay_rollouts, "train", None):
-        if (
-            not isinstance(line, dict)
-            or not {"step", "prompt_ids", "token_ids", "logprobs", "row"} <= line.keys()
-        ):
-            fail(f"--replay-rollouts {args.replay_rollouts}: not a rollouts.jsonl of --save-rollouts")
-        prompt, logprobs = Prompt(line["prompt_ids"], line["row"]), np.array(line["logprobs"], np.float32)
-        completion = completion_of(tokenizer, prompt, line["token_ids"], logprobs)
-        steps.setdefault(line["step"], []).append(completion)
-    size = args.num_generations
-    groups = [rollout[n : n + size] for rollout in steps.values() for n in range(0, len(rollout), size)]
-    if any(len(g) < size or any(c.prompt.input_ids != g[0].prompt.input_ids for c in g) for g in groups):
-        fail(
-            f"--replay-rollouts {args.replay_rollouts}: groups are not of {args.num_generations} completions"
-        )
-    return [steps[step] for step in sorted(steps)]
-
-
-@torch.no_grad()
-def completion_logps(model, sequences: list[Sequence], args, device) -> list[torch.Tensor]:
-    """Log-probs of the trained tokens of each sequence, B times (C_i,), at --temperature."""
-    model.eval()
-    rank, world_size = process()
-    counts = [int(sequence.trained.sum()) for sequence in sequences]
-    starts = np.cumsum([0, *counts])
-    flat = torch.zeros(starts[-1], device=device)
-    rows, _ = rows_of(sequences, np.arange(len(sequences)), args, world_size)
-    for row in rows[rank::world_size]:
-        batch = collate_answers([sequences[i] for i in row], args, device)
-        where = [n for i in row for n in range(starts[i], starts[i + 1])]
-        flat[where] = token_logprobs(model, batch, temperature=args.temperature)
-    return list(all_reduce(flat).split(counts))
-
-
-def rows_of(sequences: list[Sequence], ids: np.ndarray, args, world_size: int) -> tuple[list, float]:
-    """Which of `ids`, group after group, stand in each packed row, and the share of the rows' room they fill.
-
-    Where a group shares its prompt it stands in one row.
-    """
-    size = args.num_generations if args.share_prompt else 1
-    units = ids.reshape(-1, size)  # (units, size)
-    lengths = [
-        sum(len(sequences[i].input_ids) for i in unit) - (size - 1) * prompt_length(sequences[unit[0]])
-        for unit in units
-    ]
-    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
-    room = len(rows) * max([args.max_tokens_per_micro_batch, *lengths])
-    return [units[row].flatten() for row in rows], sum(lengths) / max(1, room)
-
-
-def prompt_length(sequence: Sequence) -> int:
-    """Tokens before the first trained one."""
-    return int(sequence.trained.argmax())
-
-
-def collate_answers(sequences: list[Sequence], args, device):
-    """A packed row of answers, or of whole groups with each prompt once; of filler where there is nothing."""
-    size = args.num_generations
-    shared = (
-        [prompt_length(s) if n % size else 0 for n, s in enumerate(sequences)] if args.share_prompt else None
-    )
-    return collate(sequences or [FILLER], device, shared or None)
-
-
-def joined(parts: list[torch.Tensor], ids, device) -> torch.Tensor:
-    """The parts of some sequences end to end, as they stand in a row."""
-    return torch.cat([parts[i] for i in ids] or [torch.zeros(0)]).to(device)
-
-
-def final_answer(text: str) -> str:
-    """What follows the last `####` (GSM8K's mark) without thousands separators, or else the whole text."""
-    return text.rsplit("####", 1)[-1].strip().replace(",", "")
-
-
-def pack(lengths, max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
-    """Best fit decreasing: indices of `lengths` in rows of at most max_tokens; a longer one has its own row.
-
-    >>> pack([3, 5, 2, 4], max_tokens=8)
-    [[1, 0], [3, 2]]  # 5 + 3 and 4 + 2 tokens
-
-    The number of rows is a multiple of `multiple_of` (processes): rows are split for it, at last empty ones
-    added.
-    """
-    rows, spaces = [], []  # spaces: sorted (free tokens, row)
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fit = bisect_left(spaces, (lengths[i], -1))  # the row with the least room that is enough
-        free, row = spaces.pop(fit) if fit < len(spaces) else (max_tokens, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(i)
-        insort(spaces, (free - lengths[i], row))
-    while len(rows) % multiple_of:
-        most = max(rows, key=len)
-        rows.append([most.pop() for _ in range(len(most) // 2)])
-    return rows
-
-
-def data_order(
-    lengths, sources, shares, epoch_size: int, num_epochs: int, order: str, seed: int
-) -> np.ndarray:
-    """Indices of the sequences of all epochs, in the order of training.
-
-    It depends on its arguments alone: the data position of a continued run is its step. Each source gives its
-    share of an epoch, in rounds through it where that takes more than one.
-    """
-    rng, stream, sizes = np.random.default_rng(seed), [], [len(source) for source in sources]
-    counts = np.diff(np.rint(np.cumsum([0, *shares]) / sum(shares) * epoch_size)).astype(int)  # per source
-    for _ in range(num_epochs):
-        picks = []  # per source
-        for first, size, count in zip(np.cumsum([0, *sizes]), sizes, counts, strict=False):
-            rounds = [
-                rng.permutation(size) if order != "given" else np.arange(size) for _ in range(0, count, size)
-            ]
-            picks.append(first + np.concatenate([np.zeros(0, int), *rounds])[:count])
-        epoch = np.concatenate(picks)
-        key = {
-            "shuffled": rng.random(len(epoch)),
-            "length": lengths[epoch],
-            "given": np.concatenate(
-                [(np.arange(len(p)) + 0.5) / len(p) for p in picks]
-            ),  # evenly interleaved
-        }[order]
-        stream.append(epoch[np.argsort(key, kind="stable")])
-    return np.concatenate(stream)
-
-
-def save_checkpoint(output_dir: Path, model, optimizer, step: int, num_tokens: int, keep: int, others=None):
-    """Write all that a continued run needs beside the older ones, rename it into place, drop the oldest.
-
-    `others` are further models that move, by name.
-    """
-    folder, (rank, _) = output_dir / "checkpoints", process()
+def save_checkpoint(output_dir: Path, model, optimizer, progress: dict):
+    """Write what a continued run needs, `progress` as JSON, beside the older ones; keep the last two."""
+    folder = output_dir / "checkpoints"
     weights, moments = dcp_state.get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments, "step": step, "num_tokens": num_tokens}
-    state |= {name: dcp_state.get_model_state_dict(other) for name, other in (others or {}).items()}
-    state[f"rng_{rank}"] = torch.get_rng_state()
-    partial, name = folder / "partial", f"step_{step:08d}"
-    dcp.save(state, checkpoint_id=partial, no_dist=not dist.is_initialized())
-    if rank == 0:
-        shutil.rmtree(folder / name, ignore_errors=True)
-        partial.rename(folder / name)  # from here on it counts
-        for old in sorted(folder.glob("step_*"))[:-keep]:
+    state = {"model": weights, "optimizer": moments, "progress": json.dumps(progress)}
+    dcp.save(state, checkpoint_id=folder / "partial")
+    if dist.get_rank() == 0:
+        (folder / "partial").rename(folder / f"step_{progress['step']:08d}")  # from here on it counts
+        for old in sorted(folder.glob("step_*"))[:-2]:
             shutil.rmtree(old)
-    if dist.is_initialized():
-        dist.barrier()
+    dist.barrier()
 
 
-def load_checkpoint(output_dir: Path, model, optimizer, others=None) -> tuple[int, int]:
-    """Restore the last complete checkpoint -> its step and token count; (0, 0) where there is none yet."""
-    found = sorted((output_dir / "checkpoints").glob("step_*"))
-    if not found:
-        say(f"{output_dir} has no checkpoint yet: starting at step 0")
-        return 0, 0
-    weights, moments = dcp_state.get_state_dict(model, optimizer)
-    state, rng = {"model": weights, "optimizer": moments, "step": 0, "num_tokens": 0}, f"rng_{process()[0]}"
-    state |= {name: dcp_state.get_model_state_dict(other) for name, other in (others or {}).items()}
-    state[rng] = torch.get_rng_state()  # stays so where more processes continue than had begun
-    planner = dcp.default_planner.DefaultLoadPlanner(allow_partial_load=True)
-    dcp.load(state, checkpoint_id=found[-1], planner=planner, no_dist=not dist.is_initialized())
-    dcp_state.set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
-    for name, other in (others or {}).items():
-        dcp_state.set_model_state_dict(other, state[name])
-    torch.set_rng_state(state[rng])
-    say(f"continuing from {found[-1]}")
-    return state["step"], state["num_tokens"]
+def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
+    """Restore the last checkpoint that can be read -> its progress; {} where there is none yet."""
+    found = sorted((output_dir / "checkpoints").glob("step_*"), reverse=True)
+    for folder in found:
+        weights, moments = dcp_state.get_state_dict(model, optimizer)
+        state = {"model": weights, "optimizer": moments, "progress": ""}
+        try:
+            dcp.load(state, checkpoint_id=folder)
+        except (dcp.api.CheckpointException, OSError) as error:
+            say(f"{folder} is damaged, trying the one before: {error}".splitlines()[-1])
+            continue
+        dcp_state.set_model_state_dict(model, state["model"])
+        dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        say(f"continuing from {folder}")
+        return json.loads(state["progress"])
+    if found:
+        fail(f"{output_dir}: no checkpoint can be read")
+    return {}
 
 
 def save_model(folder: Path, model, tokenizer):
-    """Write the model, its tokenizer and generation config as transformers, vLLM and TRL load them."""
+    """Write the model, in the dtype it came in, and its tokenizer as transformers, vLLM and TRL load them."""
     whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp_state.get_model_state_dict(model, options=whole)
-    if process()[0] == 0:
-        with torch.device("meta"):  # a shell without FSDP2's class name; its weights are given beside it
-            shell = model.auto_class.from_config(model.config, dtype=model.stored_dtype or torch.float32)
-        if shell.can_generate():
-            ends = {"eos_token_id": tokenizer.end_ids, "pad_token_id": tokenizer.pad_token_id}
-            shell.generation_config = GenerationConfig(**ends)
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        tied = set(shell.all_tied_weights_keys)  # a tied head is stored once, as the embeddings
-        weights = {k: v.to(shell.dtype) for k, v in weights.items() if k not in tied}
-        shell.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def stop_on_nonfinite(output_dir: Path, step: int, sequences: list[Sequence], loss: float, grad_norm: float):
-    """End the run before the broken update, with the batch that broke it on disk."""
-    path, checkpoints = (
-        output_dir / f"nonfinite_step_{step}.json",
-        (output_dir / "checkpoints").glob("step_*"),
-    )
-    if process()[0] == 0:
-        batch = [
-            {"input_ids": s.input_ids.tolist(), "trained": s.trained.astype(int).tolist()} for s in sequences
-        ]
-        path.write_text(json.dumps(batch))
-    last = max(checkpoints, default="none was saved")
-    say(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}; batch in {path}; last checkpoint: {last}",
-        sys.stderr,
-    )
-    raise SystemExit(1)
+    if dist.get_rank() == 0:
+        plain = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+        with torch.device("meta"):  # a shell of the model's own class; its weights are given beside it
+            shell = plain._from_config(model.config, dtype=model.stored_dtype)
+        shell.generation_config = model.generation_config
+        tied = shell.all_tied_weights_keys  # a tied head is stored once, as the embeddings
+        weights = {name: x.to(model.stored_dtype) for name, x in weights.items() if name not in tied}
+        unfinished = folder.with_name(f"{folder.name}.partial")
+        shell.save_pretrained(unfinished, state_dict=weights)
+        tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was continued beyond its end
+        unfinished.rename(folder)
+    dist.barrier()
 
 
 class Logger:
-    """metrics.jsonl, samples.jsonl, the progress bar, a line per interval, wandb; and the signals to stop."""
+    """The files of a run, the progress bar, a line per interval, wandb; takes the signals to stop."""
 
-    def __init__(self, args, output_dir: Path, total_steps: int, step: int, columns: dict[str, str]):
-        self.args, self.output_dir, self.total_steps, self.columns = args, output_dir, total_steps, columns
-        self.first_step, self.started, self.stopping, self.wandb = step, time.perf_counter(), False, None
-        self.handlers = {
-            number: signal.signal(number, self.stop) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        if process()[0] > 0:
+    def __init__(self, args, folder: Path, total_steps: int, step: int):
+        self.args, self.folder, self.first_step, self.started = args, folder, step, time.perf_counter()
+        self.stopping, self.is_first = False, dist.get_rank() == 0
+        if args.resume and step >= total_steps and (folder / "model").exists():
+            fail(f"{folder} is finished: step {step} of {total_steps}; a larger --max-steps goes on")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.stop)
+        if not self.is_first:
             return
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
-        shutil.copy(sys.modules[type(args).__module__].__file__, output_dir)
-        logs = {output_dir / "metrics.jsonl", output_dir / "samples.jsonl", *output_dir.glob("*.jsonl")}
-        for path in logs:  # that a run continues
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            whole = [line for line in lines if line.endswith("}\n")]  # a killed run may leave half a line
-            partial = path.with_name(f"{path.name}.partial")
-            partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-            partial.rename(path)
-        say(f"run: {output_dir}, {total_steps:,} steps")
+        (folder / "args.json").write_text(as_json(args))
+        for path in (Path(__file__), HERE / "common.py"):
+            shutil.copy(path, folder)
+        for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
+            path.touch()  # of a run that continues: what followed its checkpoint goes
+            lines = [x for x in path.open() if x.endswith("}\n") and json.loads(x)["step"] <= step]
+            path.with_suffix(".partial").write_text("".join(lines))
+            path.with_suffix(".partial").rename(path)
+        say(f"run: {folder}, {total_steps:,} steps")
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
         if args.wandb:
             import wandb
 
-            self.wandb = wandb.init(
-                project="cleanpost", name=output_dir.name, dir=output_dir, config=asdict(args)
-            )
+            self.wandb = wandb.init(project="cleanpost", name=folder.name, dir=folder, config=asdict(args))
 
     def stop(self, *_):
-        """Take a signal: the first asks the loop to save and end, a second does not wait for it."""
-        if self.stopping:
-            raise KeyboardInterrupt
+        """Take a signal: the loop saves and ends after its step; a second Ctrl-C does not wait for it."""
         self.stopping = True
-        say("stopping after this step, with a checkpoint")
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
-    def log(self, metrics: dict, samples: list[dict] = ()):
-        if process()[0] > 0:
+    def log(self, metrics: dict, samples: list[dict]):
+        if not self.is_first:
             return
+        if torch.cuda.is_available():
+            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         metrics = {key: value for key, value in metrics.items() if value == value}  # NaN: nothing is known
-        step, total = metrics["step"], self.total_steps
-        for name, rows in {
-            "metrics": [metrics],
-            "samples": [{"step": step} | sample for sample in samples],
-        }.items():
-            with open(self.output_dir / f"{name}.jsonl", "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-        if self.wandb:
+        step, total = metrics["step"], self.bar.total
+        for name, lines in (("metrics", [metrics]), ("samples", [{"step": step} | s for s in samples])):
+            with open(self.folder / f"{name}.jsonl", "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        if self.args.wandb:
             self.wandb.log(metrics, step=step)
         self.bar.update(step - self.bar.n)
         if step and (step % self.args.log_every == 0 or step == total):
-            left = round((time.perf_counter() - self.started) / (step - self.first_step) * (total - step))
-            shown = {name: form for name, form in self.columns.items() if name in metrics}
-            shown = "  ".join(f"{name} {metrics[name]:{form}}" for name, form in shown.items())
-            say(f"step {step:>{len(str(total))}}/{total}  {shown}  left {left // 60}:{left % 60:02}")
-        evaluated = [
-            f"{k.removeprefix('eval/')} {v:.4g}" for k, v in metrics.items() if k.startswith("eval/")
-        ]
-        if evaluated:
-            say(f"  evaluation at step {step}:  {'  '.join(evaluated)}")
+            left = (time.perf_counter() - self.started) / (step - self.first_step) * (total - step)
+            columns = "  ".join(f"{name} {metrics[name]:<6.4g}" for name in COLUMNS if name in metrics)
+            say(f"step {step:>{len(str(total))}}/{total}  {columns}  left {tqdm.format_interval(left)}")
+        evaluated = [f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("eval/")]
+        for start in range(0, len(evaluated), 3):
+            say(f"  step {step}:  {'  '.join(evaluated[start : start + 3])}")
         for sample in samples[:2]:
-            say(f"    ...{sample['prompt'][-100:]!r} -> {sample['completion'][:200]!r}")
+            say(f"    ...{sample['prompt'][-50:]!r} -> {sample['completion'][:50]!r}")
 
     def close(self, message: str):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if process()[0] == 0:
-            self.bar.close()
-            lines = map(json.loads, (self.output_dir / "metrics.jsonl").read_text().splitlines())
-            curves = {}
-            for line in lines:
-                for key in line:
-                    if key.startswith("eval/"):
-                        curves.setdefault(key, []).append(line[key])
-            for key, values in curves.items():
-                say(f"  {key:<30} {values[0]:.4g} -> {values[-1]:.4g}")
-            say(message)
-        if self.wandb:
+        """Draw curves.png, one panel a metric; say how what was evaluated has moved from first to last."""
+        if not self.is_first:
+            return
+        self.bar.close()
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").open()]
+        evaluated = [name for line in lines for name in line if name.startswith("eval/")]
+        names = list(dict.fromkeys([*COLUMNS, *evaluated]))
+        figure = Figure((14, 2.5 * math.ceil(len(names) / 4)), layout="constrained")
+        for n, name in enumerate(names, 1):
+            known = [(line["step"], line[name]) for line in lines if name in line]
+            figure.add_subplot(math.ceil(len(names) / 4), 4, n, title=name).plot(*zip(*known))
+            if name.startswith("eval/"):
+                say(f"  {name:<32} {known[0][1]:.4g} -> {known[-1][1]:.4g}")
+        figure.savefig(self.folder / "curves.png")
+        say(message)
+        if self.args.wandb:
             self.wandb.finish()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
-    leave_distributed()
+    try:
+        main(tyro.cli(Args))
+    except BaseException as error:  # CheckpointException is no Exception
+        if "No space left" not in str(error):
+            raise
+        fail(f"no space left on the device; what was saved before is whole ({type(error).__name__})")

@@ -419,7 +419,7 @@ def load_rows(source: str, split: str, args) -> list[dict]:
 def report_dropped(source: str, num_rows: int, dropped: dict[str, list[int]]):
     """Say why rows of a dataset cannot be used, reason by reason; end the run where they are most of it."""
     lines = [f"{len(rows):,} rows dropped, first row {rows[0]}: {reason}" for reason, rows in dropped.items()]
-    if 2 * sum(map(len, dropped.values())) >= max(1, num_rows):
+    if 2 * sum(map(len, dropped.values())) > num_rows or num_rows == 0:
         fail(f"{source}: hardly a row of {num_rows:,} can be used; {'; '.join(lines[:3]) or 'it is empty'}")
     for line in lines[:9]:
         say(f"{source}: {line}")
@@ -437,7 +437,8 @@ def load_sequences(tokenizer, source: str | None, split: str, args, limit: int =
                     raise ValueError("longer than --max-length")
                 found[ids.tobytes(), trained.tobytes()] = Sequence(ids, trained)
         except Exception as error:  # chat templates raise what they like
-            dropped.setdefault(str(error).splitlines()[0], []).append(n)
+            reason = f"{type(error).__name__}: {error}".removeprefix("ValueError: ").splitlines()[0]
+            dropped.setdefault(reason, []).append(n)
     report_dropped(source, len(rows), dropped)
     found = list(found.values())
     sizes = f"{sum(len(ids) for ids, _ in found):,} tokens, {sum(t.sum() for _, t in found):,} trained"
@@ -449,14 +450,14 @@ def encode(tokenizer, row: dict, args) -> list[Sequence]:
     """A row of any accepted format as sequences, each of which ends with the end token of a reply."""
     bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
     match conversational(row):
-        case {"text": str(reply)}:
-            sequences = [[(bos, reply)]] if reply.strip() else []
-        case {"prompt": str(head), "completion": str(reply)}:
-            sequences = [[(bos + head, reply)]] if reply.strip() else []
-        case {"prompt": list(prompt), "completion": list(completion)}:
-            sequences = render(tokenizer, prompt + completion, max(1, len(prompt)), row)
         case {"messages": list(messages)}:
             sequences = render(tokenizer, messages, 1, row)
+        case {"prompt": list(prompt), "completion": list(completion)}:
+            sequences = render(tokenizer, prompt + completion, max(1, len(prompt)), row)
+        case {"prompt": str(head), "completion": str(reply)}:
+            sequences = [[(bos + head, reply)]] if reply.strip() else []
+        case {"text": str(reply)}:
+            sequences = [[(bos, reply)]] if reply.strip() else []
         case _:
             columns = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
             raise ValueError(f"found {columns}; accepted are {FORMATS}")
@@ -475,7 +476,7 @@ def render(tokenizer, messages: list[dict], first: int, row: dict) -> list[list[
     apply, sequences, text = template_of(tokenizer, row), [], ""
     for n in (n for n, turn in enumerate(messages) if n >= first and turn["role"] == "assistant"):
         head, body = apply(messages[:n], add_generation_prompt=True), apply(messages[: n + 1])
-        content = messages[n].get("content") or ""
+        content = str(messages[n].get("content") or "")
         if not body.startswith(head):
             raise ValueError("the chat template renders the prompt anew with a reply")
         if not content.strip() and body == apply([*messages[:n], {"role": "assistant", "content": content}]):
@@ -548,7 +549,9 @@ def save_checkpoint(output_dir: Path, model, optimizer, progress: dict):
     state = {"model": weights, "optimizer": moments, "progress": json.dumps(progress)}
     dcp.save(state, checkpoint_id=folder / "partial")
     if dist.get_rank() == 0:
-        (folder / "partial").rename(folder / f"step_{progress['step']:08d}")  # from here on it counts
+        finished = folder / f"step_{progress['step']:08d}"
+        shutil.rmtree(finished, ignore_errors=True)  # one that was damaged
+        (folder / "partial").rename(finished)  # from here on it counts
         for old in sorted(folder.glob("step_*"))[:-2]:
             shutil.rmtree(old)
     dist.barrier()
@@ -569,8 +572,8 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
         say(f"continuing from {folder}")
         return json.loads(state["progress"])
-    if found:
-        fail(f"{output_dir}: no checkpoint can be read")
+    if found or (output_dir / "model").exists():
+        fail(f"{output_dir}: there is no checkpoint that can be read")
     return {}
 
 

@@ -3,20 +3,19 @@
     python benchmarks/alignment_tax.py --model tiny/sft       # one model: a JSON object, half a minute
     python benchmarks/alignment_tax.py                        # all below, ten minutes on one core
 
-With --model it is an --eval-command of merge.py: the last line is a JSON object with `accuracy` (sampled
+With --model the last line is a JSON object with `accuracy` (sampled
 answers that are right, of the questions of prompts_eval.jsonl, at temperature 1), `greedy_accuracy`, and
 `perplexity` (of the stories of text_eval.jsonl, as they were in pre-training). Without it
 
-    sweep    merge.py goes from tiny/base to tiny/sft in steps of 0.1 (WiSE-FT): merge_sweep.json and .png
+    sweep    merge.py goes from tiny/base to tiny/sft in steps of 0.1 (WiSE-FT): merge_sweep.json
     methods  sft.py trains tiny/base on stories, 63 steps, and merge.py merges that and tiny/sft by every
-             method; the report of the two task vectors: merge_methods.json and .png
+             method; the report of the two task vectors: merge_methods.json
 
-in benchmarks/results/ and docs/img/.
+in benchmarks/results/; benchmarks/merge_plots.py draws their figures.
 """
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -84,24 +83,17 @@ def score(args: Args) -> dict[str, float]:
 
 
 def sweep(args: Args):
-    """Score the models between base and sft, and keep the numbers and the figure."""
+    """Score the models between base and sft, and keep the numbers."""
     import merge
 
-    command = f"{sys.executable} {Path(__file__).resolve()} --num-eval {args.num_eval} --seed {args.seed}"
+    started, points = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as temporary:
-        started, folder = time.perf_counter(), Path(temporary) / "run"
-        settings = merge.Args(
-            method="wise_ft",
-            base="tiny/base",
-            models=("tiny/sft",),
-            sweep="t=0:1:0.1",
-            eval_command=f"{command} --model {{model}}",
-            eval_metrics=("perplexity", "accuracy"),
-            output_dir=str(folder),
-        )
-        merge.main(settings)
-        points = json.loads((folder / "sweep.json").read_text())["points"]
-        shutil.copy(folder / "sweep.png", ROOT / "docs" / "img" / "merge_sweep.png")
+        for t in (i / 10 for i in range(11)):
+            folder = Path(temporary) / f"t_{t}"
+            pair = {"base": f"{ROOT}/tiny/base", "models": (f"{ROOT}/tiny/sft",), "output_dir": str(folder)}
+            merge.main(merge.Args(method="wise_ft", t=t, **pair))
+            points.append({"t": t} | score(replace(args, model=str(folder / "model"))))
+            print(points[-1], flush=True)
     write("merge_sweep", args, {"seconds": time.perf_counter() - started, "points": points})
 
 
@@ -129,8 +121,6 @@ def methods(args: Args):
             print(name, scores[name], flush=True)
             if name == "task_arithmetic":
                 report = json.loads((output / "report.json").read_text())
-                shutil.copy(output / "report.png", ROOT / "docs" / "img" / "merge_methods.png")
-    report = {key: report[key] for key in ("whole", "kinds")}
     write("merge_methods", args, {"scores": scores, "report": report, "trained": f"python sft.py {STORIES}"})
 
 

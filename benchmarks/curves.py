@@ -40,9 +40,7 @@ def main(args: Args):
 
     missing = [str(run) for run in args.runs if not (run / "metrics.jsonl").exists()]
     if missing or not args.runs:
-        raise SystemExit(
-            f"error: no metrics.jsonl in {', '.join(missing)}" if missing else "error: which runs?"
-        )
+        raise SystemExit(f"error: no metrics.jsonl in {', '.join(missing) or 'no runs'}")
     curves = {str(run): read(run) for run in args.runs}
     known = [list(points) for points in curves.values()]
     keys = args.metrics or [key for key in known[0] if all(key in one for one in known) and key not in HIDDEN]

@@ -69,9 +69,7 @@ def main(args: Args):
             alike = [line for line in lines if json.loads(line)["kind"] == "wrong_result"]
             counts[split] = len(alike)
             Path(folder, f"{split}.jsonl").write_text("\n".join(alike), encoding="utf-8")
-        files = (
-            f"--dataset {folder}/train.jsonl --eval-dataset {folder}/eval.jsonl --cache-dir {folder}/cache"
-        )
+        files = f"--dataset {folder}/train.jsonl --eval-dataset {folder}/eval.jsonl"
         for name, loss in LOSSES.items():
             runs = [run("dpo.py", seed, f"{files} {loss} {args.flags}".split())[0] for seed in args.seeds]
             curves[name] = {key: [[line[key] for line in lines[1:]] for lines in runs] for key in KEYS}

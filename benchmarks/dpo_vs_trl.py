@@ -5,7 +5,6 @@ with its own answer, and with one that has other digits in its last two lines. W
 has the settings):
 
     cleanpost_live   dpo.py as it is, with the reference in memory: `dpo.main --ref live`
-    cleanpost_share  the same with --share-prompt, for information
     cleanpost_cached dpo.py with its default: the reference's log-probs come from one pass before training
     trl_shipped      TRL with its defaults: reference in memory, bfloat16 autocast, gradient checkpointing
     trl_tuned        the same, float32, no gradient checkpointing: the batches and the arithmetic of dpo.py,
@@ -21,7 +20,7 @@ beginning to the end of its update, without logging and saving; TRL's collation 
 inside. The first `--warmup` steps are not counted, nor is the pass before training, which is reported by
 itself (`prepass_seconds`; dpo.py has one with a live reference, too, when that is not its starting policy:
 to log how far the chosen answers drift). Tokens are real ones, and the same for all: those of both answers,
-each with its prompt, without padding.
+each with its prompt, without padding, although dpo.py has the prompt of a pair in its row once.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/dpo_vs_trl.py                                  # about 9 minutes on 2 idle cores
@@ -34,14 +33,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import sft_vs_trl as shared
 import tyro
 from sft_vs_trl import ROOT
 
 CONTENDERS = {  # name: label, settings of dpo.Args or DPOConfig beside those that all share
     "cleanpost_live": ("CleanPost", {"ref": "live"}),
-    "cleanpost_share": ("CleanPost, shared prompt", {"ref": "live", "share_prompt": True}),
     "cleanpost_cached": ("CleanPost, cached", {}),
     "trl_shipped": ("TRL as shipped", {}),
     "trl_tuned": ("TRL tuned", {"bf16": False, "gradient_checkpointing": False}),
@@ -158,11 +158,11 @@ def run_cleanpost(args: Args, folder: Path) -> dict:
     sys.path.insert(0, str(ROOT))
     import dpo
 
-    settings, seconds = CONTENDERS[args.only][1], timed(dpo, "cached_logps")  # with loading of the model
+    settings, seconds = CONTENDERS[args.only][1], timed(dpo, "pair_logps")
     if settings.get("ref") == "live":
         settings = settings | {"ref_model": str(folder / "reference")}
-    cache = str(folder / "run" / "cache")  # a new one each time
-    run = shared.run_cleanpost(args, folder, "dpo", beta=BETA, cache_dir=cache, **settings)
+    dpo.np.random.default_rng = lambda seed: SimpleNamespace(permutation=np.arange)  # TRL's order: as given
+    run = shared.run_cleanpost(args, folder, "dpo", beta=BETA, **settings)
     return run | {"prepass_seconds": sum(seconds)}
 
 
@@ -188,10 +188,10 @@ def run_trl(args: Args, folder: Path) -> dict:
 
 
 def run(args: Args, folder: Path) -> dict:
-    """One contender; its tokens are counted as all but --share-prompt process them."""
+    """One contender; its tokens are counted as TRL processes them: a prompt with each of its answers."""
     result = (run_cleanpost if args.only.startswith("cleanpost") else run_trl)(args, folder)
     tokens = json.loads((folder / "prepare.json").read_text())["tokens_up_to_step"]
-    assert args.only == "cleanpost_share" or result["total_tokens"] == tokens, result["total_tokens"]
+    assert args.only.startswith("cleanpost") or result["total_tokens"] == tokens, result["total_tokens"]
     return result | {"total_tokens": tokens}
 
 
@@ -246,12 +246,9 @@ def main(args: Args):
     same_batches = ("cleanpost_live", "trl_tuned")
     compared = shared.compare(rounds, runs, CONTENDERS, TARGETS, COMPARED, same_batches, "pairs_per_second")
     result = {"benchmark": "dpo_vs_trl", "conditions": conditions} | compared
-    for name, two in {
-        "shared_prompt": ("cleanpost_live", "cleanpost_share"),
-        "precomputed": ("cleanpost_cached", "trl_precomputed"),
-    }.items():
-        if set(two) <= set(runs):
-            result[f"loss_difference_{name}"] = shared.loss_gaps(runs, *two)
+    two = ("cleanpost_cached", "trl_precomputed")
+    if set(two) <= set(runs):
+        result["loss_difference_precomputed"] = shared.loss_gaps(runs, *two)
     result["losses"] = {name: of_name[0]["losses"] for name, of_name in runs.items()}
     panels = {
         "pairs_per_second": ("pairs per second", ".2f"),

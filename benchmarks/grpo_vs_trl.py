@@ -6,8 +6,7 @@ update of them, without a KL in the loss. The model is random: what it writes is
 letter e, and it does not stop before the 64 new tokens, except by chance (1 token in 23,000 is an end token).
 What is compared (CONTENDERS has the settings):
 
-    cleanpost    grpo.py as it is: it computes the log-probs of the reference as well, at every step, to log
-                 the KL; TRL does not where --beta is 0
+    cleanpost    grpo.py as it is, without the KL as a metric (--log-every): TRL does not measure it, either
     trl_shipped  TRL with its defaults: bfloat16 autocast, gradient checkpointing, 8 completions at a time;
                  8 such batches make one update, and one generation is for all of them
     trl_tuned    the same, float32, no gradient checkpointing
@@ -32,7 +31,9 @@ from pathlib import Path
 from statistics import median
 
 import dpo_vs_trl
+import numpy as np
 import sft_vs_trl as shared
+import torch
 import tyro
 from sft_vs_trl import ROOT
 
@@ -107,32 +108,78 @@ def prepare(args: Args, folder: Path) -> dict:
 
 
 def run_cleanpost(args: Args, folder: Path) -> dict:
-    """grpo.py as a user runs it, without evaluation."""
+    """grpo.py as a user runs it, without evaluation; `replay` takes the rollouts of trl_tuned for its own."""
     sys.path.insert(0, str(ROOT))
     import grpo
 
-    parse = grpo.Args
-    grpo.Args = lambda dedupe, **flags: parse(**flags)  # a flag of all others: prompts may repeat
-    flags = {
-        "reward": (f"{Path(__file__).resolve()}:letters_e",),
-        "num_generations": GROUP,
-        "max_completion_length": NEW_TOKENS,
-        "loss_agg": "seq_mean_token_mean",
-    }
+    path, rows = folder / "in_order.jsonl", (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    order = np.random.default_rng(grpo.Args.seed).permutation(len(rows))  # of grpo.py, here undone
+    path.write_text("".join(rows[i] for i in np.argsort(order)))
     if args.only == "replay":
         assert (folder / "rollouts.jsonl").exists(), "replay needs trl_tuned before it"
-        flags["replay_rollouts"] = str(folder / "rollouts.jsonl")
-    run = shared.run_cleanpost(args, folder, "grpo", **flags)
+        grpo.roll_out = replay(grpo, folder / "rollouts.jsonl")
+    rolled_out, scored = (dpo_vs_trl.timed(grpo, name) for name in ("roll_out", "score"))
+    loaded, load_model = [], grpo.load_model
+
+    def load_and_look(*arguments):
+        model = load_model(*arguments)
+        loaded.append(shared.resident_gb())
+        return model
+
+    grpo.load_model = load_and_look
+    flags = grpo.Args(
+        model=str(folder / "model"),
+        dataset=(str(path),),
+        reward=(f"{Path(__file__).resolve()}:letters_e",),
+        num_generations=GROUP,
+        max_completion_length=NEW_TOKENS,
+        learning_rate=args.learning_rate,
+        lr_schedule="linear",
+        warmup_steps=0,
+        batch_size=args.batch_size,
+        max_steps=args.warmup + args.steps,
+        eval_every=0,
+        save_every=0,
+        log_every=1000,  # so no reference is loaded; TRL has none, either
+        output_dir=str(folder / "run"),
+    )
+    grpo.main(flags)
     lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
     steps = [line for line in lines if line["step"] > 0]
-    ours = ("rollout", "reward", "logprobs", "update")  # all of a step
-    parts = {part: [line[f"time/{our}"] for line in steps] for part, our in zip(PARTS, ours, strict=False)}
-    return run | {
-        "parts": parts | {"other": [0.0] * len(steps)},
+    seconds = [line["step_time"] for line in steps]
+    scored = [a + b for a, b in zip(scored[::2], scored[1::2], strict=True)]  # rewards, and no gold rewards
+    rests = zip(seconds, rolled_out, scored, strict=True)
+    parts = {"generate": rolled_out, "score": scored, "update": [whole - a - b for whole, a, b in rests]}
+    return {
+        "seconds": seconds,
+        "total_tokens": [line["num_tokens"] for line in steps],
+        "losses": [line["loss"] for line in steps],
+        "loaded_memory_gb": loaded[-1],
+        "parts": parts | {"logprobs": [0.0] * len(steps), "other": [0.0] * len(steps)},
         "completion_tokens": [round(line["completions/mean_length"] * args.batch_size) for line in steps],
         "grad_norms": [line["grad_norm"] for line in steps],
         "rewards": [line["reward"] for line in steps],
     }
+
+
+def replay(grpo, path: Path):
+    """A stand-in for grpo.roll_out: the rollouts of `path`, step after step."""
+    rollouts = {}
+    for line in map(json.loads, path.read_text().splitlines()):
+        rollouts.setdefault(line["step"], []).append(line)
+    steps = iter(rollouts.values())
+
+    def roll_out(policy, tokenizer, *_):
+        completions = []
+        for line in next(steps):
+            ids, logprobs = line["token_ids"], torch.zeros(len(line["token_ids"]))  # TRL's are unknown
+            prompt = grpo.Prompt(line["prompt_ids"], line["row"], "")
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            ended = ids[-1] == tokenizer.eos_token_id
+            completions.append(grpo.Completion(prompt, ids, logprobs, text, ended))
+        return completions
+
+    return roll_out
 
 
 def trl_settings(args: Args, name: str) -> dict:
@@ -190,12 +237,12 @@ def run_trl(args: Args, folder: Path) -> dict:
 
 
 def keep_rollouts(rollouts: list[tuple], rows: list[dict], path: Path):
-    """Write TRL's rollouts as `grpo.py --replay-rollouts` reads them; the sampler's log-probs are unknown."""
+    """Write TRL's rollouts as `replay` reads them."""
     lines = []
     for step, (prompt_ids, completion_ids) in enumerate(rollouts):
         for n, (asked, sampled) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
             row = rows[(step * len(prompt_ids) + n) // GROUP]
-            ids = {"prompt_ids": asked, "token_ids": sampled, "logprobs": [0.0] * len(sampled)}
+            ids = {"prompt_ids": list(asked), "token_ids": list(sampled)}
             lines.append(json.dumps({"step": step + 1, "row": row} | ids) + "\n")
     path.write_text("".join(lines))
 

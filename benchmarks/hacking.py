@@ -4,8 +4,8 @@
 
 trains ppo_rlhf.py on tiny/reward_biased, which is right about long answers only, without a KL, with a KL in
 the reward, and without one but with a budget, --max-kl. Follows the proxy (what is optimised), the gold
-reward (whether the sum is right) and the length, and keeps the warnings of the run. Writes
-benchmarks/results/hacking.json and docs/img/hacking.png.
+reward (whether the sum is right) and the length. Writes benchmarks/results/hacking.json and
+docs/img/hacking.png.
 """
 
 import json
@@ -35,18 +35,17 @@ KEYS = {
 class Args:
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds, one run of each guard each."""
-    flags: str = "--reward-model tiny/reward_biased --max-steps 16 --eval-every 0"
+    flags: str = "--reward tiny/reward_biased --max-steps 16 --eval-every 0 --log-every 1"
     """More flags for ppo_rlhf.py, the same for every guard."""
 
 
-def run(seed: int, flags: list[str]) -> tuple[list[dict], list[str]]:
-    """One run of ppo_rlhf.py -> its lines of metrics.jsonl, and its warnings."""
+def run(seed: int, flags: list[str]) -> list[dict]:
+    """One run of ppo_rlhf.py -> its lines of metrics.jsonl."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "ppo_rlhf.py"), "--seed", str(seed)]
         command += ["--output-dir", f"{folder}/run", *flags]
-        done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
-        lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
-    return lines, [line for line in done.stdout.splitlines() if line.startswith(("warning:", "stopped"))]
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+        return [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
 
 
 def draw(result: dict, path: Path):
@@ -80,10 +79,9 @@ def main(args: Args):
     for guard, flags in GUARDS.items():
         runs[guard] = []
         for seed in args.seeds:
-            lines, warnings = run(seed, f"{args.flags} {flags}".split())
-            steps = lines[1:]
+            steps = run(seed, f"{args.flags} {flags}".split())[1:]
             curves = {key: [line[key] for line in steps] for key in KEYS}
-            runs[guard].append({"seed": seed, "steps": len(steps), "warnings": warnings, "curves": curves})
+            runs[guard].append({"seed": seed, "steps": len(steps), "curves": curves})
         summary[guard] = {}
         for key in KEYS:
             for when, part in (("first", slice(0, 5)), ("last", slice(-5, None))):
@@ -91,7 +89,7 @@ def main(args: Args):
                 spread = float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
                 summary[guard].setdefault(key, {})[when] = {"mean": float(np.mean(means)), "std": spread}
         shown = {key: [round(v["mean"], 3) for v in both.values()] for key, both in summary[guard].items()}
-        print(f"{guard}: {shown}; warnings: {[one['warnings'] for one in runs[guard]]}", flush=True)
+        print(f"{guard}: {shown}", flush=True)
     result = {
         "command": f"python ppo_rlhf.py {args.flags}",
         "guards": GUARDS,

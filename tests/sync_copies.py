@@ -6,8 +6,8 @@ text in both. Edit it in one script, then
     python tests/sync_copies.py grpo.py            # carry grpo.py's version to every script that has the name
     python tests/sync_copies.py grpo.py --check    # only say what differs; exit status 1 when something does
 
-`main` and `Args` are each script's own. The text carried starts at the comment lines directly above the
-definition. What a copied function needs is not imported for it: ruff (F821) finds what is missing.
+`main`, `Args`, `evaluate` and `COLUMNS` are each script's own. The text carried starts at the comment above
+it. What a copied function needs is not imported for it: ruff (F821) finds what is missing.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 RULE = "# " + "-" * 108
 SECTIONS = ["Arguments", "Algorithm", "Training", "Plumbing"]
-OWN = {"main", "Args"}
+OWN = {"main", "Args", "evaluate", "COLUMNS"}  # what a script does, measures and shows is its own
 
 
 class Definition(NamedTuple):
@@ -36,7 +36,8 @@ class Definition(NamedTuple):
 
 def scripts(root: Path = ROOT) -> list[Path]:
     """The *.py files of `root` that define a class `Args` and a function `main`."""
-    return [p for p in sorted(root.glob("*.py")) if OWN <= {d.name for d in definitions_of(p.read_text())}]
+    found = {path: {d.name for d in definitions_of(path.read_text())} for path in sorted(root.glob("*.py"))}
+    return [path for path, names in found.items() if {"main", "Args"} <= names]
 
 
 def sections(source: str) -> list[tuple[str, int]]:

@@ -40,10 +40,9 @@ def class_args(tree: ast.Module) -> ast.ClassDef:
 
 
 def flags(script: Path) -> list[Flag]:
-    """The fields of the script's `Args`, in order, read without importing it.
+    """The fields of the script's `Args`, in order, without importing it.
 
-    The help is the comment behind the field, else the comment lines directly above it. A comment line after
-    an empty line, or first in the class, begins a group: `# Model`.
+    The help stands behind a field, else directly above it. A comment after an empty line begins a group.
     """
     source = script.read_text()
     node, lines, found, group = class_args(ast.parse(source)), source.splitlines(), [], ""
@@ -121,11 +120,9 @@ def table(text: str) -> list[list[str]]:
 
 
 def documented_metrics(script: Path, conditional: bool = True) -> set[str]:
-    """The keys of the "Logged metrics" table of the script's page, or an empty set while there is no page.
+    """The keys of the "Logged metrics" table of the script's page: what is in backticks in its first cells.
 
-    A row's keys are what is in backticks in its first cell. `rewards/<name>/mean` stands for a key per name.
-    A parenthesis after it says when the key is logged, as in "`peak_memory_gb` (CUDA)": such a row is
-    conditional, and `conditional=False` leaves it out.
+    A parenthesis behind a key says when it is logged: `conditional=False` leaves such a row out.
     """
     page = page_of(script)
     rows = table(between(page.read_text(), "metrics") or "") if page.exists() else []
@@ -186,8 +183,7 @@ def outdated(root: Path = ROOT) -> dict[Path, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only report; exit status 1 when outdated")
-    args = parser.parse_args()
-    changes = outdated()
+    args, changes = parser.parse_args(), outdated()
     for path, text in changes.items():
         if not args.check:
             write_atomically(path, text)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -128,16 +129,11 @@ def test_slerp_without_an_arc_is_a_straight_line():
     assert arc([1, 2], [-1, -2], 0.25).tolist() == pytest.approx([0.5, 1])  # antiparallel: no plane is given
     assert arc([0, 0], [4, 8], 0.25).tolist() == [1, 2] and arc([4, 8], [0, 0], 0.25).tolist() == [3, 6]
     assert arc([0, 0], [0, 0], 0.25).tolist() == [0, 0]
-
-
-def test_slerp_near_an_angle_of_zero_is_the_arc_in_paper_and_the_line_in_mergekit():
-    angle = 0.02  # its cosine is 0.9998
+    angle = 0.02  # its cosine is 0.9998: an arc in paper, a line in mergekit
     end, half = [math.cos(angle), math.sin(angle)], [math.cos(angle / 2), math.sin(angle / 2)]
     assert arc([1, 0], end, 0.5).tolist() == pytest.approx(half, abs=1e-6)
     assert math.hypot(*arc([1, 0], end, 0.5).tolist()) == pytest.approx(1, abs=1e-6)
     assert math.hypot(*arc([1, 0], end, 0.5, "mergekit").tolist()) == pytest.approx(half[0], abs=1e-6)
-    there = [math.sin(math.pi / 8) * 4, math.sin(math.pi / 8) * 8]  # of a zero tensor: a right angle
-    assert arc([0, 0], [4, 8], 0.25, "mergekit").tolist() == pytest.approx(there)
 
 
 def test_ties_by_hand():
@@ -177,13 +173,6 @@ def test_threshold_is_the_kth_largest_exactly(kind):
         assert kth_largest(x, [k] * 3).tolist() == x.abs().topk(k).values[:, -1].tolist()
     largest = [row.abs().topk(k).values[-1] for row, k in zip(x, [1, 7, 5000], strict=True)]
     assert kth_largest(x, [1, 7, 5000]).tolist() == largest
-
-
-def test_threshold_of_tiles_is_that_of_the_whole_and_that_of_no_change_beyond_all():
-    x, ks = torch.randn(2, 1000), [100, 300]
-    tiles = merge.kth_largest(lambda upper: sum(merge.magnitude_counts(t, upper) for t in x.split(64, 1)), ks)
-    assert torch.equal(kth_largest(x, ks), tiles)
-    assert kth_largest(vectors([1, math.inf, 0]), [0]).isnan().all()
 
 
 def crumbs(n, density, outliers, compat="paper"):
@@ -267,9 +256,7 @@ def test_model_stock_by_hand():
     assert stock([1, 1], [2, 3], [2, 3]) == pytest.approx([2, 3])  # the same: their mean
     # three, pairwise cosines 0, 0 and 1: mean 1/3, t = 3/3 / (1 + 2/3) = 0.6
     assert stock([0, 0], [3, 0], [0, 3], [0, 3]) == pytest.approx([0.6, 1.2])
-
-
-def test_model_stock_where_the_formula_has_no_value_or_no_bound():
+    # where the formula has no value, or no bound
     assert stock([1, 2], [2, 3], [0, 1]) == [1, 2]  # opposite: 0 / 0
     assert stock([1, 2], [1, 2], [1, 2]) == [1, 2]  # no change at all
     assert stock([1, 2], [1, 2], [3, 2]) == [1, 2]  # one that did not change
@@ -291,8 +278,7 @@ def test_greedy_soup_keeps_what_does_not_make_it_worse():
 @pytest.mark.parametrize("method", sorted(NEEDS_BASE))
 def test_one_model_at_density_one_is_task_arithmetic(method):
     base, model = torch.randn(2, 512, generator=torch.Generator().manual_seed(1))
-    measured = {"lowest": torch.zeros(1)}
-    one = settings(weights=(1.0,), lambda_=0.7)
+    one, measured = settings(lambda_=0.7), {"lowest": torch.zeros(1)}
     merged = merge.merge_tensors(method, base, model[None], one, measured, torch.rand(1, 512))
     assert torch.allclose(merged, base + 0.7 * (model - base), atol=1e-6)
 
@@ -311,7 +297,7 @@ def test_zero_task_vectors_leave_the_base(method, compat, models, run):
 
 
 def in_memory(method, folders, compat="paper", **flags):
-    """The merged tensors from whole tensors: thresholds by topk, angles and norms in float64."""
+    """The merged tensors from whole tensors, thresholds by sorting; slerp and model_stock: test_peers.py."""
     loaded = [load_file(folder / "model.safetensors") for folder in folders]
     densities = (flags.get("density", 0.3), 0.6 if "rule" in flags else flags.get("density", 0.3))
     t, count = flags.get("t", 0.5), len(folders) - 1
@@ -332,13 +318,6 @@ def in_memory(method, folders, compat="paper", **flags):
         if method == "breadcrumbs":
             top = int(0.1 * n)
             measured = {"highest": sizes[:, top], "lowest": sizes[range(count), [top + i for i in last]]}
-        if method == "slerp":
-            a, b = one.double(), others[0].double()
-            angle = torch.arccos((a @ b) / (a.norm() * b.norm())).item()
-            measured["coefficients"] = [math.sin(x * angle) / math.sin(angle) for x in (1 - t, t)]
-        if method == "model_stock":
-            cosine = torch.cosine_similarity(*change.double(), dim=0)
-            measured["ratio"] = (2 * cosine / (1 + cosine)).item() if cosine > 0 else 0.0
         if method.startswith("dare"):
             seed, tile = flags.get("seed", 1), slice(0, n)
             draws = torch.stack([merge.uniform(seed, i, name, tile) for i in range(count)])
@@ -375,17 +354,17 @@ CASES = [
 @pytest.mark.parametrize(("method", "flags", "compat"), CASES)
 def test_streamed_result_is_that_of_whole_tensors(method, flags, compat, models, run, monkeypatch):
     folders = models[:2] if method in ("wise_ft", "slerp") else models[:3]
-    expected = in_memory(method, folders, compat, **flags)
+    expected = {} if method in ("slerp", "model_stock") else in_memory(method, folders, compat, **flags)
     if method == "breadcrumbs":
         flags = flags | {"outliers": 0.1}
     whole = weights(run(method, folders[0], folders[1:], compat=compat, **flags))
-    assert whole.keys() == expected.keys()
     for name in expected:
         assert torch.allclose(whole[name], expected[name], rtol=1e-5, atol=1e-6), name
     monkeypatch.setattr(merge, "TILE", 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     tiled = weights(run(method, folders[0], folders[1:], compat=compat, max_shard_size="40KB", **flags))
-    for name in expected:  # sums over tiles are rounded otherwise
+    assert whole.keys() == tiled.keys()
+    for name in whole:  # sums over tiles are rounded otherwise
         exact = method not in ("slerp", "model_stock") and (compat == "paper" or method == "ties")
         close = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-6}
         assert torch.allclose(tiled[name], whole[name], **close), name
@@ -459,11 +438,6 @@ def head(tensors):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
 
-def other_head(tensors):
-    head(tensors)
-    tensors["lm_head.weight"] += 1
-
-
 def test_heads_tied_stored_twice_and_untied(models, run, tmp_path, capfd):
     twice = changed(tmp_path / "twice", models[1], head)
     assert "lm_head.weight" not in weights(run("wise_ft", models[0], [twice]))
@@ -473,7 +447,7 @@ def test_heads_tied_stored_twice_and_untied(models, run, tmp_path, capfd):
     assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
     line = error_of(lambda: run("linear", None, [models[0], untied[1]]), capfd)
     assert "tie_word_embeddings" in line and "lm_head.weight" in line
-    wrong = changed(tmp_path / "wrong", models[1], other_head)
+    wrong = changed(tmp_path / "wrong", twice, lambda tensors: tensors["lm_head.weight"].add_(1))
     assert "though the config ties them" in error_of(lambda: run("linear", None, [models[0], wrong]), capfd)
 
 
@@ -489,11 +463,9 @@ def test_whole_numbers_are_copied_and_must_agree(models, run, tmp_path, capfd):
     for pair in ([one, other], [one, short], [short, one], [one, counting("float", [3, 7], torch.float32)]):
         line = error_of(lambda pair=pair: run("linear", None, pair), capfd)
         assert "counter" in line and "whole numbers" in line
-    counted = weights(
-        run("ties", long, [changed(tmp_path / "tuned", long, lambda t: t["model.norm.weight"].add_(1))])
-    )
-    plain = changed(tmp_path / "plain", models[0], lambda t: t["model.norm.weight"].add_(1))
-    merged = weights(run("ties", models[0], [plain]))  # whole numbers are not among the changes
+    move = lambda tensors: tensors["model.norm.weight"].add_(1)
+    counted = weights(run("ties", long, [changed(tmp_path / "tuned", long, move)]))
+    merged = weights(run("ties", models[0], [changed(tmp_path / "plain", models[0], move)]))
     assert all(torch.equal(counted[name], merged[name]) for name in merged)
 
 
@@ -526,9 +498,8 @@ def test_mismatched_models_are_one_error_that_lists_all(models, run, tmp_path, c
         assert wanted in line
     llama = changed(tmp_path / "llama", models[1], model_type="llama")
     assert "model_type" in error_of(lambda: run("linear", None, [models[0], llama]), capfd)
-    eight = changed(
-        tmp_path / "eight", models[1], lambda t: t.update(e=torch.zeros(2).to(torch.float8_e4m3fn))
-    )
+    odd = torch.zeros(2).to(torch.float8_e4m3fn)
+    eight = changed(tmp_path / "eight", models[1], lambda tensors: tensors.update(odd=odd))
     assert "F8_E4M3" in error_of(lambda: run("linear", None, [eight]), capfd)
     assert not list(tmp_path.glob("run*"))
     longer = changed(tmp_path / "longer", models[1], rope_theta=123.0)
@@ -550,10 +521,8 @@ def with_tokens(folder, like, *texts, more_rows=None):
 
     changed(folder, like, resize, vocab_size=count + rows)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    like_first = tokenizer["added_tokens"][0]
-    tokenizer["added_tokens"] += [
-        like_first | {"id": count + i, "content": text} for i, text in enumerate(texts) if text
-    ]
+    token, added = tokenizer["added_tokens"][0], tokenizer["added_tokens"]
+    added += [token | {"id": count + i, "content": text} for i, text in enumerate(texts) if text]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
 
@@ -576,14 +545,6 @@ def test_pad_vocab_keeps_the_tokens_that_one_model_added(method, models, run, tm
     assert torch.allclose(merged[:n], mean, atol=1e-6)
     assert (folder / "tokenizer.json").read_bytes() == (added / "tokenizer.json").read_bytes()
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == len(merged)
-
-
-def test_pad_vocab_fills_up_rows_that_are_missing(models, run, tmp_path):
-    shorter = with_tokens(tmp_path / "shorter", models[2], more_rows=-5)
-    merged = weights(run("linear", None, [shorter, models[1]], pad_vocab=True))[EMBEDDING]
-    long, short = (load_file(f / "model.safetensors")[EMBEDDING] for f in (models[1], shorter))
-    assert torch.equal(merged[-5:], long[-5:]) and merged.shape == long.shape
-    assert torch.allclose(merged[:-5], (long[:-5] + short) / 2, atol=1e-7)
 
 
 def test_vocabularies_that_do_not_fit_are_refused(models, run, tmp_path, capfd):
@@ -609,63 +570,46 @@ def test_vocabularies_that_do_not_fit_are_refused(models, run, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("method", ["linear", *sorted(NEEDS_BASE), "slerp"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])
 def test_result_that_is_not_finite_is_refused(method, bad, models, run, tmp_path, capfd):
     def poison(tensors):
-        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = bad
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = bad  # 1e38: beyond float16 for all shares of it
 
     broken = changed(tmp_path / "broken", models[1], poison)
-    density = (
-        {"density": 1.0} if method == "dare_ties" else {}
-    )  # DARE may drop it: then it is not in the result
-    line = error_of(lambda: run(method, models[0], [broken], **density), capfd)
+    # Without these breadcrumbs drops the largest, and DARE may: then it is not in the result.
+    more = {"breadcrumbs": {"outliers": 0.0}}.get(method, {"density": 1.0} if "dare" in method else {})
+    line = error_of(lambda: run(method, models[0], [broken], out_dtype="float16", **more), capfd)
     assert "model.layers.1.mlp.up_proj.weight" in line and "not finite" in line
     assert not list(tmp_path.glob("run*"))
-
-
-def test_overflow_of_the_type_is_refused(models, run, tmp_path, capfd):
-    large = changed(tmp_path / "large", models[1], lambda t: t["model.norm.weight"].add_(1e5))
-    assert "float16" in error_of(lambda: run("linear", None, [large], out_dtype="float16"), capfd)
-    run("linear", None, [large], out_dtype="bfloat16")
 
 
 GREEDY = {"method": "soup", "eval_command": "echo 1 {model}"}
 MISTAKES = [
     ({"method": "ties"}, "needs --base"),
     ({"weights": (1.0,)}, "--weights has 1 numbers for 2 models"),
-    ({"weights": (1.0, -1.0)}, "add up to 0"),
     ({"models": ("0", "1", "2"), "weights": (0.1, 0.2, -0.3)}, "add up to 0"),  # 0.1 + 0.2 > 0.3
     ({"weights": (math.nan, 1.0)}, "--weights nan: Input should be a finite number"),
     ({"models": (), "base": "0"}, "--base without --models"),
     ({"method": "wise_ft", "base": "0", "models": ("1",), "t": math.nan}, "--t nan"),
-    ({"method": "task_arithmetic", "base": "0", "lambda_": math.inf}, "finite number"),
     ({"density": 0.5}, "linear has no density"),
     ({"lambda_": 0.5}, "linear has no lambda"),
-    ({"method": "soup", "weights": (1.0, 2.0)}, "soup has no weight"),
     ({"method": "slerp", "base": "0"}, "one model"),
     ({"method": "model_stock", "base": "0", "models": ("1",)}, "two models or more"),
     ({"method": "ties", "base": "0", "density": 0.0}, "--density 0.0"),
-    ({"method": "ties", "base": "0", "density": 1.5}, "--density 1.5"),
     ({"method": "ties", "base": "0", "rule": ("layers.0.*:density=0.5",)}, "--compat mergekit"),
     ({"method": "ties", "base": "0", "rule": ("*:density=0",)}, "greater than 0"),
     ({"method": "breadcrumbs", "base": "0", "outliers": 1.0}, "--outliers 1.0"),
     ({"rule": ("layers.*:weight",)}, "PATTERN:NAME"),
     ({"rule": ("layers.*:weight=half",)}, "valid number"),
-    ({"rule": ("layers.*:weight=nan",)}, "finite number"),
     ({"rule": ("layers.*:t=0.5",)}, "linear has no t"),
     ({"rule": ("layers.*:weight.3=0.5",)}, "from 1 to 2"),
     ({"rule": ("layers.9.*:weight=0.5",)}, "no tensor matches layers.9.*"),
     ({"eval_command": "echo 1 {model}"}, "--method soup"),
     ({"method": "soup", "eval_command": "echo 1"}, "{model}"),
     (GREEDY | {"eval_command": "echo it broke >&2; false {model}"}, "it broke"),
-    (GREEDY | {"eval_command": "nonesuch {model}"}, "nonesuch"),
-    (GREEDY | {"eval_command": "true {model}"}, "a finite number last"),
     (GREEDY | {"eval_command": "echo {model} nan"}, "a finite number last"),
-    (GREEDY | {"eval_command": "echo {model} good"}, "good"),
-    (GREEDY | {"eval_command": "echo {model} 1; exit 3"}, "exit code 3"),
     ({"max_shard_size": "5 bottles"}, "--max-shard-size 5 bottles"),
     ({"models": ("/nonesuch/folder",)}, "/nonesuch/folder cannot be read"),
-    ({"seed": -1}, "--seed -1"),
 ]
 
 
@@ -692,9 +636,6 @@ def test_broken_file_is_named(name, content, models, run, tmp_path, capfd):
     assert str(broken / name) in error_of(lambda: run("linear", None, [broken, models[0]]), capfd)
 
 
-# The folder of the run --------------------------------------------------------------------------------------
-
-
 def test_folder_that_exists_or_cannot_be_made_is_one_clear_line(models, run, tmp_path, capfd):
     (tmp_path / "file").write_text("important")
     (tmp_path / "mine").mkdir()
@@ -706,27 +647,23 @@ def test_folder_that_exists_or_cannot_be_made_is_one_clear_line(models, run, tmp
     assert (tmp_path / "file").read_text() == (tmp_path / "mine" / "notes").read_text() == "important"
 
 
-def failing(error):
-    def fail(*args, **flags):
-        raise error
-
-    return fail
-
-
 NO_SPACE = "No space left on device"
 FAILURES = [
     ("shutil.disk_usage", lambda path: SimpleNamespace(free=1000), "no room for"),
-    ("os.fsync", failing(OSError(28, NO_SPACE)), NO_SPACE),
-    ("save_file", failing(merge.SafetensorError(f"I/O error: {NO_SPACE} (os error 28)")), NO_SPACE),
-    ("shutil.copymode", failing(OSError(5, "Input/output error", "/its/name")), "error: /its/name: Input"),
+    ("os.fsync", Mock(side_effect=OSError(28, NO_SPACE)), NO_SPACE),
+    ("save_file", Mock(side_effect=merge.SafetensorError(f"I/O error: {NO_SPACE} (os error 28)")), NO_SPACE),
+    (
+        "shutil.copymode",
+        Mock(side_effect=OSError(5, "Input/output error", "/its/name")),
+        "error: /its/name: Input",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("name", "function", "wanted"), FAILURES, ids=[case[0] for case in FAILURES])
 def test_full_disk_is_one_clear_line(name, function, wanted, models, run, tmp_path, capfd, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(f"merge.{name}", function)
-        assert wanted in error_of(lambda: run("linear", None, models[:2]), capfd)
+    monkeypatch.setattr(f"merge.{name}", function)
+    assert wanted in error_of(lambda: run("linear", None, models[:2]), capfd)
     assert not list(tmp_path.iterdir())
 
 
@@ -759,19 +696,17 @@ def test_killed_half_way_there_is_no_model_and_interrupted_nothing(models, tmp_p
     assert done.returncode == 2 and done.stderr.endswith("out: File exists\n")
 
 
-def test_weights_are_on_disk_before_the_folder_has_its_name(models, run, monkeypatch):
-    synced, fsync, rename, renamed = set(), merge.os.fsync, merge.Path.rename, []
-    monkeypatch.setattr(merge.os, "fsync", lambda fd: (synced.add(merge.os.fstat(fd).st_ino), fsync(fd)))
+def test_weights_are_on_disk_before_the_folder_has_its_name(models, run, tmp_path, monkeypatch):
+    synced, fsync = set(), merge.os.fsync
 
-    def checked(folder, target):
-        assert not target.exists() and (folder / "config.json").exists()
-        assert {path.stat().st_ino for path in folder.glob("*.safetensors")} <= synced
-        renamed.append(target.name)
-        return rename(folder, target)
+    def watched(handle):
+        assert not (tmp_path / "run0" / "model").exists()
+        synced.add(merge.os.fstat(handle).st_ino)
+        fsync(handle)
 
-    monkeypatch.setattr(merge.Path, "rename", checked)
+    monkeypatch.setattr(merge.os, "fsync", watched)
     folder = run("linear", None, models[:2], max_shard_size="60KB")
-    assert renamed == ["model"]
+    assert {path.stat().st_ino for path in (folder / "model").glob("*.safetensors")} == synced
     assert {path.name for path in folder.iterdir()} == {"args.json", "merge.py", "model"}
 
 
@@ -794,10 +729,7 @@ def test_rules_hold_for_the_tensors_that_match_and_the_last_one_counts():
     assert found["model.layers.2.mlp.up.weight"].weights == (1.0, 1.0)
     assert resolve("*:weight=0.25")["lm_head.weight"].weights == (0.25, 0.25)
     assert resolve(weights=(2.0, 3.0))["lm_head.weight"].weights == (2.0, 3.0)
-
-
-def test_several_values_are_a_line_over_the_layers():
-    found = resolve("*:lambda=0,1,0.5")
+    found = resolve("*:lambda=0,1,0.5")  # a line over the layers
     assert [found[f"model.layers.{i}.mlp.up.weight"].lambda_ for i in range(5)] == [0, 0.5, 1, 0.75, 0.5]
     assert found["model.embed_tokens.weight"].lambda_ == 0
     assert found["model.norm.weight"].lambda_ == found["lm_head.weight"].lambda_ == 0.5
@@ -816,11 +748,8 @@ print(float(-abs(one - 1.5).mean() if len(sys.argv) < 3 else one.mean()))
 
 def test_greedy_soup_by_an_evaluation_command(models, run, tmp_path, capfd):
     (tmp_path / "score.py").write_text(SCORE)
-    norms = [1.0, 2.0, 3.0, 4.0]
-    folders = [
-        changed(tmp_path / f"norm {v}", models[0], lambda t, v=v: t["model.norm.weight"].fill_(v))
-        for v in norms
-    ]
+    fill = lambda value: lambda tensors: tensors["model.norm.weight"].fill_(value)
+    folders = [changed(tmp_path / f"norm {v}", models[0], fill(v)) for v in (1.0, 2.0, 3.0, 4.0)]
     command = f"{sys.executable} {tmp_path / 'score.py'} {{model}}"
     # 1 and 2 are both 0.5 away from 1.5, their mean is there; 3 and 4 make it worse
     folder = run("soup", None, folders[::-1], eval_command=command)
@@ -838,10 +767,8 @@ def test_report_has_the_norms_and_cosines_of_the_task_vectors(models, tmp_path, 
     summary = merge.main(merge.Args(**chosen, output_dir=str(tmp_path / "run")))
     assert metric_differences(ROOT / "merge.py", set(summary)) == []
     kinds = json.loads((tmp_path / "run" / "report.json").read_text())["kinds"]
-    tensors, kind = (
-        [load_file(f / "model.safetensors") for f in models[:3]],
-        "model.layers.*.mlp.up_proj.weight",
-    )
+    tensors = [load_file(folder / "model.safetensors") for folder in models[:3]]
+    kind = "model.layers.*.mlp.up_proj.weight"
     for name, members in (("all", list(tensors[0])), (kind, [kind.replace("*", i) for i in "01"])):
         base, *others = (torch.cat([x[member].flatten() for member in members]).double() for x in tensors)
         one, two = others[0] - base, others[1] - base
@@ -850,9 +777,6 @@ def test_report_has_the_norms_and_cosines_of_the_task_vectors(models, tmp_path, 
         assert found == pytest.approx([x.item() for x in expected], rel=1e-4, abs=1e-5)
     assert summary["cosine/1-2"] == kinds["all"]["cosine"]["1-2"]
     assert f"1-2 {summary['cosine/1-2']:+.3f}" in capfd.readouterr().out
-
-
-# The command line -------------------------------------------------------------------------------------------
 
 
 def test_default_run_merges_half_way_from_base_to_sft(tiny, tmp_path):
@@ -868,13 +792,9 @@ def test_default_run_merges_half_way_from_base_to_sft(tiny, tmp_path):
 
 
 def test_mistakes_come_before_anything_slow_and_transformers_is_not_needed(tmp_path):
-    for flags, wanted in (
-        (["--method", "ties", "--models", "a"], "--base"),
-        (["--density", "2"], "--density"),
-    ):
+    for flags in (["--method", "ties", "--models", "a"], ["--density", "2"]):
         done = start(sys.executable, ROOT / "merge.py", *flags, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
-        assert done.stderr.startswith("error: ") and wanted in done.stderr
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
     code = "import sys, merge; print([m for m in ('transformers', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"

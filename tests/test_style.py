@@ -26,6 +26,11 @@ LIMITS |= {"grpo": 930, "dapo": 930, "rloo_remax": 930, "online_dpo": 980, "dist
 LIMITS |= {"rejection_sampling": 800, "constitutional_ai": 800, "evaluate": 800}
 # Flags whose help and type depend on the method: beta weighs a KL, or is an inverse temperature, tau, lambda.
 METHOD_FLAGS = {"beta", "loss", "loss_agg", "algorithm", "label_smoothing", "reward", "epsilon_high", "gamma"}
+METHOD_FLAGS |= {
+    "num_generations",
+    "temperature",
+    "max_completion_length",
+}  # may be 0 where none is trained on
 # Names that say nothing or have another name in this house; what a function of Algorithm knows nothing of.
 UNUSED = r"(loss|tmp|temp)\d+|tmp|data|mask|per_token_logps|response_ids|action_mask|cliprange|clip_coef"
 IMPURE = r"(args|device|print|open|logging|logger|wandb|tqdm|dist|torch\.(cuda|distributed))\b.*|'(cuda|cpu)'"
@@ -87,8 +92,8 @@ def reads(node, owner, own=()):
         )  # a row may be dropped by raising
         if isinstance(child, ast.If) and re.match(checks, ast.unparse(child.body[0])):
             child = ast.Module(child.orelse, [])
-        targets = [ast.unparse(target).split(".")[-1] for target in getattr(child, "targets", [])]
-        yield from reads(child, owner, [*own, *targets])
+        stored = [ast.unparse(target).partition(".")[2] for target in getattr(child, "targets", [])]
+        yield from reads(child, owner, [*own, *stored])
 
 
 def flag_use(path):

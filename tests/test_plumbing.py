@@ -1,0 +1,414 @@
+"""What is the same text in every training script, tested once, in sft.py: folders, files, flags, stops."""
+
+import gzip
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import pytest
+import torch
+from conftest import ROOT, start
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM, Gemma2Config
+
+import sft
+
+ROWS = [
+    {"question": f"What is {i} and 2?", "answer": f"{i} and 2 are {i + 2}\n#### {i + 2}"} for i in range(12)
+]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A run takes SIGTERM and Ctrl-C; behind it they are pytest's again."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def flags(random_model, tmp_path, one_cpu):
+    """flags(**changes): of a run of 3 steps with checkpoints at every step, into tmp_path/run."""
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    small = {"model": str(random_model), "dataset": (path,), "output_dir": str(tmp_path / "run")}
+    small |= {
+        "batch_size": 4,
+        "max_steps": 3,
+        "save_every": 1,
+        "warmup_steps": 0,
+        "learning_rate": 1e-3 + 1e-9,
+    }
+    return lambda **changes: small | changes
+
+
+@pytest.fixture
+def train(flags, tmp_path):
+    def run(**changes):
+        sft.main(sft.Args(**flags(**changes)))
+        return tmp_path / "run", read_lines(tmp_path / "run" / "metrics.jsonl")
+
+    return run
+
+
+@pytest.fixture
+def refused(flags, capsys, monkeypatch):
+    """refused(pattern, **flags): one line on stderr, exit code 2, before a model is loaded."""
+
+    def run(pattern, **changes):
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            sft.main(sft.Args(**flags(**changes)))
+        told = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and len(told) == 1, told
+        assert re.search(f"^error: .*{pattern}", told[0]), told
+
+    return run
+
+
+# Flags and folders ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pattern, changes",
+    [
+        (r"--batch-size 0: Input should be greater than 0", {"batch_size": 0}),
+        (r"--max-grad-norm nan: Input should be greater than 0", {"max_grad_norm": math.nan}),
+        (r"--adam-betas 1\.0: Input should be less than 1", {"adam_betas": (1.0, 0.9)}),
+        (r"--lr-schedule none: Input should be 'linear', 'cosine' or 'constant'", {"lr_schedule": "none"}),
+        (r"--chat-template nowhere: Path does not point to a file", {"chat_template": "nowhere"}),
+        (r"--dataset-weights -1\.0: Input should be greater than 0", {"dataset_weights": (-1.0,)}),
+        (r"2 --dataset-weights for 1 datasets", {"dataset_weights": (1, 2)}),
+        (r"--resume needs --output-dir", {"resume": True, "output_dir": None}),
+        (r"--resume: .*run holds no run", {"resume": True}),
+        (r"--model no/such_model", {"model": "no/such_model"}),
+        (r"--max-length 9999999: the model has \d+ positions", {"max_length": 9999999}),
+        (r"nowhere\.jsonl cannot be loaded: FileNotFoundError", {"dataset": ("nowhere.jsonl",)}),
+        (r"nowhere\.jsonl cannot be loaded: FileNotFoundError", {"eval_dataset": "nowhere.jsonl"}),
+        (r"no/where cannot be loaded", {"dataset": ("no/where",)}),
+        (r"--output-dir /dev/null/run: Not a directory", {"output_dir": "/dev/null/run"}),
+    ],
+)
+def test_mistakes_are_one_line_before_a_model_is_loaded(refused, pattern, changes):
+    refused(pattern, **changes)
+
+
+def test_command_line_tells_a_mistake_in_one_line(tmp_path):
+    for words, told in (
+        (["--batch-size", "0"], "error: --batch-size 0:"),
+        (["--model", "x"], "error: --model x"),
+    ):
+        done = start(sys.executable, ROOT / "sft.py", *words, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.startswith(told) and len(done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.rglob("*") if path.name != "runs"] == []  # no empty run is left
+
+
+def test_existing_folder_is_never_written_into(refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    write_rows(tmp_path / "run" / "train.jsonl", [{"step": i} for i in range(40)])
+    refused(r"run: File exists; name a new one, or --resume the run in it")
+    refused(r"holds no run", resume=True)
+    assert len(read_lines(tmp_path / "run" / "train.jsonl")) == 40
+
+
+def test_two_runs_started_at_once_have_two_folders(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "now")
+    sft.setup_distributed()
+    folders = []
+    for process in (1, 2):
+        monkeypatch.setattr(sft.os, "getpid", lambda process=process: process)
+        folders.append(sft.choose_output_dir(sft.Args(**flags(output_dir=None))))
+    assert len({path.name for path in folders}) == 2 and all(path.is_dir() for path in folders)
+
+
+@pytest.mark.parametrize(
+    "pattern, changes",
+    [
+        (r"--resume: model was .* and is .*", {"model": "tiny/base"}),
+        (r"--resume: dataset was .* and is .*", {"dataset": ("tiny/data/sft_train.jsonl",)}),
+        (r"--resume: seed was 1 and is 2", {"seed": 2}),
+        (r"--resume: script was grpo.py and is sft.py", {}),
+        (r"is finished: step 3 of 3; a larger --max-steps goes on", {}),
+        (r"is finished: step 3 of 2", {"max_steps": 2}),
+    ],
+)
+def test_another_run_is_not_continued(train, flags, capsys, tmp_path, pattern, changes):
+    folder, lines = train()
+    if "script" in pattern:
+        begun = json.loads((folder / "args.json").read_text())
+        (folder / "args.json").write_text(json.dumps(begun | {"script": "grpo.py"}))
+    model = (folder / "model" / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        sft.main(sft.Args(**flags(resume=True, **changes)))
+    assert stop.value.code == 2 and re.search(f"error: .*{pattern}", capsys.readouterr().err)
+    assert read_lines(folder / "metrics.jsonl") == lines
+    assert (folder / "model" / "model.safetensors").read_bytes() == model
+
+
+def test_changed_flags_of_a_continued_run_are_told_and_recorded(train, capsys):
+    train(lr_schedule="constant")
+    capsys.readouterr()
+    folder, lines = train(lr_schedule="constant", max_steps=5, log_every=1, resume=True)
+    out = capsys.readouterr().out
+    assert "--resume: max_steps was 3 and is 5" in out and "--resume: log_every was 10 and is 1" in out
+    assert json.loads((folder / "args.json").read_text())["max_steps"] == 5
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
+
+
+def test_finished_run_without_checkpoints_is_not_begun_anew(train, flags, capsys):
+    folder, lines = train(save_every=0)
+    with pytest.raises(SystemExit):
+        sft.main(sft.Args(**flags(save_every=0, max_steps=4, resume=True)))
+    assert "no checkpoint that can be read" in capsys.readouterr().err
+    assert read_lines(folder / "metrics.jsonl") == lines
+
+
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_damaged_last_checkpoint_falls_back_to_the_one_before(train, flags, capsys, how):
+    folder, lines = train()
+    shutil.rmtree(folder / "model")
+    last = folder / "checkpoints" / "step_00000003"
+    for path in last.glob("*.distcp"):
+        path.write_bytes(path.read_bytes()[:100]) if how == "cut" else path.unlink()
+    capsys.readouterr()
+    again = train(resume=True)[1]
+    out = capsys.readouterr().out
+    assert "trying the one before" in out and "continuing from" in out and "step_00000002" in out
+    keys = ("step", "loss", "grad_norm", "num_tokens")
+    assert [[x.get(k) for k in keys] for x in again] == [[x.get(k) for k in keys] for x in lines]
+    for path in (folder / "checkpoints").rglob("*.distcp"):
+        path.unlink()
+    shutil.rmtree(folder / "model")
+    with pytest.raises(SystemExit):
+        train(resume=True)
+    assert "no checkpoint that can be read" in capsys.readouterr().err
+
+
+def test_torn_last_line_does_not_stop_a_run_from_continuing(train):
+    folder, lines = train(max_steps=2)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "prom')
+    shutil.rmtree(folder / "model")
+    assert train(max_steps=2, resume=True)[1] == lines
+
+
+def test_full_disk_is_one_line(flags, tmp_path):
+    (tmp_path / "flags.json").write_text(json.dumps(flags(dataset="rows.jsonl")))
+    program = f"""
+import json, runpy, sys
+import torch.distributed.checkpoint as dcp
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+dcp.save = full
+flags = json.load(open("flags.json"))
+sys.argv = ["sft.py", *(f"--{{k.replace('_', '-')}}={{v}}" for k, v in flags.items())]
+runpy.run_path({str(ROOT / "sft.py")!r}, run_name="__main__")
+"""
+    done = start(sys.executable, "-c", program, cwd=tmp_path)
+    told = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert done.returncode == 2 and len(told) == 1 and "no space left on the device" in told[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_before_training_ends_quietly(tmp_path):
+    program = "import os, signal, sft; sft.setup_distributed(); os.kill(os.getpid(), signal.SIGINT)"
+    done = start(sys.executable, "-c", program, cwd=tmp_path)
+    assert done.returncode == 130 and done.stderr == ""
+
+
+def test_failure_of_any_process_is_told(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    sft.say("not from the second process")
+    with pytest.raises(SystemExit):
+        sft.fail("seen")
+    assert capsys.readouterr() == ("", "error: seen\n")
+
+
+def test_signal_to_one_process_stops_all_with_one_checkpoint(flags, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import os, signal, sft
+import torch.distributed as dist
+
+log = sft.Logger.log
+
+def log_and_terminate(self, metrics, *rest):
+    log(self, metrics, *rest)
+    if metrics["step"] == 1 and dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+sft.Logger.log = log_and_terminate
+sft.main(sft.Args(**{flags(save_every=0, batch_size=1)!r}))
+""")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = start(*torchrun, program, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_advice_on_the_learning_rate_of_another_model(flags, capsys):
+    sft.Args(**flags(learning_rate=sft.Args.learning_rate))
+    assert "suits tiny/; models of billions take 1e-5" in capsys.readouterr().out
+    sft.Args(**flags(learning_rate=1e-5)), sft.Args()
+    assert capsys.readouterr().out == ""
+
+
+def test_wandb_is_imported_only_on_request(flags, tmp_path):
+    program = f"""
+import sys, sft
+flags = {flags(save_every=0, max_steps=1)!r}
+sft.main(sft.Args(**flags | dict(output_dir="without")))
+assert "wandb" not in sys.modules
+sft.main(sft.Args(**flags | dict(output_dir="with", wandb=True)))
+assert "wandb" in sys.modules
+"""
+    done = start(sys.executable, "-c", program, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "with" / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_step_that_is_not_finite_ends_the_run_before_its_update(train, monkeypatch, capsys, tmp_path):
+    calls, sft_loss = [], sft.sft_loss
+    monkeypatch.setattr(
+        sft, "sft_loss", lambda *x: calls.append(0) or sft_loss(*x) * (math.nan if len(calls) > 1 else 1)
+    )
+    with pytest.raises(SystemExit) as stop:
+        train()
+    assert stop.value.code == 2 and "step 2: loss nan" in capsys.readouterr().err
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+# Models -----------------------------------------------------------------------------------------------------
+
+
+def test_dtype_and_processes_decide_whether_a_model_is_sharded(flags):
+    device = sft.setup_distributed()
+    for dtype, frozen, sharded in (("float32", False, 0), ("bfloat16", False, 1), ("bfloat16", True, 0)):
+        args = sft.Args(**flags(dtype=dtype))
+        model = sft.load_model(args.model, args, device, frozen=frozen)
+        assert isinstance(model, FSDPModule) == sharded and model.stored_dtype == torch.bfloat16
+        assert model.dtype == (torch.bfloat16 if frozen else torch.float32)
+        assert all(p.requires_grad != frozen for p in model.parameters())
+
+
+def test_soft_capped_model_is_refused_by_name(flags, random_model, tmp_path, capsys):
+    folder = tmp_path / "gemma2"
+    shutil.copytree(random_model, folder)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    config = Gemma2Config(
+        vocab_size=500, intermediate_size=64, num_key_value_heads=2, pad_token_id=0, **sizes
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with pytest.raises(SystemExit):
+        sft.main(sft.Args(**flags(model=str(folder))))
+    assert re.search(r"error: .*gemma2: .*use --attn eager", capsys.readouterr().err)
+    sft.main(sft.Args(**flags(model=str(folder), attn="eager", output_dir=str(tmp_path / "eager"))))
+
+
+# Files ------------------------------------------------------------------------------------------------------
+
+
+def test_files_of_every_kind_hold_the_same_rows(tmp_path, one_cpu):
+    rows = [
+        {"prompt": "The sky is", "completion": " blue."},
+        {"prompt": "Be", "completion": " brief, déjà\u2028"},
+    ]
+    files = [
+        tmp_path / f"same.{kind}" for kind in ("jsonl", "json", "parquet", "csv", "jsonl.gz", "bom.jsonl")
+    ]
+    write_rows(files[0], rows)
+    files[1].write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(files[2])
+    table.to_csv(files[3])
+    with gzip.open(files[4], "wt", encoding="utf-8") as file:
+        file.write(files[0].read_text(encoding="utf-8"))
+    files[5].write_text(files[0].read_text(encoding="utf-8"), encoding="utf-8-sig")
+    datasets.DatasetDict(train=table).save_to_disk(tmp_path / "saved")
+    for path in (*files, tmp_path / "saved"):
+        assert sft.load_rows(str(path), "train", None) == rows, path
+
+
+def test_empty_cells_are_empty_texts_and_numbers_stay_whole(tmp_path):
+    (tmp_path / "rows.csv").write_text("question,answer\na,3\n,4\nb,\n")
+    rows = sft.load_rows(str(tmp_path / "rows.csv"), "train", None)
+    assert [str(row["answer"]) for row in rows] == ["3", "4", ""] and rows[1]["question"] == ""
+
+
+def test_rows_of_unlike_types_share_a_file(tmp_path):
+    rows = [{"prompt": "a", "answer": 1}, {"prompt": [{"role": "user", "content": "a"}], "answer": None}]
+    read = sft.load_rows(write_rows(tmp_path / "rows.jsonl", rows), "train", None)
+    assert [row["prompt"] for row in read] == [row["prompt"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n'),
+        ("a.json", b'[{"text": "a"}, '),
+        ("a.parquet", b"PAR1"),
+        ("a.jsonl", b""),
+    ],
+)
+def test_broken_files_are_named(tmp_path, capsys, name, content, refused):
+    (tmp_path / name).write_bytes(content)
+    refused(rf"{name} (cannot be loaded|: hardly a row|: .*empty)", dataset=(str(tmp_path / name),))
+
+
+def test_tiny_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sft.located("tiny/base") == str(ROOT / "tiny" / "base")
+    assert sft.located("openai/gsm8k") == "openai/gsm8k"
+    (tmp_path / "tiny" / "base").mkdir(parents=True)
+    assert sft.located("tiny/base") == "tiny/base"  # one's own comes first
+
+
+def test_report_of_dropped_rows(capsys):
+    sft.report_dropped("d", 10, {"too long": [3, 4], "empty": [7]})
+    assert capsys.readouterr().out.splitlines() == [
+        "d: 2 rows dropped, first row 3: too long",
+        "d: 1 rows dropped, first row 7: empty",
+    ]
+    for rows, dropped in ((3, {"empty": [1, 2]}), (0, {})):
+        with pytest.raises(SystemExit):
+            sft.report_dropped("d", rows, dropped)
+
+
+def test_gsm8k_is_read_as_conversations(gsm8k, flags, tmp_path):
+    args = sft.Args(**flags())
+    tokenizer = sft.load_tokenizer(args)
+    found = sft.load_sequences(tokenizer, str(gsm8k / "test.jsonl"), "train", args, limit=20)
+    assert len(found) == 20
+    ids, trained = found[0]
+    assert "####" in tokenizer.decode(ids[trained]) and "<|im_start|>user" not in tokenizer.decode(
+        ids[trained]
+    )
+
+
+def test_curves_of_two_runs_are_laid_over_each_other(train, tmp_path):
+    folder, _ = train()
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    command = [sys.executable, ROOT / "benchmarks" / "curves.py", folder, folder]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
