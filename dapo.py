@@ -330,7 +330,7 @@ def main(args: Args) -> dict:
         advantages = group_advantages(groups, args.scale_rewards).flatten().to(device)  # (B,)
 
         # 4. Update: `num_iterations` passes over the rollout, `num_minibatches` updates each
-        usable = torch.tensor([completion.ended or not args.mask_truncated for completion in rollout])  # (B,)
+        usable = torch.tensor([c.ended or not args.mask_truncated for c in rollout], dtype=torch.bool)  # (B,)
         usable &= ~rewards.isnan()  # what is not trained on is in no mean of the loss
         weights, minibatches = torch.zeros(len(rollout), device=device), []  # (B,)
         for part in np.array_split(np.arange(len(rollout)).reshape(groups.shape), args.num_minibatches):

@@ -158,7 +158,7 @@ class Args:
     max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
     batch_size: PositiveInt = 32  # sequences per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 2048  # tokens of a packed row: memory only, never the result
-    num_epochs: PositiveFloat = 3.125  # passes over the training set, in on_policy over the prompts
+    num_epochs: PositiveFloat = 3.125  # passes over the training set
     max_steps: NonNegativeInt = 0  # steps; 0 derives them from --num-epochs
 
     # Evaluation and output
@@ -372,7 +372,7 @@ def main(args: Args) -> dict:
     with_teacher = args.mode != "seq_kd"  # whether the loss needs its distributions, not its answers alone
     num_sampled = round(args.on_policy_fraction * args.batch_size) if args.mode == "on_policy" else 0
     num_given = args.batch_size - num_sampled  # sequences of a batch that are data, not the student's answers
-    vocab_size, prompts, sequences, sources = len(tokenizer), [], [], args.dataset
+    vocab_size, prompts, sources = len(tokenizer), [], args.dataset if num_given else ()
     folder = cache_folder(vocab_size, args, device) if args.cache_top_k or not with_teacher else None
     held_out = load_sequences(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
     if num_sampled or not with_teacher:
@@ -388,8 +388,7 @@ def main(args: Args) -> dict:
     # 0. Teacher: its answers, its likeliest tokens, its score; then it leaves the memory, if no step asks it
     if not with_teacher:
         sources = [teacher_answers(get_teacher, teacher_tokenizer, prompts, folder, output_dir, args, device)]
-    if num_given:
-        sequences = [s for name in sources for s in load_sequences(tokenizer, name, args.dataset_split, args)]
+    sequences = [s for name in sources for s in load_sequences(tokenizer, name, args.dataset_split, args)]
     epoch_size, per_step = (len(prompts), num_sampled) if num_sampled else (len(sequences), num_given)
     total_steps = args.max_steps or max(1, math.ceil(args.num_epochs * epoch_size / per_step))
     given_stream = training_order(len(sequences), total_steps * num_given, args.seed)
@@ -404,8 +403,7 @@ def main(args: Args) -> dict:
         view_of = partial(cached_view, folder, min(args.cache_top_k, vocab_size), vocab_size)
     teacher_metrics = {}
     if held_out and teacher_tokenizer is tokenizer and not args.resume:
-        rates, _ = answer_rates(get_teacher(), tokenizer, held_out, args)
-        teacher_metrics = {f"eval/teacher_{name}": rate for name, rate in rates.items()}
+        teacher_metrics, _ = answer_rates("eval/teacher_", get_teacher(), tokenizer, held_out, args)
     if args.cache_top_k or not with_teacher:
         get_teacher.cache_clear()
         gc.collect()  # FSDP2's modules and hooks hold each other
@@ -531,12 +529,12 @@ def evaluate(student, tokenizer, held_out, view_of, settings, args, device) -> t
         sums += torch.stack([torch.ones_like(terms.ce).sum(), *(term.sum() for term in terms)])
     dist.all_reduce(sums)
     count, *term_sums = sums.tolist()
-    rates, samples = answer_rates(student, tokenizer, held_out, args)
-    metrics = describe(term_sums, count, view_of is not None) | rates if held_out else {}
-    return {f"eval/{name}": value for name, value in metrics.items()}, samples
+    described = describe(term_sums, count, view_of is not None) if held_out else {}
+    rates, samples = answer_rates("eval/", student, tokenizer, held_out, args)
+    return {f"eval/{name}": value for name, value in described.items()} | rates, samples
 
 
-def answer_rates(model, tokenizer, sequences, args) -> tuple[dict, list[dict]]:
+def answer_rates(prefix: str, model, tokenizer, sequences, args) -> tuple[dict, list[dict]]:
     """Share of what sequences ask, before their last trained turn, that a model answers right; samples."""
     questions, metrics, samples = [], {}, []
     for ids, trained in sequences:
@@ -551,7 +549,7 @@ def answer_rates(model, tokenizer, sequences, args) -> tuple[dict, list[dict]]:
             finals = {text.rsplit("####", 1)[-1].strip().replace(",", "") for text in texts}
             sample = {"prompt": prompt, "completion": c.text, "answer": texts[1]}
             samples.append(sample | {"right": len(finals) == 1})  # equal behind GSM8K's mark, or whole
-        metrics[name] = float(np.mean([sample["right"] for sample in samples]))
+        metrics[prefix + name] = float(np.mean([sample["right"] for sample in samples]))
     return metrics, samples
 
 
@@ -880,12 +878,10 @@ def roll_out(policy, tokenizer, prompts, group_size, temperature, seed, args) ->
         numbers = torch.tensor(uniforms[chunk], device=policy.device)
         answers = common.decode(policy, [asked[i].input_ids for i in chunk], numbers, end_ids, temperature)
         sampled |= dict(zip(chunk, answers))
-    sampled, rollout = gather(sampled), []
-    for i, prompt in enumerate(asked):
-        ids, logprobs = sampled[i]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        rollout.append(Completion(prompt, ids, logprobs, text, ended=ids[-1] in end_ids))
-    return rollout
+    sampled = [answer for _, answer in sorted(gather(sampled).items())]  # B, token ids and log-probs
+    texts = tokenizer.batch_decode([ids for ids, _ in sampled], skip_special_tokens=True)
+    answers = zip(asked, sampled, texts)
+    return [Completion(p, ids, logprobs, text, ids[-1] in end_ids) for p, (ids, logprobs), text in answers]
 
 
 def end_tokens(tokenizer, model) -> list[int]:
@@ -1026,7 +1022,8 @@ def teacher_answers(get_teacher, tokenizer, prompts, folder: Path, output_dir: P
         fail("no answer is left to learn from")
     if dist.get_rank() == 0:
         others = ("text", "messages", "conversations", "instruction")  # would be read in place of these two
-        rows = [c.prompt.row | dict.fromkeys(others) | {"completion": c.text} for c in kept]
+        rows = [c.prompt.row | {"completion": c.text} for c in kept]
+        rows = [{name: x for name, x in row.items() if name not in others} for row in rows]
         write_whole(answers_path, "".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
     dist.barrier()
     return str(answers_path)
@@ -1071,7 +1068,9 @@ def save_checkpoint(output_dir: Path, model, optimizer, progress: dict):
     state = {"model": weights, "optimizer": moments, "progress": json.dumps(progress)}
     dcp.save(state, checkpoint_id=folder / "partial")
     if dist.get_rank() == 0:
-        (folder / "partial").rename(folder / f"step_{progress['step']:08d}")  # from here on it counts
+        finished = folder / f"step_{progress['step']:08d}"
+        shutil.rmtree(finished, ignore_errors=True)  # one that was damaged
+        (folder / "partial").rename(finished)  # from here on it counts
         for old in sorted(folder.glob("step_*"))[:-2]:
             shutil.rmtree(old)
     dist.barrier()
@@ -1086,7 +1085,7 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         try:
             dcp.load(state, checkpoint_id=folder)
         except (dcp.api.CheckpointException, OSError) as error:
-            say(f"{folder} is damaged, trying the one before: {error}".splitlines()[-1])
+            say(f"{folder} is damaged, trying the one before: {str(error).splitlines()[-1]}")
             continue
         dcp_state.set_model_state_dict(model, state["model"])
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])

@@ -119,7 +119,7 @@ class Args:
     max_length: PositiveInt = 1024  # longest sequence in tokens; longer ones are dropped and counted
 
     # Loss
-    loss: Literal[MarginLoss, AnswerLoss] = "sigmoid"  # DPO's, or a relative: a function with its paper below
+    loss: MarginLoss | AnswerLoss = "sigmoid"  # DPO's, or a relative: a function with its paper below
     beta: PositiveFloat = 0.5  # tie to the reference: the reward is beta log pi/ref (DPO, TRL: 0.1; 0.5)
     label_smoothing: Fraction = 0.0  # share of labels believed flipped (cDPO, robust); EXO's smoothing (1e-3)
     dpop_lambda: NonNegativeFloat = 50.0  # DPOP's penalty on chosen answers (arXiv:2402.13228: 5 to 500)
@@ -145,7 +145,7 @@ class Args:
     max_completion_length: NonNegativeInt = 128  # longest sampled answer in tokens; 0 samples none
     temperature: NonNegativeFloat = 1.0  # sampling temperature; 0 is greedy
     seed: NonNegativeInt = 1  # of the data order and the sampling
-    output_dir: str | None = None  # folder of the run, which it makes; by default runs/dpo_<seed>_<time>
+    output_dir: str | None = None  # folder of the run; by default runs/<script>_<seed>_<time>
     resume: bool = False  # continue the run in --output-dir from its last checkpoint
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C
     log_every: PositiveInt = 10  # steps between lines on the terminal; metrics.jsonl has one line a step
@@ -886,7 +886,9 @@ def save_checkpoint(output_dir: Path, model, optimizer, progress: dict):
     state = {"model": weights, "optimizer": moments, "progress": json.dumps(progress)}
     dcp.save(state, checkpoint_id=folder / "partial")
     if dist.get_rank() == 0:
-        (folder / "partial").rename(folder / f"step_{progress['step']:08d}")  # from here on it counts
+        finished = folder / f"step_{progress['step']:08d}"
+        shutil.rmtree(finished, ignore_errors=True)  # one that was damaged
+        (folder / "partial").rename(finished)  # from here on it counts
         for old in sorted(folder.glob("step_*"))[:-2]:
             shutil.rmtree(old)
     dist.barrier()
@@ -901,7 +903,7 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         try:
             dcp.load(state, checkpoint_id=folder)
         except (dcp.api.CheckpointException, OSError) as error:
-            say(f"{folder} is damaged, trying the one before: {error}".splitlines()[-1])
+            say(f"{folder} is damaged, trying the one before: {str(error).splitlines()[-1]}")
             continue
         dcp_state.set_model_state_dict(model, state["model"])
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])

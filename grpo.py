@@ -449,8 +449,7 @@ def evaluate(policy, tokenizer, held_out, rewarders, gold_rewarders, args) -> tu
             final_answer = runpy.run_path(located("rewards.py"))["final_answer"]
             finals = [[final_answer(c.text) for c in answers[n : n + k]] for n in range(0, len(answers), k)]
             votes = [line.index(Counter(line).most_common(1)[0][0]) for line in finals]  # arXiv:2203.11171
-            majority = right[range(len(votes)), votes]  # (P,)
-            metrics |= {"pass@k": right.max(1).mean().item(), "maj@k": majority.mean().item()}
+            metrics |= {"pass@k": right.max(1).mean(), "maj@k": right[range(len(votes)), votes].mean()}
     samples = [
         {"prompt": tokenizer.decode(c.prompt.input_ids), "completion": c.text, "reward": reward}
         for c, reward in zip(answers[:: k or 1], rewards[:: k or 1].tolist())
@@ -698,12 +697,10 @@ def roll_out(policy, tokenizer, prompts, group_size, temperature, seed, args) ->
         numbers = torch.tensor(uniforms[chunk], device=policy.device)
         answers = common.decode(policy, [asked[i].input_ids for i in chunk], numbers, end_ids, temperature)
         sampled |= dict(zip(chunk, answers))
-    sampled, rollout = gather(sampled), []
-    for i, prompt in enumerate(asked):
-        ids, logprobs = sampled[i]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        rollout.append(Completion(prompt, ids, logprobs, text, ended=ids[-1] in end_ids))
-    return rollout
+    sampled = [answer for _, answer in sorted(gather(sampled).items())]  # B, token ids and log-probs
+    texts = tokenizer.batch_decode([ids for ids, _ in sampled], skip_special_tokens=True)
+    answers = zip(asked, sampled, texts)
+    return [Completion(p, ids, logprobs, text, ids[-1] in end_ids) for p, (ids, logprobs), text in answers]
 
 
 def pack_siblings(answers, max_tokens: int, multiple_of: int = 1, share: bool = True):
@@ -801,7 +798,9 @@ def save_checkpoint(output_dir: Path, model, optimizer, progress: dict):
     state = {"model": weights, "optimizer": moments, "progress": json.dumps(progress)}
     dcp.save(state, checkpoint_id=folder / "partial")
     if dist.get_rank() == 0:
-        (folder / "partial").rename(folder / f"step_{progress['step']:08d}")  # from here on it counts
+        finished = folder / f"step_{progress['step']:08d}"
+        shutil.rmtree(finished, ignore_errors=True)  # one that was damaged
+        (folder / "partial").rename(finished)  # from here on it counts
         for old in sorted(folder.glob("step_*"))[:-2]:
             shutil.rmtree(old)
     dist.barrier()
@@ -816,7 +815,7 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         try:
             dcp.load(state, checkpoint_id=folder)
         except (dcp.api.CheckpointException, OSError) as error:
-            say(f"{folder} is damaged, trying the one before: {error}".splitlines()[-1])
+            say(f"{folder} is damaged, trying the one before: {str(error).splitlines()[-1]}")
             continue
         dcp_state.set_model_state_dict(model, state["model"])
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])

@@ -137,9 +137,7 @@ class Args:
     max_completion_length: NonNegativeInt = 128  # longest sampled answer in tokens; 0 samples none
     temperature: NonNegativeFloat = 1.0  # sampling temperature; 0 is greedy
     seed: NonNegativeInt = 1  # of the data order and the sampling
-    output_dir: str | None = (
-        None  # folder of the run, which it makes; by default runs/ipo_kto_simpo_orpo_<seed>_<time>
-    )
+    output_dir: str | None = None  # folder of the run; by default runs/<script>_<seed>_<time>
     resume: bool = False  # continue the run in --output-dir from its last checkpoint
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C
     log_every: PositiveInt = 10  # steps between lines on the terminal; metrics.jsonl has one line a step
@@ -213,10 +211,8 @@ def orpo_loss(avg_chosen_logps, avg_rejected_logps, *, beta: float) -> torch.Ten
     """
     sure = -1e-6  # a log-prob above it counts as this: log(1 - p) would have no digits, and no end
     both = (avg_chosen_logps, avg_rejected_logps)
-    chosen, rejected = (
-        logp - torch.log(-torch.expm1(logp.clamp(max=sure))) for logp in both
-    )  # log odds (B,)
-    return -beta * F.logsigmoid(chosen - rejected)
+    log_odds = [logp - torch.log(-torch.expm1(logp.clamp(max=sure))) for logp in both]  # (B,) each
+    return -beta * F.logsigmoid(log_odds[0] - log_odds[1])
 
 
 def preferred(margins: torch.Tensor, tie: float = 1e-4) -> torch.Tensor:
@@ -792,7 +788,9 @@ def save_checkpoint(output_dir: Path, model, optimizer, progress: dict):
     state = {"model": weights, "optimizer": moments, "progress": json.dumps(progress)}
     dcp.save(state, checkpoint_id=folder / "partial")
     if dist.get_rank() == 0:
-        (folder / "partial").rename(folder / f"step_{progress['step']:08d}")  # from here on it counts
+        finished = folder / f"step_{progress['step']:08d}"
+        shutil.rmtree(finished, ignore_errors=True)  # one that was damaged
+        (folder / "partial").rename(finished)  # from here on it counts
         for old in sorted(folder.glob("step_*"))[:-2]:
             shutil.rmtree(old)
     dist.barrier()
@@ -807,7 +805,7 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         try:
             dcp.load(state, checkpoint_id=folder)
         except (dcp.api.CheckpointException, OSError) as error:
-            say(f"{folder} is damaged, trying the one before: {error}".splitlines()[-1])
+            say(f"{folder} is damaged, trying the one before: {str(error).splitlines()[-1]}")
             continue
         dcp_state.set_model_state_dict(model, state["model"])
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])

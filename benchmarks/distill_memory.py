@@ -84,9 +84,14 @@ def measure(args: Args) -> dict:
 
     def cleanpost(count):
         batch = collate([(ids[: count + 1], trained[: count + 1])])
-        teacher = distill.LiveTeacher(teacher_states[:count], (teacher_weight, None, 1.0, None))
+        head = teacher_weight, None, 1.0, None
         return distill.token_divergences(
-            student, batch, teacher, divergence=divergence, temperature=1.0, vocab_size=args.vocab_size
+            student,
+            batch,
+            lambda c, targets, temperature: distill.live_terms(teacher_states[c], head, targets, temperature),
+            divergence=divergence,
+            temperature=1.0,
+            vocab_size=args.vocab_size,
         )[0]
 
     def plain(count):

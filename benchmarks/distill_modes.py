@@ -2,8 +2,9 @@
 
     python benchmarks/distill_modes.py          # seconds; draws docs/img/distill_modes.png
 
-Every run trains on 32 sequences in each of 400 optimizer steps, but for one of 800 (`RUNS` has the flags with
-which benchmarks/learning.py made the results). The last panel has what each cost in all, sampling included.
+Every run trains on 32 sequences in each of its optimizer steps, about 400 but for one of 800 (`RUNS` has the
+flags with which benchmarks/learning.py made the results). The last panel has what each cost in all, sampling
+included.
 """
 
 import json
@@ -19,8 +20,8 @@ RUNS = {  # result: label; flags of learning.py --flags
     "distill_token_kd_long": "token_kd, 800 steps",  # --max-steps 800
     "distill_token_kd_reverse": "token_kd, reverse KL",  # --divergence reverse_kl
     "distill_on_policy": "on_policy, half data",  # --mode on_policy
-    "distill_seq_kd": "seq_kd, right answers",  # --mode seq_kd --reward rewards.py:math_answer
-    "distill_sft": "data alone",  # --mode seq_kd --teacher-data tiny/data/sft_train.jsonl
+    # --mode seq_kd --reward rewards.py:math_answer --cache-top-k 768
+    "distill_seq_kd": "seq_kd, right answers",
 }
 PANELS = {
     "eval/accuracy": "right answers, sampled",
@@ -50,7 +51,9 @@ def main(args: Args):
             panel.plot(curve["steps"], values.T, color=colour, alpha=0.25, linewidth=1)
             panel.plot(curve["steps"], values.mean(0), color=colour, linewidth=2, label=label)
         if metric != "eval/kl_forward":
-            of_teacher = results["distill_sft"]["after"][metric.replace("eval/", "eval/teacher_")]["mean"]
+            of_teacher = results["distill_token_kd_forward"]["after"][
+                metric.replace("eval/", "eval/teacher_")
+            ]["mean"]
             panel.axhline(of_teacher, color="grey", linestyle="--", linewidth=1, label="teacher")
         panel.set(title=title, xlabel="optimizer step", yscale="log" if "kl" in metric else "linear")
         panel.grid(alpha=0.3)

@@ -271,22 +271,16 @@ def test_rewards_of_none_end_the_run_after_the_first_rollout(train, rewards, cap
     assert "nothing: None for every completion of the first rollout" in capsys.readouterr().err
 
 
-def test_what_is_carried_over_has_the_policy_that_sampled_it_as_its_old_one(train, monkeypatch):
-    ratios, gaps, dapo_loss, pack_rollout = [], [], dapo.dapo_loss, dapo.pack_rollout
-
-    def pack(*args):
-        rows = pack_rollout(*args)
-        gaps.append(torch.cat([row.sampler_logprobs for row in rows]))
-        return rows
-
+def test_what_is_carried_over_has_the_policy_that_sampled_it_as_its_old_one(train, rewards, monkeypatch):
+    ratios, dapo_loss = [], dapo.dapo_loss
     spy = lambda ratio, *rest: ratios.append(ratio.detach()) or dapo_loss(ratio, *rest)
-    monkeypatch.setattr(dapo, "pack_rollout", pack)
     monkeypatch.setattr(dapo, "dapo_loss", spy)
-    monkeypatch.setattr(dapo, "with_signal", lambda rewards: torch.arange(len(rewards)) % 2 == 0)
-    train(max_tokens_per_micro_batch=4096, learning_rate=1e-3, max_completion_length=6)
-    first, second = ratios  # a row a step
-    assert (first == 1).all()
-    assert 0 < (second != 1).sum() < len(second) and (second - 1).abs().max() > 0.01
+    monkeypatch.setattr(dapo, "with_signal", lambda rewards: torch.full((len(rewards),), len(rewards) != 4))
+    flags = {"max_tokens_per_micro_batch": 4096, "learning_rate": 1e-3, "max_completion_length": 6}
+    train(reward=rewards("residue"), **flags)
+    first, second = ratios  # a row a step; half of the second is carried over
+    assert (first == 1).all() and (second - 1).abs().max() > 0.01
+    assert len(second) / 4 < (second == 1).sum() < len(second) * 3 / 4
 
 
 # Loss of a step ---------------------------------------------------------------------------------------------
@@ -323,7 +317,10 @@ def assert_same_metrics(one, other, rel, abs_):
             assert line[key] == pytest.approx(wanted[key], rel=rel, abs=abs_), (key, wanted["step"])
 
 
-@pytest.mark.parametrize("flags", [{}, {"num_iterations": 2, "mask_truncated": True, "max_resamples": 1}])
+MASKED = {"num_iterations": 2, "mask_truncated": True, "max_resamples": 1, "max_completion_length": 24}
+
+
+@pytest.mark.parametrize("flags", [{}, MASKED])
 def test_memory_flags_change_nothing(train, flags):
     _, wanted = train(**flags)
     _, found = train(max_tokens_per_micro_batch=64, max_tokens_per_rollout=200, **flags)

@@ -7,8 +7,6 @@ small vocabulary has (see test_grpo.py).
 
 import json
 import math
-import re
-import sys
 import weakref
 from functools import partial
 from pathlib import Path
@@ -16,14 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, start
-from safetensors.torch import load_file
+from conftest import ROOT
 from test_common import HEADS, Head, assert_equal, assert_equal_gradients, build, gradients, make_sequences
 from test_grpo import Table, distance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import distill
-from common import collate, completion_states, head_logits, head_settings, kl_full
+from common import collate, completion_states, head_logits, head_settings
 
 CLOCK = {"tokens_per_second", "step_time", "time/rollout"}  # what no two runs share
 KINDS = {
@@ -79,33 +76,11 @@ def test_divergences_are_the_sums_over_the_vocabulary(kind):
     assert (found - swapped).abs().min() > 1e-3, "the two sides are told apart"
 
 
-def test_kls_are_those_of_common():
-    student, teacher = (random_logits(6, 9, seed=seed).float() for seed in (1, 2))
-    logprobs = student.log_softmax(-1), teacher.log_softmax(-1)
-    assert_equal(distill.forward_kl(*logprobs), kl_full(teacher, student), 1e-6)
-    assert_equal(distill.reverse_kl(*logprobs), kl_full(student, teacher), 1e-6)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_the_slopes_of_the_values(kind):
     student, teacher = random_logits(3, 5, seed=1).requires_grad_(), random_logits(3, 5, seed=2)
     of_logits = lambda logits: KINDS[kind](logits.log_softmax(-1), teacher.log_softmax(-1))
     assert torch.autograd.gradcheck(of_logits, student)
-
-
-def test_gradients_of_the_kls_are_the_formulas():
-    # of KL(T || S): p_S - p_T; of KL(S || T): p_S (log p_S/p_T - KL); with respect to the student's logits
-    logits, teacher = (
-        random_logits(4, 7, seed=1).requires_grad_(),
-        random_logits(4, 7, seed=2).log_softmax(-1),
-    )
-    [found] = torch.autograd.grad(distill.forward_kl(logits.log_softmax(-1), teacher).sum(), logits)
-    p = logits.softmax(-1).detach()
-    assert torch.allclose(found, p - teacher.exp(), atol=1e-12)
-    [found] = torch.autograd.grad(distill.reverse_kl(logits.log_softmax(-1), teacher).sum(), logits)
-    log_ratio = p.log() - teacher
-    wanted = p * (log_ratio - (p * log_ratio).sum(-1, keepdim=True))
-    assert torch.allclose(found, wanted, atol=1e-12)
 
 
 def test_jsd_vanishes_at_its_end_points_like_the_two_kls():
@@ -141,12 +116,6 @@ def test_tokens_that_both_rule_out_count_nothing(kind):
     assert torch.isfinite(gradient).all()
 
 
-def test_teacher_that_rules_out_a_token_gives_a_finite_forward_kl():
-    student, teacher = float64([0.5, 0.25, 0.25]).log(), float64([0.5, 0.5, 0.0]).log()
-    assert distill.forward_kl(student, teacher).item() == pytest.approx(math.log(2) / 2)
-    assert distill.reverse_kl(student, teacher).item() > 1e9
-
-
 # The rest as one bucket -------------------------------------------------------------------------------------
 
 
@@ -168,14 +137,6 @@ def test_divergence_over_buckets_is_never_negative_and_grows_to_the_whole(kind):
     assert values.min() >= 0 and values[0].min() > 1e-6
     assert (values.diff(dim=0) > -1e-12).all()
     assert torch.allclose(values[-1], whole, atol=1e-14) and (values[5] < whole).all()
-
-
-def test_without_the_rest_a_kl_of_likely_tokens_may_be_negative():
-    # What the bucket is for: D14, a teacher's top tokens without the mass behind them.
-    student, teacher = float64([0.6, 0.3, 0.1]).log(), float64([0.5, 0.2, 0.3]).log()
-    kept = torch.tensor([[0, 1]])
-    assert distill.forward_kl(student.gather(-1, kept), teacher.gather(-1, kept)).item() < 0
-    assert distill.forward_kl(*(distill.bucketed(x, kept) for x in (student, teacher))).item() > 0
 
 
 # Both heads in chunks ---------------------------------------------------------------------------------------
@@ -234,21 +195,6 @@ def test_chunked_heads_and_their_gradient_equal_float64_autograd(
         assert [term.requires_grad for term in found] == [True, True, False, False, False, False]
 
 
-@pytest.mark.parametrize("family", ["llama_tied", "phi", "cohere", "gemma3", "granite"])
-def test_chunked_heads_of_real_architectures(family):
-    student, teacher = build(family), build("llama")
-    batch = collate(make_sequences())
-    settings = settings_of(distill.reverse_kl, chunk_size=5)
-    found = distill.token_divergences(student, batch, view_of(teacher, batch), **settings)
-    logits = [
-        head_logits(completion_states(model, batch), *head_settings(model)) for model in (student, teacher)
-    ]
-    wanted = kl_full(logits[0], logits[1].detach())
-    assert_equal(found[0], wanted, 1e-4)
-    assert_equal_gradients(gradients(student, found[0]), gradients(student, wanted), 1e-4)
-    assert all(parameter.grad is None for parameter in teacher.parameters())
-
-
 def test_rows_that_pad_a_table_are_ignored():
     batch = collate(make_sequences())
     student, teacher = build("llama"), build("llama", vocab_size=80)
@@ -274,18 +220,14 @@ def test_row_without_trained_tokens_gives_nothing_and_a_gradient_of_zero():
 
 
 def test_whole_logits_never_exist(monkeypatch):
-    sizes = []
-
-    def spy(hidden, *head):
-        sizes.append(len(hidden))
-        return head_logits(hidden, *head)
-
+    sizes, batch = [], collate(make_sequences())
+    spy = lambda hidden, *head: sizes.append(len(hidden)) or head_logits(hidden, *head)
     monkeypatch.setattr(distill, "head_logits", spy)
-    student, teacher, batch = build("llama"), build("llama"), collate(make_sequences())
-    found = distill.token_divergences(student, batch, view_of(teacher, batch), **settings_of(chunk_size=4))
+    view = view_of(build("llama"), batch)
+    found = distill.token_divergences(build("llama"), batch, view, **settings_of(chunk_size=4))
     once = len(sizes)
     found[0].sum().backward()
-    assert max(sizes) == 4 and len(sizes) == 2 * once  # each chunk of both models again in the backward pass
+    assert max(sizes) == 4 and len(sizes) == 2 * once  # each chunk of both again in the backward pass
 
 
 # Sampled losses ---------------------------------------------------------------------------------------------
@@ -332,30 +274,6 @@ def test_advantages_by_hand():
     assert found.tolist() == [-1 + 0.5 * (1 + 0.5 * 2), 1 + 0.5 * 2, 2, -0.5]
     found = distill.reverse_kl_advantages(logps, teacher_logps, index, 0.0)
     assert found.tolist() == [-1, 1, 2, -0.5]
-
-
-# Mode seeking and mode covering -----------------------------------------------------------------------------
-
-
-def fit(kind):
-    """The bump, of all means and widths on a grid, that is closest to two bumps on 41 places: mean, width."""
-    places = torch.arange(41, dtype=torch.float64) - 20
-    means, widths = (x.flatten()[:, None] for x in torch.meshgrid(places, 0.25 * places[21:], indexing="ij"))
-    bump = lambda mean, width: (-((places - mean) ** 2) / (2 * width**2)).log_softmax(-1)
-    teacher = torch.logaddexp(bump(-8, 2) + math.log(0.6), bump(8, 2) + math.log(0.4))
-    students = bump(means, 2 * widths)
-    best = kind(students, teacher.expand_as(students)).argmin()
-    return means[best].item(), 2 * widths[best].item()
-
-
-def test_forward_kl_covers_both_modes_and_reverse_kl_seeks_one():
-    # The moments of the mixture: mean 0.6 x -8 + 0.4 x 8 = -1.6, variance 4 + 64 - 1.6^2, so 8.1 wide, about
-    # which the edge of the places cuts the bump; and the higher of the two bumps.
-    mean, width = fit(distill.forward_kl)
-    assert -4 < mean < 0 and 7.5 < width
-    assert fit(distill.reverse_kl) == (-8, 2)
-    assert fit(partial(distill.jsd, beta=0.01))[1] > 7.5
-    assert fit(partial(distill.jsd, beta=0.99)) == (-8, 2)
 
 
 # Short runs -------------------------------------------------------------------------------------------------
@@ -471,16 +389,6 @@ def test_loss_and_gradient_of_a_step_are_those_of_the_stock_models(train, flags_
         assert line[f"kl_{name[:7]}"] == pytest.approx(line["loss"], rel=1e-5)
 
 
-def test_gradient_keeps_its_size_with_the_temperature_squared():
-    # Hinton et al., Eq. 4: at high T the gradient goes to (z_S - z_T) / (V T^2), of centred logits z.
-    logits, teacher = random_logits(5, 8, seed=1).requires_grad_(), random_logits(5, 8, seed=2)
-    temperature = 1e4
-    divergence = distill.forward_kl(*((x / temperature).log_softmax(-1) for x in (logits, teacher)))
-    [found] = torch.autograd.grad(temperature**2 * divergence.sum(), logits)
-    centred = [x - x.mean(-1, keepdim=True) for x in (logits.detach(), teacher)]
-    assert torch.allclose(found, (centred[0] - centred[1]) / 8, atol=1e-3)
-
-
 def test_held_out_metrics_are_those_of_the_stock_models(train, flags_of):
     train(max_steps=1)
     held_out = encoded(tiny_rows("sft_eval", 4))
@@ -489,20 +397,6 @@ def test_held_out_metrics_are_those_of_the_stock_models(train, flags_of):
         assert train.start[f"eval/{key}"] == pytest.approx(loss, rel=1e-4)
     assert train.start["eval/ce"] > 0.9 > 0.3 > train.start["eval/teacher_ce"] > 0
     assert train.start["eval/teacher_greedy_accuracy"] > train.start["eval/greedy_accuracy"]
-
-
-def test_student_that_is_its_teacher_has_nothing_to_learn(train):
-    _, lines = train(model="tiny/sft", learning_rate=1e-6)
-    assert train.start["eval/kl_forward"] < 1e-6 and train.start["eval/token_agreement"] == 1
-    assert train.start["eval/ce"] == pytest.approx(train.start["eval/teacher_ce"], rel=1e-6)
-    assert lines[0]["loss"] == pytest.approx(0, abs=1e-6)
-    assert train.start["eval/accuracy"] == train.start["eval/teacher_accuracy"]
-
-
-def test_a_few_steps_bring_the_student_nearer(train):
-    for flags in ({}, {"mode": "on_policy"}, {"divergence": "reverse_kl", "cache_top_k": 4}):
-        _, lines = train(max_steps=12, learning_rate=1e-3, **flags)
-        assert lines[-1]["eval/kl_forward"] < 0.9 * train.start["eval/kl_forward"], flags
 
 
 OBJECTIVES = {
@@ -516,36 +410,15 @@ OBJECTIVES = {
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_memory_flags_change_nothing_and_bound_rows(train, monkeypatch, name):
     sizes, collate_row = [], distill.collate
-    monkeypatch.setattr(
-        distill,
-        "collate",
-        lambda s, device: sizes.append(sum(len(ids) for ids, _ in s)) or collate_row(s, device),
-    )
+    spy = lambda row, device: sizes.append(sum(len(ids) for ids, _ in row)) or collate_row(row, device)
+    monkeypatch.setattr(distill, "collate", spy)
     flags = {"eval_dataset": None, "max_steps": 1} | OBJECTIVES[name]
     _, lines = train(**flags)
-    for changes in (
-        {"max_tokens_per_micro_batch": 200, "max_tokens_per_rollout": 500},
-        {"max_tokens_per_micro_batch": 4096, "gradient_checkpointing": True},
-    ):
+    small = {"max_tokens_per_micro_batch": 200, "max_tokens_per_rollout": 500}
+    for changes in (small, {"max_tokens_per_micro_batch": 4096, "gradient_checkpointing": True}):
         sizes.clear()
-        _, others = train(**flags, **changes)
-        assert_same_metrics(others, lines, rel=1e-4, abs_=1e-5)
+        assert_same_metrics(train(**flags, **changes)[1], lines, rel=1e-4, abs_=1e-5)
         assert max(sizes) <= changes["max_tokens_per_micro_batch"]
-
-
-@pytest.mark.parametrize("flags", [{"mode": "seq_kd", "answers_per_prompt": 1}, {"cache_top_k": 5}], ids=str)
-def test_continued_run_equals_one_that_never_stopped(train, flags, tmp_path):
-    flags = flags | {"max_steps": 4, "save_every": 2, "eval_every": 2, "max_completion_length": 40}
-    whole, lines = train(**flags)
-    part, _ = train(**flags, output_dir=str(tmp_path / "part"))
-    for path in (part / "checkpoints" / "step_00000004", part / "model"):
-        path.rename(tmp_path / path.name)
-    train(**flags, output_dir=str(part), resume=True)
-    continued = read_lines(part / "metrics.jsonl")[1:]
-    strip = lambda line: {key: value for key, value in line.items() if key not in CLOCK}
-    assert [strip(line) for line in continued] == [strip(line) for line in lines]
-    one, other = (load_file(folder / "model" / "model.safetensors") for folder in (whole, part))
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_epochs_are_passes_over_what_a_mode_goes_through(train):
@@ -558,7 +431,7 @@ def test_epochs_are_passes_over_what_a_mode_goes_through(train):
     assert args.max_steps == 0 and args.num_epochs * 4096 / args.batch_size == 400  # tiny's sequences
 
 
-# bfloat16 under FSDP2, a group of one process -----------------------------------------------------------------
+# bfloat16 under FSDP2, a group of one process ---------------------------------------------------------------
 
 
 def test_cached_teacher_is_not_rounded_on_its_way_through_fsdp(train, monkeypatch):
@@ -601,20 +474,6 @@ def test_cache_of_all_tokens_equals_the_live_teacher(train, capsys):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def test_kl_of_every_cache_is_positive_and_grows_with_it(train):
-    flags = {"max_steps": 1, "learning_rate": 0.0}
-    _, [line] = train(**flags)
-    kls = []
-    for k in (1, 5, 100, 768):
-        train(**flags, cache_top_k=k)
-        kls.append([train.start["eval/kl_forward"], train.start["eval/kl_reverse"]])
-        for key in ("eval/ce", "eval/teacher_ce", "eval/token_agreement"):  # do not depend on k
-            assert train.start[key] == pytest.approx(line[key], rel=1e-5)
-    kls = np.array(kls)
-    assert kls.min() > 0 and (np.diff(kls, axis=0) > -1e-6).all() and kls[0, 0] < 0.99 * kls[-1, 0]
-    assert kls[-1] == pytest.approx([line["eval/kl_forward"], line["eval/kl_reverse"]], rel=1e-5)
-
-
 def calls_of(monkeypatch, name):
     """The calls of a function of distill.py from now on."""
     calls, function = [], getattr(distill, name)
@@ -627,129 +486,66 @@ def test_cache_is_written_once_and_found_by_what_it_depends_on(train, monkeypatc
     flags = {"cache_top_k": 5, "eval_dataset": None, "max_tokens_per_micro_batch": 8192}
     asked, loaded = calls_of(monkeypatch, "live_view"), calls_of(monkeypatch, "load_model")
     _, lines = train(**flags)
-    assert len(asked) == len(list((tmp_path / "cache").iterdir())) == 1
+    [folder] = (tmp_path / "cache").iterdir()
+    assert len(asked) == 1 and len(list(folder.iterdir())) == 16
     _, again = train(**flags)
     assert len(asked) == 1 and [name for name, *_ in loaded] == ["tiny/sft", "tiny/base", "tiny/base"]
     assert_same_metrics(again, lines, rel=0, abs_=0)
-    train(**flags, max_steps=6)  # the other sequences of the data
-    assert len(asked) == 2 and len(list((tmp_path / "cache").glob("*/*"))) == 48
-    for count, changes in enumerate(
-        ({"cache_top_k": 6}, {"kd_temperature": 2.0}, {"teacher": "tiny/base"}), 2
-    ):
+    lost, *_ = folder.iterdir()
+    lost.rename(lost.with_suffix(".partial_1"))  # as a killed run leaves it
+    train(**flags, max_steps=6)  # the other sequences of the data, too
+    [*_, (_, _, _, members)] = asked
+    assert len(members) == 33 and len(list(folder.glob("*"))) == 49
+    depends = {"cache_top_k": 6}, {"kd_temperature": 2.0}, {"teacher": "tiny/base"}, {"dtype": "bfloat16"}
+    for count, changes in enumerate(depends, 2):
         train(**(flags | changes))
         assert len(list((tmp_path / "cache").iterdir())) == count, changes
-
-
-KILL = """
-import os, signal
-import distill, tyro
-distill.BLOCK = 8
-write, calls = distill.write_whole, []
-
-def spy(path, content):
-    calls.append(path)
-    if len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(path, content)
-
-distill.write_whole = spy
-distill.main(tyro.cli(distill.Args))
-"""
-
-
-@pytest.mark.parametrize("mode", ["token_kd", "seq_kd"])
-def test_kill_loses_nothing_that_the_teacher_has_said_before(train, flags_of, monkeypatch, tmp_path, mode):
-    flags = {"max_steps": 6, "eval_dataset": None, "max_completion_length": 40}
-    flags |= {"cache_top_k": 5} if mode == "token_kd" else {"mode": "seq_kd", "answers_per_prompt": 1}
-    words = [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in flags_of(**flags).items()
-        if name != "dataset"
-    ]
-    words += ["--dataset", *flags_of()["dataset"], "--output-dir", str(tmp_path / "killed")]
-    done = start(sys.executable, "-c", KILL, *words, cwd=ROOT)
-    assert done.returncode == -9, done.stderr
-    monkeypatch.setattr(distill, "BLOCK", 8)
-    written = calls_of(monkeypatch, "write_whole")
-    _, lines = train(**flags)
-    # 48 sequences, or 6 blocks and answers.jsonl of the run, of which 3 were safe
-    assert len(written) == (48 if mode == "token_kd" else 7) - 3
-    _, others = train(**flags, cache_dir=str(tmp_path / "fresh"))
-    assert_same_metrics(lines, others, rel=0, abs_=0)
 
 
 # The student's own answers ----------------------------------------------------------------------------------
 
 
-def test_batch_mixes_samples_and_data_in_the_ratio_that_was_asked_for(train, monkeypatch):
-    batches, collate_row = [], distill.collate
-    monkeypatch.setattr(distill, "collate", lambda s, device: batches.append(s) or collate_row(s, device))
-    sampled = calls_of(monkeypatch, "roll_out")
-    flags = {"mode": "on_policy", "on_policy_fraction": 0.25, "max_steps": 3, "eval_dataset": None}
-    train(**flags, max_tokens_per_micro_batch=4096)
-    asked = [json.dumps(prompt.row["prompt"]) for _, _, prompts, *_ in sampled for prompt in prompts]
-    assert [len(prompts) for _, _, prompts, *_ in sampled] == [2, 2, 2]
-    rows = tiny_rows("prompts_train")
-    assert asked == [json.dumps(rows[i]["prompt"]) for i in distill.training_order(len(rows), 6, 1)]
-    data = encoded(rows_of_step_1(18))
-    assert [len(batch) for batch in batches] == [8, 8, 8]
-    for n, batch in enumerate(batches):
-        ids = [sequence.input_ids.tolist() for sequence in batch]
-        assert [given in ids for given, _ in data] == [6 * n <= i < 6 * n + 6 for i in range(18)]
-
-
 @pytest.mark.parametrize("mask", [False, True])
 def test_loss_of_a_step_on_samples_is_that_of_the_stock_models(train, monkeypatch, mask):
     rolled, roll_out = [], distill.roll_out
-
-    def spy(model, tokenizer, prompts, group_size, temperature, seed, args):
-        found = roll_out(model, tokenizer, prompts, group_size, temperature, seed, args)
-        rolled.append((any(p.requires_grad for p in model.parameters()), seed, found))
-        return found
-
+    spy = lambda *args: rolled.append((args, roll_out(*args))) or rolled[-1][1]
     monkeypatch.setattr(distill, "roll_out", spy)
     flags = {"mode": "on_policy", "on_policy_fraction": 0.5, "on_policy_loss": "policy_gradient"}
     flags |= {"kl_discount": 0.5, "ce_coef": 0.5, "learning_rate": 0.0, "mask_truncated": mask}
-    _, lines = train(
-        **flags, eval_dataset=None, model="tiny/sft", teacher="tiny/base", max_completion_length=32
-    )
-    (trained_one, seed, sampled), (_, next_seed, _) = rolled
-    assert trained_one and seed != next_seed, "the student samples, anew at every step"
-    student, teacher = (
-        AutoModelForCausalLM.from_pretrained(ROOT / name, dtype=torch.float32).eval()
-        for name in ("tiny/sft", "tiny/base")
-    )
+    flags |= {"model": "tiny/sft", "teacher": "tiny/base", "max_completion_length": 32}
+    _, lines = train(**flags, eval_dataset=None)
+    ((policy, _, asked, *_, seed, _), sampled), (others, _) = rolled
+    assert any(p.requires_grad for p in policy.parameters()) and seed != others[-2]
+    prompts = tiny_rows("prompts_train")
+    wanted = [prompts[i]["prompt"] for i in distill.training_order(len(prompts), 4, 1)]
+    assert [prompt.row["prompt"] for prompt in asked] == wanted and len(sampled) == 4
+    names = "tiny/sft", "tiny/base"
+    models = [AutoModelForCausalLM.from_pretrained(ROOT / name, dtype=torch.float32).eval() for name in names]
 
-    def logprobs_of(model, ids, trained):
-        """Of all tokens (C, V) and of those that are there (C,)."""
+    def logprobs_of(ids, trained):
+        """Of all tokens (C, V) under student and teacher, and of those that are there (C,)."""
         ids, kept = torch.tensor(ids), torch.tensor(trained[1:]).bool()
-        rows = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)[kept]
-        return rows, rows.gather(-1, ids[1:][kept][:, None])[:, 0]
+        rows = [model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)[kept] for model in models]
+        return *rows, *(x.gather(-1, ids[1:][kept][:, None])[:, 0] for x in rows)
 
-    total = given_ce = count = given_count = cut = 0
+    total = ce = count = given_count = cut = 0
     with torch.no_grad():
         for given in encoded(rows_of_step_1(4)):  # 4 of 8 sequences are the data's
-            (s, own), (t, _) = logprobs_of(student, *given), logprobs_of(teacher, *given)
-            total += (t.exp() * (t - s)).sum()
-            given_ce -= own.sum()
-            given_count += len(own)
-        for completion in sampled:
-            cut += not completion.ended
-            if mask and not completion.ended:
+            student, teacher, own, _ = logprobs_of(*given)
+            total += (teacher.exp() * (teacher - student)).sum()
+            ce, given_count = ce - own.sum(), given_count + len(own)
+        for c in sampled:
+            cut += not c.ended
+            if mask and not c.ended:
                 continue
-            prompt_ids = completion.prompt.input_ids
-            ids, trained = (
-                prompt_ids + completion.token_ids,
-                [0] * len(prompt_ids) + [1] * len(completion.token_ids),
-            )
-            own, theirs = (logprobs_of(model, ids, trained)[1] for model in (student, teacher))
-            for t in range(len(own)):
-                advantage = sum(0.5 ** (u - t) * (theirs[u] - own[u]) for u in range(t, len(own)))
-                total -= advantage * own[t]
-            count += len(own)
-    assert len(sampled) == 4 and 0 < cut < 4
+            prompt_ids, size = c.prompt.input_ids, len(c.token_ids)
+            _, _, own, theirs = logprobs_of(prompt_ids + c.token_ids, [0] * len(prompt_ids) + [1] * size)
+            for t in range(size):
+                total -= sum(0.5 ** (u - t) * (theirs[u] - own[u]) for u in range(t, size)) * own[t]
+            count += size
+    assert 0 < cut < 4
     # the likelihood is a mean over the data's own tokens, the rest over all
-    wanted = total / (count + given_count) + 0.5 * given_ce / given_count
+    wanted = total / (count + given_count) + 0.5 * ce / given_count
     assert lines[0]["loss"] == pytest.approx(wanted.item(), rel=1e-4)
 
 
@@ -784,8 +580,6 @@ def broken(answer, **columns):
     return [len(a) for a in map(int, answer)]
 
 
-def without_columns(completions):
-    return [1.0] * len(completions)
 """
 
 
@@ -800,24 +594,27 @@ def rewards(tmp_path):
 SEQ_KD = {"mode": "seq_kd", "max_completion_length": 40, "max_steps": 1, "eval_dataset": None}
 
 
-def test_right_answers_are_kept_and_what_is_sampled_is_found_again(train, rewards, tmp_path, monkeypatch):
-    calls = calls_of(monkeypatch, "roll_out")
+def test_right_answers_are_kept_and_what_is_sampled_is_found_again(train, rewards, monkeypatch):
+    rolled, roll_out = [], distill.roll_out
+    monkeypatch.setattr(distill, "roll_out", lambda *args: rolled.append(roll_out(*args)) or rolled[-1])
     flags = SEQ_KD | {"answers_per_prompt": 3}
     sampled = read_lines(train(**flags)[0] / "answers.jsonl")
-    prompts = [json.dumps(row["prompt"]) for row in tiny_rows("prompts_train")]
-    asked = [json.dumps(row["prompt"]) for row in sampled]
-    assert asked == sorted(asked, key=prompts.index) and 100 < len(asked) <= 3 * 48
-    assert set(asked) == set(prompts) and len({row["completion"] for row in sampled[:3]}) > 1
+    ended = [c for c in rolled[0] if c.ended]  # what was cut off is not learnt
+    assert len(rolled[0]) == 3 * 48 > len(ended) + 2 and len({c.text for c in ended[:3]}) > 1
+    assert [(row["prompt"], row["completion"]) for row in sampled] == [
+        (c.prompt.row["prompt"], c.text) for c in ended
+    ]
     folder, [line] = train(**flags, reward=rewards("right"))
     kept = read_lines(folder / "answers.jsonl")
     right = lambda row: row["completion"].split("####")[-1].strip() == row["answer"]
     assert kept == [row for row in sampled if right(row)] and 30 < len(kept) < len(sampled)
-    assert len(calls) == 1, "what was sampled is found again"
+    assert len(rolled) == 1, "what was sampled is found again"
     assert not {"kl_forward", "token_agreement", "eval/kl_forward", "eval/teacher_ce"} & line.keys()
     assert line["ce"] == pytest.approx(line["loss"], rel=1e-6)
-    for count, changes in enumerate(({"seed": 2}, {"temperature": 0.7}, {"max_completion_length": 30}), 2):
+    for count, changes in enumerate(({"seed": 2}, {"temperature": 0.0}, {"max_completion_length": 30}), 2):
         train(**(flags | changes))
-        assert len(calls) == count, changes
+        assert len(rolled) == count, changes
+    assert len(rolled[2]) == 48  # greedy answers are all the same
 
 
 def test_rewards_are_averaged_without_those_that_know_nothing(train, rewards):
@@ -839,13 +636,9 @@ def test_rewards_are_averaged_without_those_that_know_nothing(train, rewards):
         ("half", "no answer is left to learn from"),  # not above 0.5
         ("short", "is shorter than"),
         ("broken", "--reward: TypeError: object of type 'int' has no len()"),
-        ("without_columns", "got an unexpected keyword argument"),
-        ("nowhere", "KeyError: 'nowhere'"),
     ],
 )
-def test_rewards_that_fail_end_the_run_with_one_line(capsys, flags_of, rewards, monkeypatch, name, message):
-    if name in ("without_columns", "nowhere"):
-        monkeypatch.setattr(distill, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+def test_rewards_that_fail_end_the_run_with_one_line(capsys, flags_of, rewards, name, message):
     with pytest.raises(SystemExit) as stop:
         distill.main(distill.Args(**flags_of(**SEQ_KD, reward=rewards(name))))
     line = capsys.readouterr().err.splitlines()[-1]
@@ -863,41 +656,6 @@ def test_loss_of_seq_kd_is_the_likelihood_of_the_answers(train):
         logprobs = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         losses += [-logprobs[t - 1, ids[t]].item() for t in range(1, len(ids)) if trained[t]]
     assert line["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-
-
-def test_answers_that_were_cut_off_are_not_learnt(train, monkeypatch):
-    rolled, roll_out = [], distill.roll_out
-    monkeypatch.setattr(distill, "roll_out", lambda *args: rolled.extend(found := roll_out(*args)) or found)
-    folder, _ = train(**SEQ_KD | {"max_completion_length": 20})
-    ended = [c.text for c in rolled if c.ended]
-    assert [row["completion"] for row in read_lines(folder / "answers.jsonl")] == ended
-    assert 20 < len(ended) < len(rolled) - 20
-
-
-def test_temperature_0_samples_the_likeliest_answer_once(train, monkeypatch, tmp_path):
-    prompts = write_rows(tmp_path / "few.jsonl", tiny_rows("prompts_train", 4))
-    calls = calls_of(monkeypatch, "roll_out")
-    folder, _ = train(**SEQ_KD, prompt_dataset=prompts, temperature=0.0)
-    [(_, _, asked, count, *_)] = calls
-    assert len(asked) == 4 and count == 1
-    teacher = AutoModelForCausalLM.from_pretrained(ROOT / "tiny" / "sft", dtype=torch.float32).eval()
-    tokenizer, wanted = AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft"), []
-    for prompt in asked:
-        ids = torch.tensor([prompt.input_ids])
-        output = teacher.generate(ids, do_sample=False, max_new_tokens=40)[0, ids.shape[1] :]
-        if output[-1] == tokenizer.eos_token_id:
-            wanted.append(tokenizer.decode(output, skip_special_tokens=True))
-    assert [row["completion"] for row in read_lines(folder / "answers.jsonl")] == wanted and wanted
-
-
-def test_short_runs_ask_for_no_more_than_they_can_learn(train, monkeypatch):
-    monkeypatch.setattr(distill, "BLOCK", 8)
-    calls = calls_of(monkeypatch, "roll_out")
-    flags = SEQ_KD | {"answers_per_prompt": 2, "batch_size": 9}
-    train(**flags)
-    assert [len(asked) for _, _, asked, *_ in calls] == [8, 8]
-    train(**flags | {"max_steps": 2})
-    assert len(calls) == 3, "and go on where those have come to"
 
 
 @pytest.mark.parametrize(
@@ -957,10 +715,7 @@ def test_student_without_a_chat_template_takes_its_teachers(tmp_path, capsys):
 
 MISTAKES = [
     ("--jsd-beta 0.0: Input should be greater than 0", {"jsd_beta": 0.0}),
-    ("--jsd-beta 1.0: Input should be less than 1", {"jsd_beta": 1.0}),
-    ("--kd-temperature 0.0: Input should be greater than 0", {"kd_temperature": 0.0}),
     ("--temperature 0: --mode on_policy trains on samples", {"temperature": 0.0, "mode": "on_policy"}),
-    ("--on-policy-fraction 0.0: Input should be greater than 0", {"on_policy_fraction": 0.0}),
     ("--on-policy-fraction: no sequence", {"on_policy_fraction": 0.05, "mode": "on_policy"}),
     ("--on-policy-loss is for --mode on_policy", {"on_policy_loss": "policy_gradient"}),
     ("--mask-truncated is for --mode on_policy", {"mask_truncated": True}),
@@ -968,7 +723,6 @@ MISTAKES = [
     ("--ce-coef: no data beside it", {"ce_coef": 0.5, "mode": "on_policy", "on_policy_fraction": 1.0}),
     ("--cache-top-k: a cache knows nothing", {"cache_top_k": 5, "mode": "on_policy"}),
     ("--cache-dir TRAIN: no folder can be made", {"cache_dir": "TRAIN", "cache_top_k": 4}),
-    ("--cache-dir TRAIN: no folder can be made", {"cache_dir": "TRAIN", "mode": "seq_kd"}),
     ("--teacher nowhere/at_all: ", {"teacher": "nowhere/at_all"}),
     ("--reward is for --mode seq_kd", {"reward": ("rewards.py:math_answer",)}),
     (
@@ -989,9 +743,7 @@ def test_mistakes_end_the_run_with_one_line_before_a_model_is_loaded(
     with pytest.raises(SystemExit) as stop:
         distill.main(distill.Args(**flags_of(**flags)))
     [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and re.match(f"error: {re.escape(message.replace('TRAIN', path))}", line), (
-        line
-    )
+    assert stop.value.code == 2 and line.startswith(f"error: {message.replace('TRAIN', path)}"), line
 
 
 # Beside TRL -------------------------------------------------------------------------------------------------

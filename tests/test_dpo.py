@@ -543,7 +543,7 @@ def test_other_reference_gives_the_rewards_of_both_models_log_probs(train, tmp_p
     assert {key: lines[0][key] for key in expected} == pytest.approx(expected, abs=1e-3)
     samples = [sample for sample in read_lines(folder / "samples.jsonl") if sample["step"] == 0]
     assert lines[0]["eval/reward"] == np.mean([sample["right"] for sample in samples])
-    assert 0 < lines[0]["eval/mean_length"] <= 8 and len(samples) == 8
+    assert 0 < lines[0]["eval/mean_length"] < 10 and len(samples) == 8
 
 
 def test_nothing_is_said_of_pairs_of_equal_length_where_there_are_none_nor_of_samples_that_are_not_drawn(
