@@ -571,7 +571,7 @@ def load_rows(source: str, split: str, args) -> list[dict]:
 def report_dropped(source: str, num_rows: int, dropped: dict[str, list[int]]):
     """Say why rows of a dataset cannot be used, reason by reason; end the run where they are most of it."""
     lines = [f"{len(rows):,} rows dropped, first row {rows[0]}: {reason}" for reason, rows in dropped.items()]
-    if 2 * sum(map(len, dropped.values())) >= max(1, num_rows):
+    if 2 * sum(map(len, dropped.values())) > num_rows or num_rows == 0:
         fail(f"{source}: hardly a row of {num_rows:,} can be used; {'; '.join(lines[:3]) or 'it is empty'}")
     for line in lines[:9]:
         say(f"{source}: {line}")
@@ -697,12 +697,10 @@ def roll_out(policy, tokenizer, prompts, group_size, temperature, seed, args) ->
         numbers = torch.tensor(uniforms[chunk], device=policy.device)
         answers = common.decode(policy, [asked[i].input_ids for i in chunk], numbers, end_ids, temperature)
         sampled |= dict(zip(chunk, answers))
-    sampled, rollout = gather(sampled), []
-    for i, prompt in enumerate(asked):
-        ids, logprobs = sampled[i]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        rollout.append(Completion(prompt, ids, logprobs, text, ended=ids[-1] in end_ids))
-    return rollout
+    sampled = [answer for _, answer in sorted(gather(sampled).items())]  # B, token ids and log-probs
+    texts = tokenizer.batch_decode([ids for ids, _ in sampled], skip_special_tokens=True)
+    answers = zip(asked, sampled, texts)
+    return [Completion(p, ids, logprobs, text, ids[-1] in end_ids) for p, (ids, logprobs), text in answers]
 
 
 def pack_siblings(answers, max_tokens: int, multiple_of: int = 1, share: bool = True):
@@ -800,7 +798,9 @@ def save_checkpoint(output_dir: Path, model, optimizer, progress: dict):
     state = {"model": weights, "optimizer": moments, "progress": json.dumps(progress)}
     dcp.save(state, checkpoint_id=folder / "partial")
     if dist.get_rank() == 0:
-        (folder / "partial").rename(folder / f"step_{progress['step']:08d}")  # from here on it counts
+        finished = folder / f"step_{progress['step']:08d}"
+        shutil.rmtree(finished, ignore_errors=True)  # one that was damaged
+        (folder / "partial").rename(finished)  # from here on it counts
         for old in sorted(folder.glob("step_*"))[:-2]:
             shutil.rmtree(old)
     dist.barrier()
@@ -815,14 +815,14 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         try:
             dcp.load(state, checkpoint_id=folder)
         except (dcp.api.CheckpointException, OSError) as error:
-            say(f"{folder} is damaged, trying the one before: {error}".splitlines()[-1])
+            say(f"{folder} is damaged, trying the one before: {str(error).splitlines()[-1]}")
             continue
         dcp_state.set_model_state_dict(model, state["model"])
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
         say(f"continuing from {folder}")
         return json.loads(state["progress"])
-    if found:
-        fail(f"{output_dir}: no checkpoint can be read")
+    if found or (output_dir / "model").exists():
+        fail(f"{output_dir}: there is no checkpoint that can be read")
     return {}
 
 

@@ -100,7 +100,7 @@ AnswerLoss = Literal["nca", "bco", "sppo", "apo_zero", "apo_down", "dpop", "tdpo
 class Args:
     # Model
     model: str = "tiny/sft"  # model to train: a hub id or a folder
-    ref_model: str | None = None  # reference: a hub id or a folder; by default --model before training
+    ref_model: str | None = None  # reference model; by default --model as it is before training
     ref: Literal["cached", "live"] = "cached"  # read once before training, or kept in memory
     sync_ref_every: NonNegativeInt = 0  # steps between moves of a live reference (TR-DPO: 512); 0 is never
     sync_ref_alpha: Share = 0.6  # share of the policy in the moved reference (TR-DPO, arXiv:2404.09656: 0.6)

@@ -92,11 +92,9 @@ BETAS = {"ipo": 0.1, "kto": 0.5, "simpo": 2.0, "orpo": 0.5}
 # ------------------------------------------------------------------------------------------------------------
 @pydantic.dataclasses.dataclass
 class Args:
-    algorithm: Literal["ipo", "kto", "simpo", "orpo"] = "ipo"  # simpo and orpo load no reference
-
     # Model
     model: str = "tiny/sft"  # model to train: a hub id or a folder
-    ref_model: str | None = None  # reference: a hub id or a folder; by default --model before training
+    ref_model: str | None = None  # reference model; by default --model as it is before training
     chat_template: FilePath | None = None  # Jinja chat template to use instead of the tokenizer's own
     attn: str = "packed"  # packed, or flash_attention_2 where it is installed, or eager (exact, slow)
     dtype: Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # what is computed in
@@ -104,7 +102,7 @@ class Args:
     compile: bool = False  # compile each layer with torch.compile
 
     # Data
-    dataset: tuple[str, ...] = ()  # hub ids, files, saved datasets; by default those of tiny/
+    dataset: tuple[str, ...] = ()  # hub ids, files, saved datasets
     dataset_config: str | None = None  # configuration name of the hub dataset ("main" for openai/gsm8k)
     dataset_split: str = "train"  # split of the hub dataset to train on
     eval_dataset: str | None = None  # held-out dataset; by default tiny/'s if tiny/ is trained on, else none
@@ -112,6 +110,7 @@ class Args:
     max_length: PositiveInt = 1024  # longest sequence in tokens; longer ones are dropped and counted
 
     # Loss
+    algorithm: Literal["ipo", "kto", "simpo", "orpo"] = "ipo"  # simpo and orpo load no reference
     beta: PositiveFloat | None = None  # IPO's tau, KTO's and SimPO's beta, ORPO's lambda; 0.1, 0.5, 2, 0.5
     ipo_length_average: bool = False  # IPO on log-ratios averaged over an answer's tokens, as TRL has it
     desirable_weight: PositiveFloat = 1.0  # KTO's lambda_D, the weight of desirable answers (TRL: 1)

@@ -580,15 +580,15 @@ OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.ot"
 NOT_COPIED = (*OTHER_WEIGHTS, "*.safetensors", "*.index.json", "adapter_config.json", "README.md", ".git*")
 
 
-def say(message: str, file=None):
+def say(message: str):
     """Print a line above the progress bar, from the first process only."""
     if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(message, file=file)
+        tqdm.write(message)
 
 
 def fail(message: str):
     """End the run over a user's mistake: one line and exit code 2."""
-    say(f"error: {message}", sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 

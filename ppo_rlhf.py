@@ -804,12 +804,10 @@ def roll_out(policy, tokenizer, prompts, group_size, temperature, seed, args) ->
         numbers = torch.tensor(uniforms[chunk], device=policy.device)
         answers = common.decode(policy, [asked[i].input_ids for i in chunk], numbers, end_ids, temperature)
         sampled |= dict(zip(chunk, answers))
-    sampled, rollout = gather(sampled), []
-    for i, prompt in enumerate(asked):
-        ids, logprobs = sampled[i]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        rollout.append(Completion(prompt, ids, logprobs, text, ended=ids[-1] in end_ids))
-    return rollout
+    sampled = [answer for _, answer in sorted(gather(sampled).items())]  # B, token ids and log-probs
+    texts = tokenizer.batch_decode([ids for ids, _ in sampled], skip_special_tokens=True)
+    answers = zip(asked, sampled, texts)
+    return [Completion(p, ids, logprobs, text, ids[-1] in end_ids) for p, (ids, logprobs), text in answers]
 
 
 def pack_siblings(answers, max_tokens: int, multiple_of: int = 1, share: bool = True):
@@ -951,7 +949,9 @@ def save_checkpoint(output_dir: Path, model, optimizer, progress: dict):
     state = {"model": weights, "optimizer": moments, "progress": json.dumps(progress)}
     dcp.save(state, checkpoint_id=folder / "partial")
     if dist.get_rank() == 0:
-        (folder / "partial").rename(folder / f"step_{progress['step']:08d}")  # from here on it counts
+        finished = folder / f"step_{progress['step']:08d}"
+        shutil.rmtree(finished, ignore_errors=True)  # one that was damaged
+        (folder / "partial").rename(finished)  # from here on it counts
         for old in sorted(folder.glob("step_*"))[:-2]:
             shutil.rmtree(old)
     dist.barrier()
@@ -966,7 +966,7 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         try:
             dcp.load(state, checkpoint_id=folder)
         except (dcp.api.CheckpointException, OSError) as error:
-            say(f"{folder} is damaged, trying the one before: {error}".splitlines()[-1])
+            say(f"{folder} is damaged, trying the one before: {str(error).splitlines()[-1]}")
             continue
         dcp_state.set_model_state_dict(model, state["model"])
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])

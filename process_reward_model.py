@@ -244,7 +244,7 @@ def main(args: Args) -> dict:
     solutions = [s for name in args.dataset for s in load_steps(tokenizer, name, args.dataset_split, args)]
     held_out = load_steps(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
     searches = args.num_samples and args.policy and args.search_dataset
-    prompts = load_search(args, device)[: args.num_prompts] if searches else []
+    prompts = load_search(args, device) if searches else []
     lengths = np.array([len(solution.sequence.input_ids) for solution in solutions])  # (P,)
     steps_per_epoch = len(solutions) / args.batch_size
     total_steps = args.max_steps or max(1, math.ceil(args.num_epochs * steps_per_epoch))
@@ -583,7 +583,7 @@ def load_steps(tokenizer, source: str | None, split: str, args, limit: int = 0) 
         try:
             match conversational(row):
                 case {"prompt": _, "completions": [*steps], "labels": [*labels]} as row:
-                    if len(steps) != len(labels) or not all(0 <= z <= 1 for z in labels):
+                    if not steps or len(steps) != len(labels) or not all(0 <= z <= 1 for z in labels):
                         raise ValueError(f"{len(steps)} steps, and labels {labels!s:.40}")
                     sequence = encode_steps(tokenizer, row, steps)
                 case _:
@@ -600,18 +600,25 @@ def load_steps(tokenizer, source: str | None, split: str, args, limit: int = 0) 
 
 
 def load_search(args, device) -> list[dict]:
-    """The rows of what is annotated or searched, each with a prompt; --reward is tried on the first."""
+    """The rows of what is annotated or searched, each with a prompt; what judges them is tried on one."""
     source = args.annotate or args.search_dataset
-    rows = load_rows(source, args.dataset_split if args.annotate else args.eval_split, args)
-    found, dropped = [], {}
+    split, limit = (args.dataset_split, None) if args.annotate else (args.eval_split, args.num_prompts)
+    rows = load_rows(source, split, args)[:limit]
+    speller, found, dropped = load_tokenizer(replace(args, model=args.policy, chat_template=None)), [], {}
     for n, row in enumerate(rows, 1):
-        row = conversational(row)
-        if "prompt" in row and (not args.annotate or isinstance(row.get("completions") or None, list)):
+        try:
+            row = conversational(row)
+            steps = row["completions"] if args.annotate else ["?"]
+            if not isinstance(steps, list) or not steps:
+                raise ValueError("completions are no list of steps")
+            encode_steps(speller, row, steps)
             found.append(row)
-        else:
-            dropped.setdefault(f"{', '.join(row)} lack prompt, or completions to annotate", []).append(n)
+        except Exception as error:  # chat templates raise what they like
+            dropped.setdefault(repr(error), []).append(n)
     report_dropped(source, len(rows), dropped)
-    judge(args.reward, found[:1], ["?"], [False], args, device)
+    for spec in (args.reward, None if args.annotate else args.outcome_model):
+        if spec:
+            judge(spec, found[:1], ["?"], [False], args, device)
     return found
 
 
@@ -760,7 +767,9 @@ def save_checkpoint(output_dir: Path, model, optimizer, progress: dict):
     state = {"model": weights, "optimizer": moments, "progress": json.dumps(progress)}
     dcp.save(state, checkpoint_id=folder / "partial")
     if dist.get_rank() == 0:
-        (folder / "partial").rename(folder / f"step_{progress['step']:08d}")  # from here on it counts
+        finished = folder / f"step_{progress['step']:08d}"
+        shutil.rmtree(finished, ignore_errors=True)  # one that was damaged
+        (folder / "partial").rename(finished)  # from here on it counts
         for old in sorted(folder.glob("step_*"))[:-2]:
             shutil.rmtree(old)
     dist.barrier()
@@ -775,7 +784,7 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         try:
             dcp.load(state, checkpoint_id=folder)
         except (dcp.api.CheckpointException, OSError) as error:
-            say(f"{folder} is damaged, trying the one before: {error}".splitlines()[-1])
+            say(f"{folder} is damaged, trying the one before: {str(error).splitlines()[-1]}")
             continue
         dcp_state.set_model_state_dict(model, state["model"])
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])

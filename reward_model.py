@@ -766,7 +766,9 @@ def save_checkpoint(output_dir: Path, model, optimizer, progress: dict):
     state = {"model": weights, "optimizer": moments, "progress": json.dumps(progress)}
     dcp.save(state, checkpoint_id=folder / "partial")
     if dist.get_rank() == 0:
-        (folder / "partial").rename(folder / f"step_{progress['step']:08d}")  # from here on it counts
+        finished = folder / f"step_{progress['step']:08d}"
+        shutil.rmtree(finished, ignore_errors=True)  # one that was damaged
+        (folder / "partial").rename(finished)  # from here on it counts
         for old in sorted(folder.glob("step_*"))[:-2]:
             shutil.rmtree(old)
     dist.barrier()
@@ -781,7 +783,7 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         try:
             dcp.load(state, checkpoint_id=folder)
         except (dcp.api.CheckpointException, OSError) as error:
-            say(f"{folder} is damaged, trying the one before: {error}".splitlines()[-1])
+            say(f"{folder} is damaged, trying the one before: {str(error).splitlines()[-1]}")
             continue
         dcp_state.set_model_state_dict(model, state["model"])
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])

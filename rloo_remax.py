@@ -221,7 +221,7 @@ def reinforce_pp_returns(rewards, penalties, sequence_index, gamma: float) -> to
     return torch.tensor(returns, dtype=torch.float64)
 
 
-def whiten(values: torch.Tensor) -> torch.Tensor:
+def whiten_returns(values: torch.Tensor) -> torch.Tensor:
     """Values (C,) minus their mean, over their unbiased standard deviation; 0 where they do not vary."""
     if len(values) < 2 or values.amax() == values.amin():
         return torch.zeros_like(values)
@@ -421,7 +421,7 @@ def token_advantages(rewards, penalties, sequence_index, greedy_rewards, args) -
     if args.algorithm.startswith("reinforce_pp"):
         returns = reinforce_pp_returns(rewards.flatten(), penalties, sequence_index, args.gamma)
         known = ~rewards.flatten().isnan()[sequence_index]  # (all tokens,)
-        return torch.zeros_like(returns).masked_scatter(known, whiten(returns[known])).float()
+        return torch.zeros_like(returns).masked_scatter(known, whiten_returns(returns[known])).float()
     returns = rewards - segment_sum(penalties, sequence_index, rewards.numel()).view(rewards.shape)  # (P, G)
     if args.algorithm == "rloo":
         returns = rloo_advantages(returns)
@@ -572,7 +572,7 @@ def load_rows(source: str, split: str, args) -> list[dict]:
 def report_dropped(source: str, num_rows: int, dropped: dict[str, list[int]]):
     """Say why rows of a dataset cannot be used, reason by reason; end the run where they are most of it."""
     lines = [f"{len(rows):,} rows dropped, first row {rows[0]}: {reason}" for reason, rows in dropped.items()]
-    if 2 * sum(map(len, dropped.values())) >= max(1, num_rows):
+    if 2 * sum(map(len, dropped.values())) > num_rows or num_rows == 0:
         fail(f"{source}: hardly a row of {num_rows:,} can be used; {'; '.join(lines[:3]) or 'it is empty'}")
     for line in lines[:9]:
         say(f"{source}: {line}")
@@ -698,12 +698,10 @@ def roll_out(policy, tokenizer, prompts, group_size, temperature, seed, args) ->
         numbers = torch.tensor(uniforms[chunk], device=policy.device)
         answers = common.decode(policy, [asked[i].input_ids for i in chunk], numbers, end_ids, temperature)
         sampled |= dict(zip(chunk, answers))
-    sampled, rollout = gather(sampled), []
-    for i, prompt in enumerate(asked):
-        ids, logprobs = sampled[i]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        rollout.append(Completion(prompt, ids, logprobs, text, ended=ids[-1] in end_ids))
-    return rollout
+    sampled = [answer for _, answer in sorted(gather(sampled).items())]  # B, token ids and log-probs
+    texts = tokenizer.batch_decode([ids for ids, _ in sampled], skip_special_tokens=True)
+    answers = zip(asked, sampled, texts)
+    return [Completion(p, ids, logprobs, text, ids[-1] in end_ids) for p, (ids, logprobs), text in answers]
 
 
 def pack_siblings(answers, max_tokens: int, multiple_of: int = 1, share: bool = True):
@@ -801,7 +799,9 @@ def save_checkpoint(output_dir: Path, model, optimizer, progress: dict):
     state = {"model": weights, "optimizer": moments, "progress": json.dumps(progress)}
     dcp.save(state, checkpoint_id=folder / "partial")
     if dist.get_rank() == 0:
-        (folder / "partial").rename(folder / f"step_{progress['step']:08d}")  # from here on it counts
+        finished = folder / f"step_{progress['step']:08d}"
+        shutil.rmtree(finished, ignore_errors=True)  # one that was damaged
+        (folder / "partial").rename(finished)  # from here on it counts
         for old in sorted(folder.glob("step_*"))[:-2]:
             shutil.rmtree(old)
     dist.barrier()
@@ -816,14 +816,14 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         try:
             dcp.load(state, checkpoint_id=folder)
         except (dcp.api.CheckpointException, OSError) as error:
-            say(f"{folder} is damaged, trying the one before: {error}".splitlines()[-1])
+            say(f"{folder} is damaged, trying the one before: {str(error).splitlines()[-1]}")
             continue
         dcp_state.set_model_state_dict(model, state["model"])
         dcp_state.set_optimizer_state_dict(model, optimizer, state["optimizer"])
         say(f"continuing from {folder}")
         return json.loads(state["progress"])
-    if found:
-        fail(f"{output_dir}: no checkpoint can be read")
+    if found or (output_dir / "model").exists():
+        fail(f"{output_dir}: there is no checkpoint that can be read")
     return {}
 
 

@@ -6,7 +6,6 @@ padding token is not the end token: TRL would read the reward one token too earl
 (CONTENDERS has the settings):
 
     cleanpost        reward_model.py as it is, with the centring loss off: `--center-coef 0`, TRL's default
-    cleanpost_whole  the same with --no-share-prompt, for information
     trl_shipped      TRL with its defaults: bfloat16 autocast, gradient checkpointing
     trl_tuned        the same, float32, no gradient checkpointing: the batches and the arithmetic of
                      reward_model.py, so that the losses of both can be compared, step by step
@@ -14,7 +13,7 @@ padding token is not the end token: TRL would read the reward one token too earl
 TRL 1.16 has no packing for reward models: all of its batches are padded. Each runs in a process of its own,
 one after the other, in rounds (A B C A B C ...). A step is timed from its beginning to the end of its update,
 without logging and saving; TRL's collation lies outside of that, ours inside. The first `--warmup` steps are
-not counted. After training reward_model.py scores the training set once more, to move its mean reward to 0:
+not counted. After training reward_model.py scores 1,000 pairs, to move their mean reward to 0:
 `centring_seconds` has what that takes, outside of the timed steps. Tokens are real ones, and the same for
 all: those of both answers, each with its prompt, without padding.
 
@@ -37,7 +36,6 @@ from sft_vs_trl import ROOT
 CENTER_COEF = 0.0  # of both: TRL's default
 CONTENDERS = {  # name: label, settings of reward_model.Args or RewardConfig beside those that all share
     "cleanpost": ("CleanPost", {}),
-    "cleanpost_whole": ("CleanPost, whole sequences", {"share_prompt": False}),
     "trl_shipped": ("TRL as shipped", {}),
     "trl_tuned": ("TRL tuned", {"bf16": False, "gradient_checkpointing": False}),
 }
@@ -98,9 +96,7 @@ def run_cleanpost(args: Args, folder: Path) -> dict:
     sys.path.insert(0, str(ROOT))
     import reward_model
 
-    seconds = dpo_vs_trl.timed(reward_model, "pair_rewards")  # without evaluation centring alone calls it
-    reward_model.load_model = reward_model.load_reward_model  # the name that is watched for the loaded size
-    reward_model.load_reward_model = lambda *arguments: reward_model.load_model(*arguments)
+    seconds = dpo_vs_trl.timed(reward_model, "answer_scores")  # without evaluation centring alone calls it
     settings = {"center_coef": CENTER_COEF} | CONTENDERS[args.only][1]
     run = shared.run_cleanpost(args, folder, "reward_model", **settings)
     return run | {"centring_seconds": sum(seconds)}
@@ -173,15 +169,12 @@ def main(args: Args):
         "cleanpost_settings": {n: CONTENDERS[n][1] for n in args.contenders if n.startswith("cleanpost")},
         "trl_settings": {n: trl_settings(args, n) for n in args.contenders if n.startswith("trl")},
         "units": "pairs; tokens without padding, of both answers, each with its prompt; seconds of optimizer "
-        "steps, and of scoring the training set after them; resident GB of 1e9 bytes",
+        "steps, and of scoring pairs after them; resident GB of 1e9 bytes",
     }
     rounds = {name: [figures(run, args) for run in of_name] for name, of_name in runs.items()}
     same_batches = ("cleanpost", "trl_tuned")
     compared = shared.compare(rounds, runs, CONTENDERS, TARGETS, COMPARED, same_batches, "pairs_per_second")
     result = {"benchmark": "reward_vs_trl", "conditions": conditions} | compared
-    if {"cleanpost", "cleanpost_whole"} <= set(runs):
-        gaps = shared.loss_gaps(runs, "cleanpost", "cleanpost_whole")
-        result["loss_difference_shared_prompt"] = gaps
     result["losses"] = {name: of_name[0]["losses"] for name, of_name in runs.items()}
     panels = {
         "pairs_per_second": ("pairs per second", ".2f"),

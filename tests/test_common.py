@@ -365,24 +365,6 @@ def test_plain_call_with_a_padding_mask_equals_each_sequence_alone(family, side)
         assert_equal(row[place], stock(input_ids=ids[None]).logits[0], 2e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3", "gpt2"])
-@torch.no_grad()
-def test_left_padded_generation_equals_unpadded_generation(family):
-    model, stock = cached(family), cached(family, "eager")
-    settings = GenerationConfig(do_sample=False, max_new_tokens=6, pad_token_id=0)
-    prompts = [ids for ids, _ in make_sequences()]
-    longest = max(LENGTHS)
-    together = model.generate(
-        torch.stack([F.pad(ids, (longest - len(ids), 0)) for ids in prompts]),
-        attention_mask=torch.stack([F.pad(torch.ones_like(ids), (longest - len(ids), 0)) for ids in prompts]),
-        generation_config=settings,
-    )
-    for completion, ids in zip(together[:, longest:], prompts, strict=True):
-        mask = torch.ones(1, len(ids), dtype=torch.int64)
-        alone = stock.generate(ids[None], attention_mask=mask, generation_config=settings)
-        assert completion.tolist() == alone[0, len(ids) :].tolist()
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral_window", "gpt2"])
 @torch.no_grad()
 def test_packed_positions_without_boundaries_go_through_the_dense_mask(family):
@@ -716,34 +698,28 @@ def test_packs_every_index_once_within_the_budget(multiple_of):
 # Chat formats -----------------------------------------------------------------------------------------------
 
 USER, REPLY = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+ASKED, TALK, HH = (
+    {"prompt": [USER], "completion": [REPLY]},
+    {"messages": [USER, REPLY]},
+    "\n\nHuman: a\n\nAssistant:",
+)
+TURNS = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 
 
 @pytest.mark.parametrize(
     "row, expected",
     [
-        ({"question": "a", "answer": "b"}, {"prompt": [USER], "completion": [REPLY]}),
+        ({"question": "a", "answer": "b"}, ASKED),
         ({"question": 1, "answer": 2}, {"prompt": [USER | {"content": "1"}]}),
         ({"question": "a", "chosen": "b", "rejected": 3}, {"prompt": [USER], "chosen": [REPLY]}),
-        (
-            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-            {"messages": [USER, REPLY]},
-        ),
-        ({"conversations": [USER, REPLY]}, {"messages": [USER, REPLY]}),
-        ({"instruction": "a", "input": "", "output": "b"}, {"prompt": [USER], "completion": [REPLY]}),
+        ({"conversations": TURNS}, TALK),
+        ({"conversations": [USER, REPLY]}, TALK),
+        ({"instruction": "a", "input": "", "output": "b"}, ASKED),
         ({"instruction": "a", "input": "x", "output": "b"}, {"prompt": [USER | {"content": "a\n\nx"}]}),
-        (
-            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: "},
-            {"chosen": [USER, REPLY], "rejected": [USER, REPLY | {"content": ""}]},
-        ),
-        (
-            {"prompt": "\n\nHuman: a\n\nAssistant:", "completion": "b"},
-            {"prompt": [USER], "completion": [REPLY]},
-        ),
-        ({"text": "\n\nHuman: a\n\nAssistant: b"}, {"messages": [USER, REPLY]}),
-        (
-            {"prompt": "a", "chosen": [REPLY], "rejected": "c"},
-            {"prompt": [USER], "rejected": [REPLY | {"content": "c"}]},
-        ),
+        ({"chosen": f"{HH} b", "rejected": HH}, {"rejected": [USER, REPLY | {"content": ""}]}),
+        ({"prompt": HH, "completion": "b"}, ASKED),
+        ({"text": f"{HH} b"}, TALK),
+        ({"prompt": "a", "chosen": [REPLY], "rejected": "b"}, {"prompt": [USER], "rejected": [REPLY]}),
         (
             {"prompt": "a", "completion": "b", "label": True},
             {"prompt": "a", "completion": "b", "label": True},

@@ -211,14 +211,6 @@ def test_rows_that_pad_a_table_are_ignored():
     assert padded.lm_head.weight.grad[61:].abs().max() == 0 < padded.lm_head.weight.grad[:61].abs().max()
 
 
-def test_row_without_trained_tokens_gives_nothing_and_a_gradient_of_zero():
-    student, batch = build("llama"), collate([distill.FILLER])
-    terms = distill.token_divergences(student, batch, view_of(build("llama"), batch), **settings_of())
-    assert [term.shape for term in terms] == [(0,)] * 6
-    (terms.divergences.sum() + terms.ce.sum()).backward()
-    assert student.lm_head.weight.grad.abs().max() == 0
-
-
 def test_whole_logits_never_exist(monkeypatch):
     sizes, batch = [], collate(make_sequences())
     spy = lambda hidden, *head: sizes.append(len(hidden)) or head_logits(hidden, *head)
@@ -333,20 +325,14 @@ def assert_same_metrics(one, other, rel=1e-5, abs_=1e-6, without=()):
 
 def stock_step(tokens, flags, divergence=distill.forward_kl):
     """Loss and gradient norm of the sequences `tokens` (ids, trained) under the stock models, token mean."""
-    args = distill.Args(**flags)
-    models = [
-        AutoModelForCausalLM.from_pretrained(ROOT / name, dtype=torch.float32).eval()
-        for name in (args.model, args.teacher)
-    ]
-    losses = []
+    args, losses = distill.Args(**flags), []
+    names, temperature = (args.model, args.teacher), args.kd_temperature
+    models = [AutoModelForCausalLM.from_pretrained(ROOT / name, dtype=torch.float32).eval() for name in names]
     for ids, trained in tokens:
-        ids = torch.as_tensor(np.asarray(ids)).long()
-        logits, teacher_logits = (model(input_ids=ids[None]).logits[0, :-1].double() for model in models)
-        targets, kept = ids[1:], torch.as_tensor(np.asarray(trained))[1:].bool()
-        terms = plain_terms(
-            logits[kept], teacher_logits[kept].detach(), targets[kept], divergence, args.kd_temperature
-        )
-        losses.append(terms.divergences * args.kd_temperature**2 + args.ce_coef * terms.ce)
+        ids, kept = torch.tensor(ids), torch.tensor(trained)[1:].bool()
+        logits, others = (model(input_ids=ids[None]).logits[0, :-1].double()[kept] for model in models)
+        terms = plain_terms(logits, others.detach(), ids[1:][kept], divergence, temperature)
+        losses.append(terms.divergences * temperature**2 + args.ce_coef * terms.ce)
     loss = torch.cat(losses).mean()
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in models[0].parameters() if p.grad is not None])
@@ -385,8 +371,6 @@ def test_loss_and_gradient_of_a_step_are_those_of_the_stock_models(train, flags_
     loss, grad_norm = stock_step(encoded(rows_of_step_1(8)), flags_of(**flags), divergence)
     assert line["loss"] == pytest.approx(loss, rel=1e-4)
     assert line["grad_norm"] == pytest.approx(grad_norm, rel=1e-3)
-    if name in ("forward_kl", "reverse_kl"):
-        assert line[f"kl_{name[:7]}"] == pytest.approx(line["loss"], rel=1e-5)
 
 
 def test_held_out_metrics_are_those_of_the_stock_models(train, flags_of):
@@ -401,7 +385,7 @@ def test_held_out_metrics_are_those_of_the_stock_models(train, flags_of):
 
 OBJECTIVES = {
     "token_kd": {"divergence": "jsd", "ce_coef": 0.5},
-    "on_policy": {"mode": "on_policy", "on_policy_fraction": 1.0, "mask_truncated": True},
+    "on_policy": {"mode": "on_policy", "on_policy_fraction": 1.0},
     "policy_gradient": {"mode": "on_policy", "on_policy_loss": "policy_gradient", "kl_discount": 0.9},
     "mixture": {"mode": "on_policy", "ce_coef": 0.5, "divergence": "reverse_kl"},
 }
@@ -601,9 +585,7 @@ def test_right_answers_are_kept_and_what_is_sampled_is_found_again(train, reward
     sampled = read_lines(train(**flags)[0] / "answers.jsonl")
     ended = [c for c in rolled[0] if c.ended]  # what was cut off is not learnt
     assert len(rolled[0]) == 3 * 48 > len(ended) + 2 and len({c.text for c in ended[:3]}) > 1
-    assert [(row["prompt"], row["completion"]) for row in sampled] == [
-        (c.prompt.row["prompt"], c.text) for c in ended
-    ]
+    assert sampled == [c.prompt.row | {"completion": c.text} for c in ended]
     folder, [line] = train(**flags, reward=rewards("right"))
     kept = read_lines(folder / "answers.jsonl")
     right = lambda row: row["completion"].split("####")[-1].strip() == row["answer"]
@@ -682,10 +664,8 @@ def test_teacher_leaves_the_memory_unless_steps_ask_it(train, monkeypatch, flags
 
 def test_seq_kd_works_across_tokenizers(train, random_model):
     flags = {"mode": "seq_kd", "model": str(random_model), "max_completion_length": 40, "max_steps": 3}
-    folder, lines = train(**flags, learning_rate=3e-3)
+    _, lines = train(**flags, learning_rate=3e-3)
     assert lines[-1]["loss"] < lines[0]["loss"] and "eval/kl_forward" not in lines[-1]
-    one, other = (path / "tokenizer.json" for path in (folder / "model", random_model))
-    assert one.read_bytes() == other.read_bytes()
 
 
 # Tokens, templates, mistakes --------------------------------------------------------------------------------
@@ -714,7 +694,7 @@ def test_student_without_a_chat_template_takes_its_teachers(tmp_path, capsys):
 
 
 MISTAKES = [
-    ("--jsd-beta 0.0: Input should be greater than 0", {"jsd_beta": 0.0}),
+    ("--jsd-beta 1.0: Input should be less than 1", {"jsd_beta": 1.0}),
     ("--temperature 0: --mode on_policy trains on samples", {"temperature": 0.0, "mode": "on_policy"}),
     ("--on-policy-fraction: no sequence", {"on_policy_fraction": 0.05, "mode": "on_policy"}),
     ("--on-policy-loss is for --mode on_policy", {"on_policy_loss": "policy_gradient"}),

@@ -82,15 +82,6 @@ def test_losses_by_hand_at_the_reference_and_beside_it(name, settings):
     assert values.tolist() == pytest.approx(BY_HAND[(name, *settings.items())], abs=2e-6)
 
 
-def test_hinge_is_0_behind_a_margin_of_1_and_has_no_gradient_there():
-    chosen, rejected = (x.requires_grad_() for x in ratios_of([(20, 5), (20, 15)]))
-    losses = dpo.hinge_loss(chosen, rejected, beta=0.1)
-    assert losses.tolist() == pytest.approx([0, 0.5])
-    losses.sum().backward()
-    assert chosen.grad.tolist() == pytest.approx([0, -0.1])
-    assert rejected.grad.tolist() == pytest.approx([0, 0.1])
-
-
 @pytest.mark.parametrize("name, settings", CASES)
 def test_gradients_are_those_of_finite_differences(name, settings):
     # The KLs held fixed: TDPO2's definition has a stop-gradient, which finite differences do not see.
@@ -496,7 +487,6 @@ def test_settings_of_memory_and_speed_do_not_change_the_metrics(train):
         {"max_tokens_per_micro_batch": 128},
         {"gradient_checkpointing": True},
         {"attn": "eager"},
-        {"attn": "eager", "ref": "live"},
     ):
         _, lines = train(rows, held_out, **flags, **changes)
         assert_same_metrics(lines, plain, without=(*TIMES, *PACKING))
@@ -673,23 +663,20 @@ def test_sync_moves_the_live_reference_every_so_many_steps(train, dtype):
     assert all(torch.equal(ref[n], p.to(ref[n].dtype)) for n, p in stock("tiny/sft").named_parameters())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sync_of_two_processes_is_that_of_one(train, tmp_path, dtype):
-    rows = tiny_rows()[:8]
-    flags = {"ref": "live", "learning_rate": 1e-3, "sync_ref_every": 1, "max_steps": 3, "dtype": dtype}
-    folder, lines = train(rows, **flags)
-    flags |= json.loads((folder / "args.json").read_text())
-    wanted = "dataset beta batch_size save_every warmup_steps lr_schedule".split()
-    flags = {name: flags[name] for name in [*wanted, *"ref sync_ref_every learning_rate".split()]}
-    flags |= {"max_steps": 3, "dtype": dtype, "output_dir": tmp_path / "two", "dataset": flags["dataset"][0]}
-    command = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
+def test_sync_of_two_processes_is_that_of_one(train, tmp_path):
+    flags = {"ref": "live", "learning_rate": 1e-3, "sync_ref_every": 1, "max_steps": 3}
+    folder, lines = train(tiny_rows()[:8], **flags)
+    flags |= json.loads((folder / "args.json").read_text()) | {"output_dir": tmp_path / "two"}
+    flags["dataset"] = flags["dataset"][0]
+    same = "ref sync_ref_every learning_rate dataset beta batch_size save_every max_steps warmup_steps"
+    names = [*same.split(), "lr_schedule", "output_dir"]
+    command = [part for name in names for part in (f"--{name.replace('_', '-')}", flags[name])]
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     done = start(sys.executable, *launch, ROOT / "dpo.py", *command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    tolerance = {"float32": 1e-4, "bfloat16": 0.05}[dtype]
     for line, other in zip(read_lines(tmp_path / "two" / "metrics.jsonl")[1:], lines[1:], strict=True):
         for key in ("loss", "rewards/margins", "logps/chosen_drift"):
-            assert line[key] == pytest.approx(other[key], abs=tolerance), key
+            assert line[key] == pytest.approx(other[key], rel=1e-3, abs=1e-4), key
 
 
 def test_continued_run_with_a_moving_reference_is_the_uninterrupted_one(train):

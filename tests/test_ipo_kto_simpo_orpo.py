@@ -266,7 +266,6 @@ def test_unpaired_rows_are_single_answers_with_their_labels(load):
     texts = [text_of(item[0], True) for item in answers]
     assert texts == ["It is 3.<|im_end|>", "It is 8.<|im_end|>", "8<|im_end|>"]
     assert numbers_of(answers) == [1, 5, 6] and "It is 3" not in text_of(answers[0][0], False)
-    assert len(load(rows, limit=2)[0]) == 2
 
 
 def test_unpaired_texts_questions_and_numbers_as_labels_are_taken(load):
@@ -278,10 +277,7 @@ def test_unpaired_texts_questions_and_numbers_as_labels_are_taken(load):
     assert labels == [[0], [1]]
     assert [text_of(item[0], True) for item in answers] == [" 8<|im_end|>", "3<|im_end|>"]
     assert text_of(answers[0][0], False) == "5 and 2 are"
-    # A question is a user's turn, as in a conversation.
-    asked = [{"role": "user", "content": "What is 1 and 2?"}]
-    [[same]], _ = load([{"prompt": asked, "completion": "3", "label": True}])
-    assert np.array_equal(same.input_ids, answers[1][0].input_ids)
+    assert text_of(answers[1][0], False) == text_of(load([unpaired(1, "3", True)])[0][0][0], False)
 
 
 def test_pairs_stay_pairs_in_the_order_of_their_labels(load):
@@ -314,7 +310,6 @@ BAD = [
     {"prompt": "a", "completion": "b"},
     {"completion": "b", "label": True},
     {"prompt": "a", "completion": "b", "label": "yes"},
-    {"prompt": "a", "completion": "b", "label": 2},
 ]
 
 
@@ -351,32 +346,8 @@ def parts_of(answer):
     return ids[:first].tolist(), ids[first:].tolist(), trained[first:].tolist(), trained[:first].any()
 
 
-RUNS = [
-    [0, 1],
-    [0, 0, 0, 1],
-    [1, 0, 0, 0],
-    [0, 0, 1, 1, 0],
-    [0, 1, 2, 3],
-    [2, 2, 0, 1, 1, 1, 2, 2],
-    [0, 1] * 4,
-]
-RUNS += [np.random.default_rng(seed).integers(0, 3, 20).tolist() for seed in range(5)]
-
-
 def mismatch(answers, which=None, **flags):
     return four.mismatch(answers, range(len(answers)) if which is None else which, four.Args(**flags))
-
-
-@pytest.mark.parametrize("prompts", RUNS, ids=str)
-def test_mismatched_answer_is_whole_and_to_another_prompt(prompts):
-    answers = singles(prompts)
-    found = mismatch(answers)
-    assert len(found) == len(answers)
-    whole = [parts_of(answer) for answer in answers]
-    for n, (prompt, completion, trained, prompt_trained) in enumerate(map(parts_of, found)):
-        assert prompt == whole[n][0] and not prompt_trained
-        [taken] = [k for k, other in enumerate(whole) if other[1] == completion]
-        assert trained == whole[taken][2] and prompts[taken] != prompts[n]
 
 
 def test_mismatched_answer_is_the_last_one_before_with_another_prompt_in_a_seeded_order(monkeypatch):
@@ -475,7 +446,6 @@ PLAIN = {"ipo": {"beta": 0.1}, "simpo": {"beta": 3.0, "gamma_beta_ratio": 0.2}, 
     [
         pytest.param("ipo", {}, id="ipo"),
         pytest.param("ipo", {"ipo_length_average": True}, id="ipo-average"),
-        pytest.param("ipo", {"sft_coef": 2.5}, id="ipo-sft"),
         pytest.param("simpo", {}, id="simpo"),
         pytest.param("simpo", {"sft_coef": 0.5}, id="simpo-sft"),
         pytest.param("orpo", {}, id="orpo"),
@@ -595,11 +565,10 @@ def test_metrics_of_a_label_that_a_batch_has_not_are_not_logged(train):
     assert len({tuple(line) for line in lines[1:]}) == 2  # each label came
 
 
-TIMES = ("tokens_per_second", "step_time")
-PACKING = ("num_tokens", "packing/fill")
+OTHERS = ("tokens_per_second", "step_time", "num_tokens", "packing/fill")
 
 
-def assert_same_metrics(one, other, without=TIMES, tolerance=1e-4):
+def assert_same_metrics(one, other, without=OTHERS, tolerance=1e-4):
     assert len(one) == len(other)
     for line, wanted in zip(one, other, strict=True):
         assert line.keys() == wanted.keys()
@@ -613,11 +582,10 @@ def test_settings_of_memory_and_the_order_of_columns_do_not_change_the_metrics(t
     rows, held_out = rows_for(algorithm, 7), rows_for("ipo", 24)[20:]
     flags = {"algorithm": algorithm, "max_steps": 3, "batch_size": 4, "learning_rate": 3e-4}
     plain = train(rows, held_out, **flags)
-    assert len({line["loss"] for line in plain[1:]}) == 3
     turned = [dict(reversed(row.items())) for row in rows]  # rejected before chosen, label before prompt
     for change in ({"max_tokens_per_micro_batch": 128}, {"attn": "eager"}, {}):
         lines = train(rows if change else turned, held_out, **flags, **change)
-        assert_same_metrics(lines, plain, (*TIMES, *PACKING))
+        assert_same_metrics(lines, plain)
         more = lines[-1]["num_tokens"] - plain[-1]["num_tokens"]  # a prompt stands in a packed row once
         assert more > 0 if "attn" in change and algorithm != "kto" else more == 0
 
@@ -636,7 +604,7 @@ def test_models_that_a_run_loads_and_passes_before_it_trains(
     train, monkeypatch, algorithm, flags, loads, passes
 ):
     asked, pair_logps = [], four.pair_logps
-    monkeypatch.setattr(four, "pair_logps", lambda *rest: asked.append(0) or pair_logps(*rest))
+    monkeypatch.setattr(four, "pair_logps", lambda *rest: asked.extend(rest[1][:1]) or pair_logps(*rest))
     monkeypatch.setattr(four, "evaluate", lambda *_: ({"passes": len(asked)}, []))
     lines = train(rows_for(algorithm, 4), rows_for("ipo", 24)[20:], algorithm=algorithm, **flags)
     assert train.loads == ["tiny/sft", "tiny/base"][:loads] and lines[0]["passes"] == passes
@@ -703,11 +671,9 @@ def test_held_out_pairs_are_compared_by_what_the_algorithm_compares(train, load,
     "pattern, flags",
     [
         (r"--ref-model means nothing to --algorithm simpo", {"algorithm": "simpo", "ref_model": "tiny/base"}),
-        (r"--ref-model means nothing to --algorithm orpo", {"algorithm": "orpo", "ref_model": "tiny/base"}),
         (r"--ipo-length-average .* kto", {"algorithm": "kto", "ipo_length_average": True}),
         (r"orpo has the NLL .*--beta", {"algorithm": "orpo", "sft_coef": 0.1}),
         (r"--beta 0\.0: ", {"beta": 0.0}),
-        (r"--beta -1\.0: ", {"algorithm": "simpo", "beta": -1.0}),
         (r"--desirable-weight 0\.0: ", {"algorithm": "kto", "desirable_weight": 0.0}),
     ],
 )
@@ -722,7 +688,6 @@ def test_flags_that_mean_nothing_together_end_the_run_with_one_line(capsys, patt
     "pattern, rows",
     [
         (r"all prompts are the same", [unpaired(1, "3", True), unpaired(1, "4", False)]),
-        (r"all prompts are the same", [paired(1, "3", "4")]),
         (r"2 answers are desirable, 0 are not", [unpaired(n, "3", True) for n in (1, 2)]),
     ],
 )

@@ -7,6 +7,7 @@ TRL, or with another version, this file is skipped, and without mergekit its par
 import importlib
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import dpo
+import ipo_kto_simpo_orpo as second
+import merge
 from common import collate, segment_sum, token_logprobs
 
 trl = pytest.importorskip("trl")
@@ -44,6 +47,7 @@ PAIRS = [  # prompt, chosen, rejected: either answer may be the longer one, by a
     ("Thank you, that is right.", "You are a helpful assistant.", "Nora gives away the sky."),
     ("Nora has 12 apples. Is it right?", "Yes, that is right.", "What color is the grass?"),
 ]
+USER, BOT = "user", "assistant"
 LEARNING_RATE = 1e-4
 LOSS = {"abs": 1e-4, "rel": 1e-6}  # float32 has no more digits for a loss above a hundred (sppo)
 METRIC = {"abs": 1e-3, "rel": 1e-5}
@@ -82,10 +86,7 @@ def turn(role: str, text: str) -> list[dict]:
 
 def talks() -> list[dict]:
     """The pairs as messages."""
-    return [
-        {"prompt": turn("user", p), "chosen": turn("assistant", c), "rejected": turn("assistant", r)}
-        for p, c, r in PAIRS
-    ]
+    return [{"prompt": turn(USER, p), "chosen": turn(BOT, c), "rejected": turn(BOT, r)} for p, c, r in PAIRS]
 
 
 def texts() -> list[dict]:
@@ -108,18 +109,9 @@ def our_step(models, tmp_path, monkeypatch, one_cpu):
             return collate(sequences, *args, **kwargs)
 
         monkeypatch.setattr(module, "collate", watched)
-        common = {
-            "model": str(models[0]),
-            "dataset": (str(file),),
-            "learning_rate": LEARNING_RATE,
-            "lr_schedule": "constant",
-            "warmup_steps": 0,
-            "batch_size": len(rows),
-            "max_steps": 1,
-            "eval_every": 0,
-            "save_every": 0,
-            "output_dir": str(tmp_path / "ours"),
-        }
+        common = {"model": str(models[0]), "dataset": (str(file),), "output_dir": str(tmp_path / "ours")}
+        common |= {"learning_rate": LEARNING_RATE, "lr_schedule": "constant", "warmup_steps": 0}
+        common |= {"batch_size": len(rows), "max_steps": 1, "eval_every": 0, "save_every": 0}
         module.main(module.Args(**common | flags))
         lines = map(json.loads, (tmp_path / "ours" / "metrics.jsonl").read_text().splitlines())
         weights = load_file(tmp_path / "ours" / "model" / "model.safetensors")
@@ -134,21 +126,11 @@ def trl_step(models, tmp_path, one_cpu):
     """trl_step(trainer_class, config_class, rows, **settings) -> Step: a TRL trainer's step on all rows."""
 
     def run(trainer_class, config_class, rows, policy=models[0], reference=None, **settings) -> Step:
-        common = {
-            "output_dir": str(tmp_path / "trl"),
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "per_device_train_batch_size": len(rows),
-            "max_steps": 1,
-            "learning_rate": LEARNING_RATE,
-            "lr_scheduler_type": "constant",
-            "train_sampling_strategy": "sequential",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-        }
+        common = {"output_dir": str(tmp_path / "trl"), "learning_rate": LEARNING_RATE, "max_steps": 1}
+        common |= {"per_device_train_batch_size": len(rows), "train_sampling_strategy": "sequential"}
+        common |= {"lr_scheduler_type": "constant", "gradient_checkpointing": False, "use_cpu": True}
+        common |= {"bf16": False, "save_strategy": "no", "logging_steps": 1}
+        common |= {"report_to": "none", "disable_tqdm": True}
         ref_model = {}
         if reference is not None:
             ref_model["ref_model"] = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
@@ -219,13 +201,16 @@ def assert_same_function(ours, theirs, *inputs: torch.Tensor):
         assert torch.allclose(our, their, rtol=1e-4, atol=1e-5)
 
 
-def cpo_loss(**settings):
-    """The loss of TRL's CPOTrainer, a method, as a function."""
+def trl_loss(loss_type, **settings):
+    """The loss of TRL's CPOTrainer or ORPOTrainer, a method, as a function."""
     from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
 
     defaults = {"alpha": 0.0, "label_smoothing": 0.0, "accelerator": SimpleNamespace(device="cpu")}
-    trainer = SimpleNamespace(**defaults | settings)
-    return lambda chosen, rejected: CPOTrainer.cpo_loss(trainer, chosen, rejected)[0]
+    trainer = SimpleNamespace(**defaults | settings, loss_type=loss_type)
+    if loss_type == "orpo":
+        return lambda *logps: -ORPOTrainer.odds_ratio_loss(trainer, *logps)[0]
+    return lambda *logps: CPOTrainer.cpo_loss(trainer, *logps)[0]
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -284,40 +269,24 @@ def test_a_dpo_step_leaves_the_weights_of_trl(dpo_steps, models):
     assert weight_differences(ours.weights, theirs.weights).max() < WEIGHTS
 
 
-def test_a_dpo_step_on_texts_is_that_of_trl(dpo_steps):
-    ours, theirs = dpo_steps(texts(), "sigmoid", ["sigmoid"], {})
+STEPS = {  # rows, loss types of TRL, settings of both, flags of ours, settings of TRL
+    "texts": (texts(), ["sigmoid"], {}, {}, {}),
+    "a live reference": (talks(), ["sigmoid"], {"beta": 0.5}, {"ref": "live"}, {}),
+    "a moving reference": (
+        talks(),
+        ["sigmoid"],
+        {"max_steps": 2, "max_grad_norm": 0.5},
+        {"ref": "live", "sync_ref_every": 1, "sync_ref_alpha": 0.6},
+        {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6},
+    ),
+    "RPO": (talks(), ["sigmoid", "sft"], {}, {"sft_coef": 0.7}, {"loss_weights": [1.0, 0.7]}),
+}
+
+
+@pytest.mark.parametrize(("rows", "loss_type", "both", "flags", "settings"), STEPS.values(), ids=STEPS)
+def test_a_dpo_step_with_other_settings_is_that_of_trl(rows, loss_type, both, flags, settings, dpo_steps):
+    ours, theirs = dpo_steps(rows, "sigmoid", loss_type, both, flags, settings)
     assert_same_step(ours, theirs, *LOGPS, *REWARDS)
-
-
-def test_two_dpo_steps_with_a_moving_reference_are_those_of_trl(dpo_steps):
-    both = {"max_steps": 2, "max_grad_norm": 0.5}
-    flags = {"ref": "live", "sync_ref_every": 1, "sync_ref_alpha": 0.6}
-    settings = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6}
-    ours, theirs = dpo_steps(talks(), "sigmoid", ["sigmoid"], both, flags, settings)
-    assert_same_step(ours, theirs, *LOGPS, *REWARDS)
-
-
-def test_dpo_with_a_live_reference_is_that_of_trl(dpo_steps):
-    ours, theirs = dpo_steps(talks(), "sigmoid", ["sigmoid"], {"beta": 0.5}, {"ref": "live"})
-    # Here a prompt is in the row, and counted, once; TRL counts it with each of its answers.
-    assert ours.metrics["num_tokens"] < theirs.metrics["num_tokens"]
-    assert_same_step(ours, theirs, *LOGPS, *REWARDS)
-
-
-def test_rpo_is_the_sum_of_two_losses_of_trl(dpo_steps):
-    settings = {"loss_weights": [1.0, 0.7]}
-    ours, theirs = dpo_steps(talks(), "sigmoid", ["sigmoid", "sft"], {}, {"sft_coef": 0.7}, settings)
-    assert_same_step(ours, theirs, *LOGPS, *REWARDS)
-
-
-def test_label_smoothing_of_dpo_is_that_of_trls_cpo_trainer():
-    # DPOTrainer ignores label_smoothing for sigmoid; CPOTrainer, which has the same formula, does not.
-    theirs = cpo_loss(loss_type="sigmoid", beta=0.3, label_smoothing=0.2)
-    assert_same_function(
-        lambda *log_ratios: dpo.dpo_loss(*log_ratios, beta=0.3, label_smoothing=0.2),
-        theirs,
-        *5 * normal(2, 16),
-    )
 
 
 # SFT --------------------------------------------------------------------------------------------------------
@@ -335,19 +304,7 @@ def test_an_sft_step_is_that_of_trl(our_step, trl_step):
 SECOND = "ipo_kto_simpo_orpo"
 
 
-@pytest.fixture
-def second():
-    """The module of the four algorithms."""
-    return pytest.importorskip(SECOND)
-
-
-def test_ipo_loss_is_that_of_trls_cpo_trainer_on_log_ratios(second):
-    # DPOTrainer has no IPO of summed log-probs; CPOTrainer has one, without a reference.
-    theirs = cpo_loss(loss_type="ipo", beta=0.2)
-    assert_same_function(lambda *ratios: second.ipo_loss(*ratios, beta=0.2), theirs, *5 * normal(2, 16))
-
-
-def test_an_ipo_step_is_that_of_trl(second, our_step, trl_step, models):
+def test_an_ipo_step_is_that_of_trl(our_step, trl_step, models):
     # TRL averages the log-ratios over an answer's tokens, which the paper does not; ours does so when asked.
     reference = {"ref_model": str(models[1])}
     ours = our_step(SECOND, talks(), algorithm="ipo", ipo_length_average=True, beta=0.3, **reference)
@@ -356,17 +313,30 @@ def test_an_ipo_step_is_that_of_trl(second, our_step, trl_step, models):
     assert_same_step(ours, theirs, *LOGPS)  # TRL logs the rewards of sums, ours are those of the loss
 
 
-def test_simpo_loss_is_that_of_trl(second):
-    # gamma itself in TRL, its quotient by beta in ours and in SimPO's reference code.
-    assert_same_function(
-        lambda *logps: second.simpo_loss(*logps, beta=2.5, gamma_beta_ratio=0.6),
-        cpo_loss(loss_type="simpo", beta=2.5, simpo_gamma=1.5),
-        *normal(2, 16) - 3,
-    )
+# DPOTrainer ignores label_smoothing for sigmoid and has no IPO of summed log-probs; CPOTrainer has both. Of
+# SimPO, TRL takes gamma itself, ours and SimPO's reference code take its quotient by beta. The mean log-probs
+# of ORPO go from -0.005, an answer nearly certain, to -100.
+FUNCTIONS = {  # name in TRL: our function, its settings, another setting of TRL, inputs
+    "sigmoid": (dpo.dpo_loss, {"beta": 0.3, "label_smoothing": 0.2}, {}, 5 * normal(2, 16)),
+    "ipo": (second.ipo_loss, {"beta": 0.2}, {}, 5 * normal(2, 16)),
+    "simpo": (
+        second.simpo_loss,
+        {"beta": 2.5, "gamma_beta_ratio": 0.6},
+        {"simpo_gamma": 1.5},
+        normal(2, 16) - 3,
+    ),
+    "orpo": (second.orpo_loss, {"beta": 0.4}, {}, -normal(2, 64).mul(2).exp()),
+}
+
+
+@pytest.mark.parametrize("loss_type", FUNCTIONS)
+def test_a_loss_and_its_gradient_are_those_of_trl(loss_type):
+    loss, flags, more, inputs = FUNCTIONS[loss_type]
+    assert_same_function(partial(loss, **flags), trl_loss(loss_type, **flags, **more), *inputs)
 
 
 @pytest.mark.parametrize("sft_coef", [0.0, 0.7])
-def test_a_simpo_step_is_that_of_trl(second, sft_coef, our_step, trl_step):
+def test_a_simpo_step_is_that_of_trl(sft_coef, our_step, trl_step):
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     flags = {"beta": 2.0, "gamma_beta_ratio": 0.4, "sft_coef": sft_coef}
@@ -376,18 +346,7 @@ def test_a_simpo_step_is_that_of_trl(second, sft_coef, our_step, trl_step):
     assert_same_step(ours, theirs, *REWARDS)  # TRL logs averages as logps, ours are sums
 
 
-def test_orpo_loss_is_that_of_trl(second):
-    from trl.experimental.orpo import ORPOTrainer
-
-    trainer = SimpleNamespace(beta=0.4, accelerator=SimpleNamespace(device="cpu"))
-    assert_same_function(
-        lambda *logps: second.orpo_loss(*logps, beta=0.4),
-        lambda *logps: -ORPOTrainer.odds_ratio_loss(trainer, *logps)[0],
-        *-normal(2, 64).mul(2).exp(),  # mean log-probs from -0.005, an answer nearly certain, to -100
-    )
-
-
-def test_an_orpo_step_differs_from_trls_by_the_likelihood_of_the_prompt(second, our_step, trl_step):
+def test_an_orpo_step_differs_from_trls_by_the_likelihood_of_the_prompt(our_step, trl_step):
     """Deviation of orpo: TRL's and the authors' likelihood is over the prompt, too; the rest is the same."""
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -400,10 +359,8 @@ def test_an_orpo_step_differs_from_trls_by_the_likelihood_of_the_prompt(second, 
 def judged() -> list[dict]:
     """Answers, one to a prompt, some of which are good: five of eight."""
     rows = zip(talks(), (True, False, True, True, False, True, False, True), strict=True)
-    return [
-        {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": good}
-        for row, good in rows
-    ]
+    answer = lambda row, good: row["chosen" if good else "rejected"]
+    return [{"prompt": row["prompt"], "completion": answer(row, good), "label": good} for row, good in rows]
 
 
 def summed_logps(folder, sequences) -> torch.Tensor:
@@ -416,11 +373,10 @@ def summed_logps(folder, sequences) -> torch.Tensor:
 
 def tokens_of(tokenizer, rows) -> list:
     """The sequences of prompt + completion rows, in their order."""
-    found = []
+    template, found = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False), []
     for row in rows:
-        template = {"tokenize": True, "return_dict": False}
-        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], **template)
-        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **template)
+        whole = template(row["prompt"] + row["completion"])
+        prompt = template(row["prompt"], add_generation_prompt=True)
         found.append((whole, [0] * len(prompt) + [1] * (len(whole) - len(prompt))))
     return found
 
@@ -429,7 +385,7 @@ KTO = {"beta": 0.2, "desirable_weight": 1.5, "undesirable_weight": 0.7}
 
 
 @pytest.mark.parametrize("roles", [(0, 1), (1, 0)], ids=["kl_cut_at_0", "kl_above_0"])
-def test_kto_loss_is_that_of_trl_for_its_kl(second, roles, trl_step, models):
+def test_kto_loss_is_that_of_trl_for_its_kl(roles, trl_step, models):
     rows, (policy, reference) = judged(), (models[i] for i in roles)
     theirs = trl_step(trl.KTOTrainer, trl.KTOConfig, rows, policy, reference, **KTO)
     sequences = tokens_of(AutoTokenizer.from_pretrained(models[0]), rows)
@@ -452,21 +408,19 @@ def judge(models, tmp_path):
         torch.manual_seed(3)
         options = {"num_labels": 1, "dtype": torch.float32}
         model = AutoModelForSequenceClassification.from_pretrained(models[0], **options)
-    tokenizer = AutoTokenizer.from_pretrained(models[0])
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id  # TRL would read one token before the end
     model.save_pretrained(tmp_path / "judge")
-    tokenizer.save_pretrained(tmp_path / "judge")
+    AutoTokenizer.from_pretrained(models[0]).save_pretrained(tmp_path / "judge")
     return tmp_path / "judge"
 
 
+MARGINS = (0.5, 0.0, 1.0, -0.5, 0.2, 2.0, 0.0, 0.1)
+
+
 @pytest.mark.parametrize("center_coef", [0.0, 0.3])
-@pytest.mark.parametrize(
-    "margins", [None, (0.5, 0.0, 1.0, -0.5, 0.2, 2.0, 0.0, 0.1)], ids=["plain", "margins"]
-)
+@pytest.mark.parametrize("margins", [None, MARGINS], ids=["plain", "margins"])
 def test_a_reward_model_step_is_that_of_trl(center_coef, margins, our_step, trl_step, judge):
     rows = [row | ({"margin": margins[n]} if margins else {}) for n, row in enumerate(talks())]
-    flags = {"center_coef": center_coef}
-    ours = our_step("reward_model", rows, model=str(judge), **flags)
+    ours = our_step("reward_model", rows, model=str(judge), center_coef=center_coef)
     settings = {"center_rewards_coefficient": center_coef} if center_coef else {}
     theirs = trl_step(trl.RewardTrainer, trl.RewardConfig, rows, policy=judge, **settings)
     # What is read for the training set's mean comes last: the same sequences. TRL has no marks.
@@ -487,16 +441,13 @@ def merged_by_both(models, tmp_path, one_cpu):
     from mergekit.config import MergeConfiguration
     from mergekit.options import MergeOptions
 
-    import merge
-
     folders, change = [models[0]], torch.Generator().manual_seed(5)
     for i in (1, 2):  # fine-tuned from the base: as far from it as it is long
         tensors = load_file(models[0] / "model.safetensors")
         folders.append(tmp_path / f"tuned{i}")
         shutil.copytree(models[0], folders[-1])
-        moved = {
-            k: x + x.std().clamp(min=0.1) * torch.randn(x.shape, generator=change) for k, x in tensors.items()
-        }
+        noise = {k: torch.randn(x.shape, generator=change) for k, x in tensors.items()}
+        moved = {k: x + x.std().clamp(min=0.1) * noise[k] for k, x in tensors.items()}
         save_file(moved, folders[-1] / "model.safetensors", {"format": "pt"})
 
     def run(method: str, parameters: list[dict], shared: dict, **flags) -> tuple[dict, dict]:
@@ -509,16 +460,9 @@ def merged_by_both(models, tmp_path, one_cpu):
         theirs = tmp_path / "theirs"
         options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False)
         mergekit.run_merge(MergeConfiguration.model_validate(config), str(theirs), options)
-        args = merge.Args(
-            method=method,
-            compat="mergekit",
-            base=base.get("base_model"),
-            models=tuple(map(str, chosen)),
-            output_dir=str(tmp_path / "ours"),
-            report=False,
-            **flags,
-        )
-        merge.main(args)
+        flags |= {"base": base.get("base_model"), "models": tuple(map(str, chosen)), "report": False}
+        flags |= {"method": method, "compat": "mergekit", "output_dir": str(tmp_path / "ours")}
+        merge.main(merge.Args(**flags))
         files = sorted(theirs.glob("*.safetensors"))
         tensors = {name: x for path in files for name, x in load_file(path).items()}
         return load_file(tmp_path / "ours" / "model" / "model.safetensors"), tensors
@@ -526,29 +470,20 @@ def merged_by_both(models, tmp_path, one_cpu):
     return run
 
 
-TWO = [{"weight": 1.0, "density": 0.4}, {"weight": 0.6, "density": 0.4}]
-WEIGHTS_OF_TWO = {"weights": (1.0, 0.6)}
+ONE, FIRST, OTHER = {"weight": 0.7, "density": 1.0}, {"weight": 1.0}, {"weight": 0.6}
+BOTH, SCALED = {"weights": (1.0, 0.6)}, {"weights": (1.0, 0.6), "lambda_": 0.8}
+SPARSE, FULL = ([FIRST | {"density": d}, OTHER | {"density": d}] for d in (0.4, 1.0))
 LAYERS = [{"filter": "mlp", "value": [0.1, 0.9]}, {"filter": "self_attn", "value": 0.7}, {"value": 0.3}]
-MERGES = [
-    ("linear", [{"weight": 1.0}, {"weight": 0.6}], {}, WEIGHTS_OF_TWO),
+MERGES = [  # settings of mergekit for each model and for all, flags of ours
+    ("linear", [FIRST, OTHER], {}, BOTH),
     ("slerp", [{}], {"t": 0.3}, {"t": 0.3}),
     ("slerp", [{}], {"t": LAYERS}, {"t": 0.3, "rule": ("mlp.*:t=0.1,0.9", "self_attn.*:t=0.7")}),
-    (
-        "task_arithmetic",
-        [{"weight": 1.0}, {"weight": 0.6}],
-        {"lambda": 0.8},
-        WEIGHTS_OF_TWO | {"lambda_": 0.8},
-    ),
-    ("ties", TWO, {"lambda": 0.8}, WEIGHTS_OF_TWO | {"lambda_": 0.8, "density": 0.4}),
-    ("breadcrumbs", TWO, {"gamma": 0.1}, WEIGHTS_OF_TWO | {"outliers": 0.1, "density": 0.4}),
+    ("task_arithmetic", [FIRST, OTHER], {"lambda": 0.8}, SCALED),
+    ("ties", SPARSE, {"lambda": 0.8}, SCALED | {"density": 0.4}),
+    ("breadcrumbs", SPARSE, {"gamma": 0.1}, BOTH | {"outliers": 0.1, "density": 0.4}),
     ("model_stock", [{}, {}], {}, {}),
-    ("dare_linear", [{"weight": 0.7, "density": 1.0}], {}, {"weights": (0.7,), "density": 1.0}),
-    (
-        "dare_ties",
-        [{"weight": 1.0, "density": 1.0}, {"weight": 0.6, "density": 1.0}],
-        {"lambda": 0.8},
-        WEIGHTS_OF_TWO | {"lambda_": 0.8, "density": 1.0},
-    ),
+    ("dare_linear", [ONE], {}, {"weights": (0.7,), "density": 1.0}),
+    ("dare_ties", FULL, {"lambda": 0.8}, SCALED | {"density": 1.0}),
 ]
 
 
@@ -567,7 +502,6 @@ def test_a_merge_is_that_of_mergekit(method, parameters, shared, flags, merged_b
 
 def largest_kept(changes: torch.Tensor, first: int, last: int) -> torch.Tensor:
     """Changes (1, n) between two ranks, by the functions of merge.py."""
-    import merge
 
     def kth_largest(k):
         return merge.kth_largest(lambda upper: merge.magnitude_counts(changes, upper), [k])
@@ -578,8 +512,6 @@ def largest_kept(changes: torch.Tensor, first: int, last: int) -> torch.Tensor:
 @pytest.mark.parametrize("gamma", [0.0, 0.01, 0.3, 0.9])
 def test_what_ties_and_breadcrumbs_keep_is_what_mergekit_keeps(gamma):
     sparsify, random = pytest.importorskip("mergekit.sparsify"), torch.Generator().manual_seed(1)
-    import merge
-
     for n in range(1, 60):
         for density in (0.01, 0.1, 0.3, 0.5, 0.97, 1.0):
             changes = torch.randn(1, n, generator=random)
@@ -593,8 +525,6 @@ def test_what_ties_and_breadcrumbs_keep_is_what_mergekit_keeps(gamma):
 def test_signs_sums_and_divisors_are_those_of_mergekit():
     pytest.importorskip("mergekit.merge")
     from mergekit.merge_methods.generalized_task_arithmetic import get_mask
-
-    import merge
 
     random = torch.Generator().manual_seed(1)
     for _ in range(50):  # small whole numbers: sums of 0, and equal sizes, are common
@@ -614,8 +544,6 @@ def test_model_stock_and_slerp_at_their_limits_are_those_of_mergekit():
     from mergekit.merge_methods.model_stock import model_stock_merge_method
     from mergekit.merge_methods.slerp import slerp
 
-    import merge
-
     random = torch.Generator().manual_seed(1)
     base, shared, *own = torch.randn(4, 500, generator=random)
     for size in (1.0, 1e-4, 1e-5):  # the product of the norms goes from 1e3 to 1e-7
@@ -625,17 +553,14 @@ def test_model_stock_and_slerp_at_their_limits_are_those_of_mergekit():
         change = models.mean(0) - base
         assert ratio == pytest.approx(((theirs - base) @ change / (change @ change)).item(), rel=0.01), size
     for other in (base + 0.01 * shared, base + shared, -base, torch.zeros(500)):
-        coefficients = merge.slerp_coefficients(
-            merge.gram(base, (other - base)[None]), 0.3, compat="mergekit"
-        )
+        inner = merge.gram(base, (other - base)[None])
+        coefficients = merge.slerp_coefficients(inner, 0.3, compat="mergekit")
         [theirs] = slerp(torch.tensor([0.3]), base[None], other[None])
         assert torch.allclose(merge.slerp(base, other, coefficients), theirs, atol=1e-5)
 
 
 def test_dare_rescales_as_mergekit_does(merged_by_both, models, tmp_path):
     sparsify = pytest.importorskip("mergekit.sparsify")
-    import merge
-
     flags = {"density": 0.3, "report": False, "base": str(models[0]), "models": (str(tmp_path / "tuned1"),)}
     flags |= {"method": "dare_linear", "compat": "mergekit", "output_dir": str(tmp_path / "ours")}
     merge.main(merge.Args(**flags))

@@ -1,4 +1,4 @@
-"""process_reward_model.py: where steps end, their loss and logits, runs, best of N, annotation and errors.
+"""process_reward_model.py: where steps end, their loss and logits, runs, best of N and annotation.
 
 Losses and measures are held against numbers worked by hand, logits against the stock sequence classifier at
 the end of one prefix at a time; searches and annotations run on completions and scores that are known.
@@ -8,9 +8,8 @@ What the script shares with other scripts is tested with them.
 import functools
 import json
 import math
-import re
+import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +29,12 @@ import process_reward_model as prm
 from common import collate
 
 CPU, END = torch.device("cpu"), 2  # <|im_end|> of tiny's tokenizer
+pytestmark = pytest.mark.usefixtures("one_cpu")
+
+
+@pytest.fixture(autouse=True)
+def process_group():
+    prm.setup_distributed()
 
 
 def float64(*values):
@@ -45,14 +50,6 @@ def test_step_loss_by_hand_of_hard_and_soft_labels():
     assert losses.tolist() == pytest.approx([0.126928, 1.313262, 0.693147, 1.526928], abs=2e-6)
 
 
-def test_step_loss_is_least_where_the_probability_is_the_label():
-    for z in (0.2, 0.5, 0.9):
-        best = math.log(z / (1 - z))
-        below, at, above = prm.step_loss(float64(best - 0.1, best, best + 0.1), float64(z, z, z)).tolist()
-        assert at < below and at < above
-        assert at == pytest.approx(-z * math.log(z) - (1 - z) * math.log(1 - z))
-
-
 def test_gradient_of_the_step_loss_is_that_of_finite_differences():
     logits, labels = float64(2, -1, 0.3).requires_grad_(), float64(1, 0, 0.4)
     assert torch.autograd.gradcheck(prm.step_loss, (logits, labels))
@@ -64,13 +61,10 @@ def test_gradient_of_the_step_loss_is_that_of_finite_differences():
 
 def test_aggregates_by_hand():
     steps = float64(0.9, 0.5, 0.8)
-    found = {
-        how: prm.aggregate_steps(steps, step_aggregation=how).item()
-        for how in ("min", "product", "last", "mean")
-    }
+    found = {how: prm.aggregate_steps(steps, how).item() for how in ("min", "product", "last", "mean")}
     assert found == pytest.approx({"min": 0.5, "product": 0.36, "last": 0.8, "mean": 2.2 / 3})
     for how in found:
-        assert prm.aggregate_steps(float64(0.3), step_aggregation=how).item() == pytest.approx(0.3)
+        assert prm.aggregate_steps(float64(0.3), how).item() == pytest.approx(0.3)
 
 
 def test_shepherd_labels_are_a_share_or_whether_any_is_right():
@@ -94,17 +88,19 @@ def test_first_error_scores_by_hand():
     assert (found, f1) == (pytest.approx(2 / 5), pytest.approx(0.4))
 
 
-def test_first_error_f1_is_0_where_one_kind_is_never_found_or_not_there():
-    assert prm.first_error_scores([-1, -1], [0, -1]) == (0.5, 0)  # calls all clean
-    assert prm.first_error_scores([-1, -1], [-1, -1]) == (1, 0)
-    assert prm.first_error_scores([1, 2], [1, 2]) == (1, 0)
-    assert prm.first_error_scores([], []) == (0, 0)
-
-
 def test_majority_takes_the_first_of_the_most_frequent_answers():
-    assert prm.majority(["5", "7", "7", "5", "7"]) == 1
-    assert prm.majority(["5", "7", "7", "5"]) == 0  # a tie: to the first
-    assert prm.majority(["a", "b", "c", "c"]) == 2 and prm.majority(["x"]) == 0
+    answers = np.array([list("57757"), list("57755"), list("abcdc")])
+    assert prm.votes(answers).tolist() == [[2, 3, 3, 2, 3], [3, 2, 2, 3, 3], [1, 1, 2, 1, 2]]
+    right = np.array([list("01101"), list("10011"), list("00101")]) == "1"
+    assert prm.best_of(5, right, prm.votes(answers)) == 1
+    assert prm.best_of(5, ~right, prm.votes(answers)) == 0
+
+
+def test_best_of_compares_choices_on_all_samples():
+    right, scores = np.array([0, 1, 1, 0, 0, 0, 0, 1]), np.array([4, 3, 2, 9, 1, 2, 3, 0])
+    assert prm.best_of(1, right, scores) == 3 / 8  # of one sample every choice is the same
+    assert prm.best_of(2, right, scores) == 0 and prm.best_of(2, right, -scores) == 3 / 4
+    assert prm.best_of(4, right, right) == 1 and prm.best_of(4, right, -right) == 0
 
 
 # Where steps end --------------------------------------------------------------------------------------------
@@ -125,7 +121,7 @@ def tiny_rows(name="steps_train"):
 
 
 def steps_of(prompt, steps, tokenizer=None):
-    return prm.tokenize_steps(tokenizer or tiny_tokenizer(), prompt, steps, {}, "here")
+    return prm.encode_steps(tokenizer or tiny_tokenizer(), {"prompt": prompt}, steps)
 
 
 STEPS = [
@@ -155,16 +151,10 @@ def test_marked_tokens_are_the_separators_and_the_end(steps, kind):
     assert ids[-1] == END
 
 
-def test_solution_of_a_text_prompt_ends_with_the_end_token():
-    ids, marked = steps_of("What is it?\n", ["1 + 1 = 2", "#### 2"])
-    assert ids[-1] == END and marked[-1] and marked.sum() == 2
-
-
 def merging_tokenizer():
     """Tiny's tokenizer with a token that holds a separator and the beginning of a step."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft")
     tokenizer.add_tokens(["\n##"])
-    tokenizer.end_ids, tokenizer.known_size = [END], len(tokenizer)
     return tokenizer
 
 
@@ -176,13 +166,11 @@ def test_step_whose_separator_is_merged_with_the_next_step_ends_one_token_before
     assert last == len(ids) - 1 and ids[last] == END
 
 
-def test_steps_that_end_with_one_token_are_an_error(capsys):
+def test_steps_that_end_with_one_token_are_refused():
     tokenizer = merging_tokenizer()
     tokenizer.add_tokens(["\n\n\n"])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(ValueError, match="two steps end with one token"):
         steps_of(user("?"), ["1", "", "", "2"], tokenizer)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: here: two of its steps end with one token\n"
 
 
 def test_marks_do_not_depend_on_how_often_the_prompt_has_the_steps_text():
@@ -190,36 +178,6 @@ def test_marks_do_not_depend_on_how_often_the_prompt_has_the_steps_text():
     ids, marked = steps_of(user("1 + 1 = 2\n#### 2"), ["1 + 1 = 2", "#### 2"])
     text = tiny_tokenizer().decode(ids[: np.flatnonzero(marked)[0] + 1])
     assert text.endswith("assistant\n1 + 1 = 2\n") and text.count("####") == 1
-
-
-TRIMMING = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def trimming_tokenizer():
-    """Tiny's tokenizer with a template that strips turns, as Llama 3's does."""
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft")
-    tokenizer.chat_template, tokenizer.end_ids, tokenizer.known_size = TRIMMING, [END], len(tokenizer)
-    return tokenizer
-
-
-def test_template_without_generation_marks_gives_the_same_steps():
-    for steps in STEPS[:4]:
-        one, other = steps_of(user("?"), steps), steps_of(user("?"), steps, trimming_tokenizer())
-        assert one.input_ids.tolist() == other.input_ids.tolist()
-        assert one.trained.tolist() == other.trained.tolist()
-
-
-def test_solution_that_a_template_strips_is_no_traceback():
-    steps = [" begins with a blank", "and ends with one "]
-    try:
-        _, marked = steps_of(user("?"), steps, trimming_tokenizer())
-    except SystemExit as stop:
-        assert stop.code == 2
-    else:
-        assert marked.sum() == 2
 
 
 # Logits -----------------------------------------------------------------------------------------------------
@@ -269,19 +227,19 @@ def tiny_sequences(count):
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
-def test_logits_are_those_of_the_stock_model_on_every_prefix_whatever_the_row(folders, kind, one_cpu):
+def test_logits_are_those_of_the_stock_model_on_every_prefix_whatever_the_row(folders, kind):
     sequences, model, plain = tiny_sequences(5), loaded(folders[kind]), stock(folders[kind])
     sequences.insert(2, steps_of("Text.\n", ["a", "b c", "d"]))
     with torch.no_grad():
         expected = [stock_logits(plain, sequence) for sequence in sequences]
         for picks in (range(6), range(5, -1, -1), (3,), (2, 4)):
-            logits = prm.step_logits(model, collate([sequences[i] for i in picks]))
+            logits = prm.head_outputs(model, collate([sequences[i] for i in picks]))
             assert logits.dtype == torch.float32
             assert torch.allclose(logits, torch.cat([expected[i] for i in picks]), atol=1e-4)
     assert torch.cat(expected).std() > 0.1
 
 
-def test_step_probabilities_are_in_the_order_of_the_solutions_for_any_row_budget(folders, one_cpu):
+def test_step_probabilities_are_in_the_order_of_the_solutions_for_any_row_budget(folders):
     sequences, model, plain = tiny_sequences(6), loaded(folders["qwen3"]), stock(folders["qwen3"])
     with torch.no_grad():
         expected = [stock_logits(plain, sequence).sigmoid() for sequence in sequences]
@@ -291,18 +249,9 @@ def test_step_probabilities_are_in_the_order_of_the_solutions_for_any_row_budget
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected, strict=True))
 
 
-def test_outcome_rewards_are_read_at_the_last_step(folders, one_cpu):
-    sequences, model, plain = tiny_sequences(5), loaded(folders["llama"]), stock(folders["llama"])
-    with torch.no_grad():
-        expected = [stock_logits(plain, sequence)[-1].item() for sequence in sequences]
-    for budget in (8192, 60):
-        args = prm.Args(max_tokens_per_micro_batch=budget)
-        assert prm.outcome_rewards(model, sequences, args, CPU).tolist() == pytest.approx(expected, abs=1e-4)
-
-
-def test_row_without_solutions_has_no_logits_and_a_backward_that_reaches_every_parameter(folders, one_cpu):
+def test_row_without_solutions_has_no_logits_and_a_backward_that_reaches_every_parameter(folders):
     model = loaded(folders["qwen3"])
-    logits = prm.step_logits(model, collate([prm.FILLER]))
+    logits = prm.head_outputs(model, collate([prm.FILLER]))
     assert logits.shape == (0,)
     prm.step_loss(logits, torch.tensor([])).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -328,80 +277,38 @@ def load(tmp_path, rows, **flags):
     return prm.load_steps(tiny_tokenizer(), path, "train", prm.Args(dataset=(path,), **flags))
 
 
-def test_labels_are_numbers_whether_hard_or_soft(tmp_path):
-    [solution] = load(tmp_path, [ROW])
-    assert solution.labels == [1.0, 0.25] and all(type(z) is float for z in solution.labels)
-    assert solution.sequence.trained.sum() == 2
-
-
 BAD_ROWS = [
-    ({"prompt": "a", "completions": ["b"]}, r"found the columns prompt, completions; accepted are"),
-    ({"completions": ["b"], "labels": [1]}, r"found the columns completions, labels; accepted are"),
-    ({"prompt": "a", "completions": "b", "labels": [1]}, r"found the columns"),
-    ({"prompt": "a", "completions": ["b"], "labels": 1}, r"found the columns"),
-    (ROW | {"labels": [1]}, r"2 steps and 1 labels"),
-    (ROW | {"labels": [1, 0, 1]}, r"2 steps and 3 labels"),
-    (ROW | {"completions": [], "labels": []}, r"0 steps and 0 labels"),
-    (ROW | {"labels": [1, 1.5]}, r"a label is not true, false, or a number from 0 to 1"),
-    (ROW | {"labels": [-0.1, 1]}, r"a label is not"),
-    (ROW | {"labels": ["true", True]}, r"a label is not"),
-    (ROW | {"labels": [None, True]}, r"a label is not"),
-    ("a text", r"not an object"),
-    ([1, 2], r"not an object"),
-    (3, r"not an object"),
+    ({"prompt": "a", "completions": ["b"]}, "found the columns prompt, completions, labels"),
+    ({"prompt": "a", "completions": [], "labels": []}, "0 steps, and labels []"),
+    (ROW | {"labels": [1.0]}, "2 steps, and labels [1.0]"),
+    (ROW | {"labels": [1, 1.5]}, "2 steps, and labels [1, 1.5]"),
+    (ROW | {"labels": [-0.1, 1]}, "2 steps, and labels"),
+    (ROW | {"prompt": "b\n", "completions": ["b " * 60, "c"]}, "longer than --max-length"),
 ]
 
 
-@pytest.mark.parametrize("bad, pattern", BAD_ROWS, ids=range(len(BAD_ROWS)))
-def test_bad_rows_end_the_run_with_one_line(tmp_path, capsys, bad, pattern):
+def test_bad_rows_are_dropped_and_counted_by_reason(tmp_path, capsys):
+    good = [ROW | {"prompt": f"{n}\n"} for n in range(8)]
+    assert len(load(tmp_path, [*good, ROW, ROW, *(bad for bad, _ in BAD_ROWS)], max_length=40)) == 9
+    told = capsys.readouterr().out
+    for _, reason in BAD_ROWS:
+        assert reason in told, told
     with pytest.raises(SystemExit) as stop:
-        load(tmp_path, [ROW, bad])
-    [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and line.startswith("error: ")
-    assert re.search(rf"steps\.jsonl, row 2: {pattern}", line), line
-
-
-def test_steps_that_are_no_texts_end_the_run_with_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        load(tmp_path, [ROW | {"completions": [1, 2]}])
-    [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and "row 1" in line
-
-
-def test_solutions_that_are_too_long_are_dropped_or_keep_the_steps_that_fit(tmp_path, capsys):
-    short = {"prompt": "a\n", "completions": ["b", "c"], "labels": [1, 0]}
-    long = {"prompt": "a\n", "completions": ["b", "c " * 20, "d"], "labels": [0.5, 1, 0]}
-    assert len(load(tmp_path, [short, long], max_length=12)) == 1
-    assert "1 solutions, 2 steps, mean label 0.50, 1 dropped as longer than 12" in capsys.readouterr().out
-    whole = load(tmp_path, [long])[0].sequence
-    first, cut = load(tmp_path, [short, long], max_length=12, overlong="truncate")
-    assert cut.labels == [0.5] and first.labels == [1, 0]
-    assert cut.sequence.input_ids.tolist() == whole.input_ids[:12].tolist()
-    assert cut.sequence.trained.sum() == 1
-    with pytest.raises(SystemExit) as stop:
-        load(tmp_path, [long], max_length=12)
-    assert stop.value.code == 2 and "no solution fits" in capsys.readouterr().err
-
-
-def test_repeated_solutions_count_once_unless_asked_to(tmp_path):
-    assert len(load(tmp_path, [ROW, ROW])) == 1
-    assert len(load(tmp_path, [ROW, ROW], dedupe=False)) == 2
+        load(tmp_path, [ROW, BAD_ROWS[0][0]])
+    assert stop.value.code == 2 and "found the columns" in capsys.readouterr().err
 
 
 # Runs -------------------------------------------------------------------------------------------------------
 
-TIMES = ("tokens_per_second", "step_time")
-PACKING = ("num_tokens", "packing/fill")
-
 
 @pytest.fixture
-def train(tmp_path, folders, one_cpu):
+def train(tmp_path, folders):
     """train(rows, held_out, **flags) -> output folder, lines of metrics.jsonl; nothing is searched."""
 
     def run(rows, held_out=None, **flags):
         folder = tmp_path / f"run_{run.count}"
         run.count += 1
-        path = write_rows(tmp_path / f"train_{run.count}.jsonl", rows)
+        path = write_rows(tmp_path / f"train_{zlib.crc32(json.dumps(rows).encode())}.jsonl", rows)
         defaults = {"model": folders["qwen3"], "dataset": (path,), "output_dir": str(folder)}
         defaults |= {"batch_size": len(rows), "max_steps": 1, "eval_every": 0, "save_every": 0}
         defaults |= {"warmup_steps": 0, "lr_schedule": "constant", "learning_rate": 1e-3}
@@ -415,19 +322,11 @@ def train(tmp_path, folders, one_cpu):
     return run
 
 
-def assert_same_metrics(one, other):
-    assert len(one) == len(other)
-    for line, wanted in zip(one, other, strict=True):
-        assert line.keys() == wanted.keys()
-        keys = [key for key in wanted if key not in (*TIMES, *PACKING)]
-        assert [line[k] for k in keys] == pytest.approx([wanted[k] for k in keys], rel=1e-4, abs=1e-4)
-
-
 def uneven_rows():
     """Solutions of 1 to 4 steps with hard and soft labels: a mean of means is not the mean over steps."""
     rows = [dict(row) for row in tiny_rows()[:5]]
     rows[0] |= {"completions": ["#### 92"], "labels": [0.2]}
-    rows[1] |= {"completions": [*rows[1]["completions"], "That is all."], "labels": [1, 0.75, 0, 1]}
+    rows[1] |= {"completions": [*rows[1]["completions"], "That is all."], "labels": [1.0, 0.75, 0.0, 1.0]}
     assert len({len(row["labels"]) for row in rows}) >= 3
     return rows
 
@@ -449,78 +348,32 @@ def test_first_step_is_a_plain_loop_and_the_mean_is_over_the_steps_of_the_whole_
         assert lines[1]["step_accuracy"] == pytest.approx(np.mean(right))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({"max_tokens_per_micro_batch": 128}, id="rows"),
-        pytest.param({"gradient_checkpointing": True}, id="checkpointing"),
-        pytest.param({"attn": "eager"}, id="eager"),
-    ],
-)
-def test_settings_of_memory_and_speed_do_not_change_the_metrics(train, changes):
-    rows, held_out = tiny_rows()[:10], tiny_rows("steps_eval")[:8]
-    flags = {"max_steps": 3, "batch_size": 4, "eval_every": 1}
-    _, plain = train(rows, held_out, **flags)
-    assert len({line["loss"] for line in plain[1:]}) == 3
-    _, lines = train(rows, held_out, **flags, **changes)
-    assert_same_metrics(lines, plain)
-
-
-def test_run_learns_moves_every_parameter_and_saves_what_transformers_loads(train, folders):
-    rows = uneven_rows()
-    folder, lines = train(rows, max_steps=5, learning_rate=3e-3)
-    losses = [line["loss"] for line in lines[1:]]
-    assert losses == sorted(losses, reverse=True)
-    before, after = (
-        load_file(Path(path) / "model.safetensors") for path in (folders["qwen3"], folder / "model")
-    )
-    assert before.keys() == after.keys()
-    assert all(not torch.equal(after[name], before[name]) for name in after)
-    sequences = [steps_of(row["prompt"], row["completions"]) for row in rows]
-    found = prm.step_probabilities(loaded(folder / "model", seed=7), sequences, prm.Args(), CPU)
-    plain = stock(folder / "model")
-    with torch.no_grad():
-        expected = torch.cat([stock_logits(plain, s) for s in sequences]).sigmoid()
-    assert torch.allclose(torch.cat(found), expected, atol=1e-4)
-
-
-def test_continued_run_is_the_uninterrupted_one(train):
-    rows, flags = tiny_rows()[:10], {"save_every": 2, "batch_size": 4}
-    _, whole = train(rows, max_steps=4, **flags)
-    folder, _ = train(rows, max_steps=2, **flags)
-    _, lines = train(rows, max_steps=4, output_dir=str(folder), resume=True, **flags)
-    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
-    assert_same_metrics(lines, whole)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_run_under_fsdp_computes_in_dtype_with_an_exact_head(train, folders, dtype):
+    held_out = tiny_rows("steps_eval")[:4]
+    folder, lines = train(tiny_rows()[:6], held_out, dtype=dtype, max_steps=2, batch_size=4)
+    _, plain = train(tiny_rows()[:6], held_out, max_steps=2, batch_size=4)
+    assert [line["loss"] for line in lines[1:]] == pytest.approx([x["loss"] for x in plain[1:]], rel=0.05)
+    assert (lines[1]["loss"] == plain[1]["loss"]) == (dtype == "float32")
+    assert load_file(folder / "model" / "model.safetensors")["score.weight"].dtype == torch.float32
+    model = loaded(folders["qwen3"], dtype=dtype)
+    logits = prm.head_outputs(model, collate(tiny_sequences(3)))
+    assert logits.dtype == torch.float32
+    if dtype == "bfloat16":  # rounded states, but a head that is not: no logit is a bfloat16 number
+        assert type(model).__name__.startswith("FSDP") and (logits.bfloat16() != logits).any()
 
 
 def test_evaluation_by_hand(monkeypatch):
     # said: TFT, TT, F, TT, FT; labelled: TFF, TT, T, TF, FF: first errors 1, -1, 0, -1, 0 and 1, -1, -1, 1, 0
     probabilities = [[0.9, 0.4, 0.6], [0.7, 0.6], [0.2], [0.8, 0.9], [0.5, 0.6]]
     labels = [[1.0, 0.2, 0.5], [1.0, 0.51], [0.9], [1.0, 0.0], [0.0, 0.1]]
-    solutions = [prm.Solution(prm.FILLER, z) for z in labels]
-    monkeypatch.setattr(
-        prm, "step_probabilities", lambda model, sequences, *_: [torch.tensor(p) for p in probabilities]
-    )
-    model = SimpleNamespace(config=SimpleNamespace())
-    found = prm.evaluate_steps(model, solutions, None, None)
+    monkeypatch.setattr(prm, "step_probabilities", lambda *_: [torch.tensor(p) for p in probabilities])
+    found = prm.evaluate_steps(None, [prm.Solution(prm.FILLER, z) for z in labels], None, None)
     # steps: 2 of 3, 2 of 2, 0 of 1, 1 of 2, 1 of 2; with an error 2 of 3 found, without 1 of 2
     assert found == pytest.approx(
         {"eval/step_accuracy": 6 / 10, "eval/first_error": 3 / 5, "eval/first_error_f1": 4 / 7}
     )
-    assert prm.evaluate_steps(model, [], None, None) == {}
-    model.config.reward_offset = 0.1  # of an outcome model: what is said 0.5 is above average
-    assert prm.evaluate_steps(model, solutions, None, None)["eval/step_accuracy"] == pytest.approx(5 / 10)
-
-
-def test_evaluation_of_a_run_is_that_of_the_stock_model(train, folders):
-    held_out = tiny_rows("steps_eval")[:8]
-    _, lines = train(tiny_rows()[:2], held_out)
-    plain, right = stock(folders["qwen3"]), []
-    for row in held_out:
-        with torch.no_grad():
-            logits = stock_logits(plain, steps_of(row["prompt"], row["completions"])).tolist()
-        right += [(x > 0) == z for x, z in zip(logits, row["labels"], strict=True)]
-    assert lines[0]["eval/step_accuracy"] == pytest.approx(np.mean(right))
+    assert prm.evaluate_steps(None, [], None, None) == {}
 
 
 # Best of N --------------------------------------------------------------------------------------------------
@@ -544,85 +397,56 @@ SAMPLES = [
 
 @pytest.fixture
 def search(monkeypatch, tmp_path):
-    """search(**flags) -> table, metrics, samples of best_of_n on SAMPLES; run.state.asked: the prompts."""
+    """search(**flags) -> table, metrics, samples of best_of_n on SAMPLES; search.asked: the prompts."""
     known = [sample for group in SAMPLES for sample in group]
-    tokenizer, questions = tiny_tokenizer(), ["What is 3 + 4?", "What is 4 + 5?"]
-    prompts = [{"prompt": user(q), "answer": a} for q, a in zip(questions, ("7", "#### 9"), strict=True)]
+    tokenizer = tiny_tokenizer()
+    prompts = [
+        {"prompt": user("What is 3 + 4?"), "answer": "7"},
+        {"prompt": user("4 + 5?"), "answer": "#### 9"},
+    ]
+    judge = prm.judge
 
-    def generate(model, tok, prompt_ids, args, device):
-        search.asked = prompt_ids
-        return [tok(text).input_ids + [END] for text, _, _ in known]
+    def complete(policy, speller, asked, *_):
+        run.asked = asked
+        return [text for text, _, _ in known], [False] * 7 + [True]
 
     def step_probabilities(model, sequences, args, device):
         for sequence, (_, steps, _) in zip(sequences, known, strict=True):
             assert sequence.trained.sum() == len(steps)  # blank lines are no steps
         return [torch.tensor(steps) for _, steps, _ in known]
 
-    monkeypatch.setattr(prm, "own_tokenizer", lambda *_: tokenizer)
-    monkeypatch.setattr(prm, "load_model", lambda name, *_: ("policy", name))
-    monkeypatch.setattr(prm, "load_reward_model", lambda name, *_: ("judge", name))
-    monkeypatch.setattr(prm, "generate", generate)
+    def judged(spec, rows, *rest):
+        return np.array([s for _, _, s in known]) if spec == "somewhere" else judge(spec, rows, *rest)
+
+    monkeypatch.setattr(prm, "load_policy", lambda *_: (tokenizer, None))
+    monkeypatch.setattr(prm, "complete", complete)
+    monkeypatch.setattr(prm, "judge", judged)
     monkeypatch.setattr(prm, "step_probabilities", step_probabilities)
-    monkeypatch.setattr(prm, "outcome_rewards", lambda *_: torch.tensor([s for _, _, s in known]))
 
     def run(**flags):
-        args = prm.Args(policy="tiny/sft", num_samples=4, **flags)
-        verify = prm.load_verifier(args)
-        metrics, samples = prm.best_of_n(None, tokenizer, prompts, verify, tmp_path, args, CPU)
+        args = prm.Args(policy="tiny/sft", num_samples=4, dataset=("other.jsonl",), **flags)
+        metrics, samples = prm.best_of_n(None, tokenizer, prompts, tmp_path, args, CPU)
         return json.loads((tmp_path / "best_of_n.json").read_text()), metrics, samples
 
-    search.questions = questions
-    run.state = search
     return run
 
 
-def test_best_of_n_by_hand(search, tmp_path):
+def test_best_of_n_by_hand(search):
     # right: 0 1 1 0 and 1 0 0 1. By min the PRM has 0.8 0.7 0.85 0.9 and 0.3 0.4 0.2 0.8.
-    table, metrics, samples = search(outcome_model="somewhere")
+    table, metrics, samples = search(outcome_model="somewhere", step_aggregation="min")
     assert table == [
-        {"n": 1, "single": 0.5, "any": 0.5, "majority": 0.5, "prm": 0.5, "orm": 0.5},
-        # the PRM takes 0.8 (wrong) and 0.4 (wrong), the outcome model 3 (right) and 2 (wrong)
-        {"n": 2, "single": 0.5, "any": 1.0, "majority": 0.5, "prm": 0.0, "orm": 0.5},
+        {"n": 1, "single": 0.5, "prm": 0.5, "orm": 0.5, "majority": 0.5, "any": 0.5},
+        # of the halves the PRM takes 0.8, 0.9 and 0.4 (wrong), 0.8 (right); the outcome model 3 and 1.5
+        # (right), 2 and 2 (wrong); of two answers a majority takes the first: wrong, right, right, wrong
+        {"n": 2, "single": 0.5, "prm": 0.25, "orm": 0.5, "majority": 0.5, "any": 1.0},
         # 0.9 (wrong) and 0.8 (right); 3 (right) and 2 (wrong); two 7, and of two 9 and two 8 the first
-        {"n": 4, "single": 0.5, "any": 1.0, "majority": 1.0, "prm": 0.5, "orm": 0.5},
+        {"n": 4, "single": 0.5, "prm": 0.5, "orm": 0.5, "majority": 1.0, "any": 1.0},
     ]
-    assert metrics == {f"search/{key}": value for key, value in table[-1].items() if key != "n"}
-    assert (tmp_path / "best_of_n.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    wanted = {f"search/{key}": value for key, value in table[-1].items() if key != "n"}
+    assert metrics == wanted | {"search/clipped_ratio": 1 / 8}
     assert [sample["right"] for sample in samples] == [False, True, True, False, True, False, False, True]
     assert samples[5]["completion"] == "f\n\n#### 8"
     assert samples[5]["probabilities"] == pytest.approx([0.5, 0.4])
-
-
-def test_best_of_n_without_an_outcome_model_has_no_column_for_it(search):
-    table, metrics, _ = search(dataset=("other.jsonl",))
-    assert set(table[0]) == {"n", "single", "any", "majority", "prm"} and "search/orm" not in metrics
-
-
-@pytest.mark.parametrize(
-    "how, prm_right",
-    [
-        # 0.72 0.63 0.81 0.89 | 0.18 0.2 0.2 0.8
-        ("product", [0.5, 0.0, 0.5]),
-        # 0.8 0.9 0.85 0.99 | 0.6 0.4 0.99 0.8
-        ("last", [0.5, 1.0, 0.0]),
-        # 0.85 0.8 0.9 0.945 | 0.45 0.45 0.595 0.8: float32 has 0.45 from 0.3 and 0.6 above that from 0.5, 0.4
-        ("mean", [0.5, 0.5, 0.5]),
-    ],
-)
-def test_best_of_n_scores_solutions_as_the_aggregation_says(search, how, prm_right):
-    table, _, _ = search(step_aggregation=how)
-    assert [line["prm"] for line in table] == prm_right
-
-
-def test_every_prompt_is_sampled_n_times_with_the_generation_prompt(search):
-    search()
-    found = [tiny_tokenizer().decode(ids) for ids in search.state.asked]
-    wanted = [
-        f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n"
-        for q in search.state.questions
-        for _ in range(4)
-    ]
-    assert found == wanted
 
 
 def test_run_ends_with_a_search_of_the_policys_samples(train, tmp_path):
@@ -630,41 +454,49 @@ def test_run_ends_with_a_search_of_the_policys_samples(train, tmp_path):
     flags = {"search_dataset": prompts, "policy": "tiny/sft", "num_samples": 3, "num_prompts": 2}
     folder, lines = train(tiny_rows()[:4], max_steps=2, max_completion_length=24, **flags)
     assert "search/prm" not in lines[1] and 0 <= lines[2]["search/prm"] <= lines[2]["search/any"] <= 1
-    table = json.loads((folder / "best_of_n.json").read_text())
-    assert [line["n"] for line in table] == [1, 2] and (folder / "best_of_n.png").exists()
+    assert [line["n"] for line in json.loads((folder / "best_of_n.json").read_text())] == [1, 3]
     samples = read_lines(folder / "samples.jsonl")
     assert len(samples) == 6 and {sample["step"] for sample in samples} == {2}
-    share = np.mean([sample["right"] for sample in samples])
-    assert lines[2]["search/single"] == pytest.approx(share)
+    assert lines[2]["search/single"] == pytest.approx(np.mean([sample["right"] for sample in samples]))
+    _, lines = train(tiny_rows()[:4], **(flags | {"num_samples": 0}))
+    assert "search/prm" not in lines[1]
+
+
+def test_verifier_that_fails_in_the_search_does_not_lose_the_training(train, tmp_path, capsys):
+    (tmp_path / "judge.py").write_text(
+        "def judge(completions, **columns):\n    assert len(completions) == 1, 'too many'\n    return [1.0]\n"
+    )
+    prompts = write_rows(tmp_path / "prompts.jsonl", tiny_rows("prompts_eval")[:2])
+    flags = {"search_dataset": prompts, "policy": "tiny/sft", "num_samples": 2, "max_completion_length": 8}
+    with pytest.raises(SystemExit) as stop:
+        train(tiny_rows()[:4], reward=f"{tmp_path / 'judge.py'}:judge", **flags)
+    assert stop.value.code == 2 and "AssertionError: too many" in capsys.readouterr().err
+    assert stock(tmp_path / "run_0" / "model")
 
 
 # Annotation -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def annotate(monkeypatch, tmp_path, one_cpu):
+def annotate(monkeypatch, tmp_path):
     """annotate(rows, **flags) -> rows written, metrics; `annotate.answers` says how completions end."""
     output = tmp_path / "out" / "annotated.jsonl"
 
-    def generate(policy, tokenizer, asked, args, device):
-        assert policy == "tiny/sft"
-        state.prefixes += asked
-        if not asked:
-            return []
-        endings = [f"then\n#### {next(state.answers)}" for _ in asked]
-        return [tokenizer(text).input_ids + [END] for text in endings]
+    def complete(policy, tokenizer, asked, seed, args, device):
+        run.prefixes += asked
+        endings = [f"then\n#### {next(run.answers)}" for _ in asked]
+        return endings, [text.endswith("3") for text in endings]
 
     def run(rows, **flags):
-        state.prefixes = []
-        source = write_rows(tmp_path / "solutions.jsonl", rows)
+        run.prefixes = []
+        source = write_rows(tmp_path / f"{zlib.crc32(json.dumps(rows).encode())}.jsonl", rows)
         defaults = {"annotate": source, "annotate_output": str(output), "policy": "tiny/sft"}
         result = prm.main(prm.Args(**(defaults | {"num_rollouts": 4} | flags)))
         return read_lines(output), result
 
-    state = run
-    state.answers, state.output = iter(()), output
-    monkeypatch.setattr(prm, "generate", generate)
-    monkeypatch.setattr(prm, "load_model", lambda name, *_: name)
+    run.answers, run.output = iter(()), output
+    monkeypatch.setattr(prm, "complete", complete)
+    monkeypatch.setattr(prm, "load_policy", lambda *_: (tiny_tokenizer(), None))
     return run
 
 
@@ -682,26 +514,13 @@ SOLUTIONS = [
 ANSWERS = [8, 8, 1, 8, 8, 1, 1, 1, 3, 3, 3, 3]
 
 
-@pytest.mark.parametrize("size", [256, 8, 1])  # solutions are sampled together or one by one
-def test_soft_labels_are_the_shares_of_right_completions_and_the_last_one_is_the_verdict(annotate, size):
+def test_soft_labels_are_the_shares_of_right_completions_and_the_last_one_is_the_verdict(annotate):
     annotate.answers = iter(ANSWERS)
-    solutions = SOLUTIONS if size == 256 else SOLUTIONS[:2]
-    rows, metrics = annotate(solutions, generation_batch_size=size)
-    assert [row["labels"] for row in rows] == [[0.75, 0.25, 1.0], [0.0, 0.0], [1.0]][: len(solutions)]
-    assert [{k: v for k, v in row.items() if k != "labels"} for row in rows] == solutions
-    assert "label_correlation" not in metrics
+    rows, metrics = annotate(SOLUTIONS)
+    assert [row["labels"] for row in rows] == [[0.75, 0.25, 1.0], [0.0, 0.0], [1.0]]
+    assert [{k: row[k] for k in SOLUTIONS[0]} for row in rows] == SOLUTIONS
     assert next(annotate.answers, None) is None  # the last steps are not completed
-
-
-def test_solutions_of_one_step_get_the_verdict_and_no_completions(annotate):
-    rows, _ = annotate(SOLUTIONS[2:])
-    assert [row["labels"] for row in rows] == [[1.0]] and annotate.prefixes == []
-
-
-def test_hard_labels_say_whether_any_completion_is_right(annotate):
-    annotate.answers = iter(ANSWERS)
-    rows, _ = annotate(SOLUTIONS, label="hard")
-    assert [row["labels"] for row in rows] == [[1.0, 1.0, 1.0], [0.0, 0.0], [1.0]]
+    assert metrics == pytest.approx({"mean_label": 3 / 6, "clipped_ratio": 4 / 12})
 
 
 def test_what_is_completed_is_exactly_the_tokens_up_to_the_end_of_each_step(annotate):
@@ -728,39 +547,21 @@ def test_verifier_reads_the_steps_before_a_completion_too(annotate, tmp_path):
         "    with open(__file__ + '.txt', 'a') as file:\n"
         "        for row in zip(prompts, completions, answer, kept, strict=True):\n"
         "            file.write(repr(row) + '\\n')\n"
-        "    assert not kwargs, kwargs\n"
+        "    assert set(kwargs) == {'truncated'}, kwargs\n"
         "    texts = [messages[0]['content'] for messages in completions]  # as the prompts are messages\n"
         "    return [None if text.endswith('3') else len(text) - 20 for text in texts]\n"
     )
     annotate.answers = iter(ANSWERS)
     rows, _ = annotate(SOLUTIONS, reward=f"{path}:judge")
     seen = [eval(line) for line in (tmp_path / "spy.py.txt").read_text().splitlines()]
-    assert len(seen) == 12 + 3
+    seen.pop(0)  # the function is tried before anything slow
     one, two = SOLUTIONS[:2]
     assert seen[0] == (one["prompt"], said("3 + 4 = 7\nthen\n#### 8"), "8", 1)
     assert seen[4] == (one["prompt"], said("3 + 4 = 7\n7 + 1 = 8\nthen\n#### 8"), "8", 1)
-    assert seen[8] == (two["prompt"], said("1 + 1 = 3\nthen\n#### 3"), "2", 2)
-    assert [row[1] for row in seen[12:]] == [said("\n".join(row["completions"])) for row in SOLUTIONS]
+    assert seen[12] == (two["prompt"], said("1 + 1 = 3\nthen\n#### 3"), "2", 2)
+    assert seen[11] == (one["prompt"], said("3 + 4 = 7\n7 + 1 = 8\n#### 8"), "8", 1)
     # above 0 is right: 21, 31 and 26 characters; None is not; the solutions have 26 and 6
     assert [row["labels"] for row in rows] == [[1.0, 1.0, 1.0], [0.0, 0.0], [0.0]]
-
-
-def test_completions_of_a_later_chunk_follow_their_own_steps(annotate, monkeypatch):
-    judged = []
-
-    def load_verifier(args):
-        return lambda rows, texts: judged.extend(zip([r["kept"] for r in rows], texts)) or [1.0] * len(rows)
-
-    monkeypatch.setattr(prm, "load_verifier", load_verifier)
-    annotate.answers = iter(ANSWERS)
-    annotate(SOLUTIONS[:2], generation_batch_size=1)
-    assert judged == [
-        *[(1, f"3 + 4 = 7\nthen\n#### {answer}") for answer in ANSWERS[:4]],
-        *[(1, f"3 + 4 = 7\n7 + 1 = 8\nthen\n#### {answer}") for answer in ANSWERS[4:8]],
-        (1, "3 + 4 = 7\n7 + 1 = 8\n#### 8"),
-        *[(2, f"1 + 1 = 3\nthen\n#### {answer}") for answer in ANSWERS[8:]],
-        (2, "1 + 1 = 3\n#### 3"),
-    ]
 
 
 @pytest.mark.parametrize("torn", ["", '{"prompt": [{"role": "us', '{"prompt": "a"}'])
@@ -776,14 +577,24 @@ def test_annotation_continues_behind_the_rows_that_are_whole(annotate, torn):
     assert rows == whole and annotate.prefixes == []
 
 
-def test_output_with_more_rows_than_the_dataset_is_left_alone(annotate, capsys):
+def test_annotation_of_other_rows_or_flags_is_left_alone(annotate, capsys):
     annotate.answers = iter(ANSWERS)
     annotate(SOLUTIONS)
     before = annotate.output.read_text()
-    with pytest.raises(SystemExit) as stop:
-        annotate(SOLUTIONS[:2])
-    assert stop.value.code == 2 and "more rows" in capsys.readouterr().err
-    assert annotate.output.read_text() == before
+    other = [SOLUTIONS[0] | {"answer": "9"}, *SOLUTIONS[1:]]
+    changes = (
+        {"label": "hard"},
+        {"policy": "tiny/base"},
+        {"num_rollouts": 2},
+        {"seed": 2},
+        {"temperature": 0.5},
+    )
+    for rows, flags in ((SOLUTIONS[:2], {}), (other, {}), *((SOLUTIONS, change) for change in changes)):
+        with pytest.raises(SystemExit) as stop:
+            annotate(rows, **flags)
+        name = next(iter(flags), "rows")
+        assert stop.value.code == 2 and f"is of other {name}" in capsys.readouterr().err
+        assert annotate.output.read_text() == before
 
 
 def test_given_labels_are_kept_and_compared(annotate):
@@ -794,158 +605,49 @@ def test_given_labels_are_kept_and_compared(annotate):
     estimated = [[0.25, 0.75, 1.0], [0.0, 0.0], [1.0]]
     assert [row["labels"] for row in rows] == estimated
     assert [row["true_labels"] for row in rows] == labels
-    flat = [x for solution in estimated for x in solution]
-    correlation = np.corrcoef(flat, [1, 0, 1, 0, 0, 1])[0, 1]
-    expected = {"mean_label": 3 / 6, "label_correlation": correlation, "label_agreement": 4 / 6}
-    assert metrics == pytest.approx(expected)
+    assert metrics["label_agreement"] == pytest.approx(4 / 6)
 
 
-def test_mean_label_is_that_of_all_estimated_labels(annotate):
+def test_rows_that_cannot_be_annotated_are_dropped_and_a_missing_column_ends_the_run(annotate, capsys):
     annotate.answers = iter(ANSWERS)
-    _, metrics = annotate(SOLUTIONS)
-    assert metrics["mean_label"] == pytest.approx(3 / 6)  # 0.75, 0.25, 1 and 0, 0 and 1
-
-
-def test_annotated_rows_are_what_the_script_trains_on(annotate, tmp_path):
-    annotate.answers = iter(ANSWERS)
-    annotate(SOLUTIONS)
-    args = prm.Args(dataset=(str(annotate.output),))
-    solutions = prm.load_steps(tiny_tokenizer(), str(annotate.output), "train", args)
-    assert [s.labels for s in solutions] == [[0.75, 0.25, 1.0], [0.0, 0.0], [1.0]]
-
-
-def test_annotation_of_rows_without_answers_says_so_in_one_line(annotate, capsys):
-    annotate.answers = iter([1] * 100)
+    rows, _ = annotate([*SOLUTIONS, {"prompt": "a", "answer": "1"}, {"completions": ["a"], "answer": "1"}])
+    assert len(rows) == 3 and "2 rows dropped" not in capsys.readouterr().err
+    annotate.output.unlink()
     with pytest.raises(SystemExit) as stop:
-        annotate([{k: v for k, v in row.items() if k != "answer"} for row in tiny_rows()[:2]])
+        annotate([{k: v for k, v in row.items() if k != "answer"} for row in SOLUTIONS])
     [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2
-    assert line.startswith("error: ") and re.search(r"without --reward .*answer.*found prompt, comp", line)
-    assert annotate.prefixes == []  # before anything is sampled
+    assert stop.value.code == 2 and "math_answer" in line and "answer" in line
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"completions": ["a"], "answer": "1"},
-        {"prompt": "a", "completions": "b", "answer": "1"},
-        {"prompt": "a", "completion": "b", "answer": "1"},
-        {"prompt": "a", "completions": [], "answer": "1"},
-        3,
-    ],
-    ids=["no prompt", "a text", "completion", "no steps", "a number"],
-)
-def test_bad_rows_to_annotate_end_the_run_with_one_line(annotate, capsys, bad):
-    annotate.answers = iter([1] * 100)
-    with pytest.raises(SystemExit) as stop:
-        annotate([SOLUTIONS[0], bad])
-    [line] = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
-    assert stop.value.code == 2 and "row 2" in line
-
-
-def test_real_policy_labels_solutions(tmp_path, one_cpu):
-    rows = [dict(row, answer=row["completions"][-1]) for row in tiny_rows()[:3]]
-    source, output = write_rows(tmp_path / "solutions.jsonl", rows), tmp_path / "annotated.jsonl"
-    flags = {"annotate": source, "annotate_output": str(output), "num_rollouts": 2}
-    metrics = prm.main(prm.Args(max_completion_length=16, **flags))
-    found = read_lines(output)
-    assert all(set(row["labels"]) <= {0.0, 0.5, 1.0} and row["labels"][-1] == 1 for row in found)
-    assert [len(row["labels"]) for row in found] == [len(row["completions"]) for row in rows]
-    assert set(metrics) == {"mean_label", "label_correlation", "label_agreement"}
+@pytest.mark.parametrize("size", [65536, 1])
+def test_completions_depend_on_their_place_and_not_on_how_many_are_sampled_at_once(size):
+    args = prm.Args(policy="tiny/sft", max_completion_length=16, max_tokens_per_rollout=size)
+    tokenizer, policy = prm.load_policy(args, CPU)
+    heads = [prm.spell(tokenizer, row, "?")[0] for row in tiny_rows("prompts_eval")[:3] for _ in range(2)]
+    prompts = tokenizer(heads, add_special_tokens=False).input_ids
+    texts, cut = prm.complete(policy, tokenizer, prompts, 7, args, CPU)
+    alone, _ = prm.complete(policy, tokenizer, prompts[:2], 7, args, CPU)
+    assert texts[:2] == alone and len(set(texts)) > 3
+    assert [len(tokenizer(text).input_ids) == 16 for text in texts] == cut
 
 
 # Verifiers and errors ---------------------------------------------------------------------------------------
 
 
-def test_default_verifier_compares_final_answers():
-    verify = prm.load_verifier(prm.Args())
-    rows = [{"answer": a} for a in ("1,234", "work\n#### 5", 7, "7")]
-    assert verify(rows, ["x\n#### 1234", "#### 5", "#### 7", "8\n#### 77"]) == [1, 1, 1, 0]
+MISTAKES = {
+    "--annotate samples completions": {"annotate": "a.jsonl", "policy": None},
+    "--annotate samples": {"annotate": "a.jsonl", "temperature": 0.0},
+    "nowhere.py:f: FileNotFoundError": {"reward": "nowhere.py:f"},
+    "rewards.py:nothing: KeyError": {"reward": "rewards.py:nothing"},
+    "./nowhere: ValueError": {"outcome_model": "./nowhere"},
+    "--model ./nowhere": {"policy": "./nowhere"},
+}
 
 
-def test_reward_function_gets_prompts_completions_and_columns(tmp_path):
-    path = tmp_path / "judge.py"
-    path.write_text(
-        "def judge(prompts, completions, solution, labels, **kwargs):\n"
-        "    assert kwargs == {'extra': [None, 5]}\n"
-        "    assert prompts == ['p', 'q'] and completions == ['one', 'two'] and labels == [[1], None]\n"
-        "    return [-0.5 if s == c else 2 for s, c in zip(solution, completions)]\n"
-    )
-    rows = [
-        {"prompt": "p", "completions": ["x"], "solution": "one", "labels": [1], "extra": None},
-        {"prompt": "q", "completions": ["y"], "solution": "no", "extra": 5},
-    ]
-    verify = prm.load_verifier(prm.Args(reward=f"{path}:judge"))
-    assert verify(rows, ["one", "two"]) == [0, 1]
-
-
-@pytest.fixture
-def refused(monkeypatch, capsys, tmp_path):
-    """refused(pattern, **flags): one line on stderr, exit status 2, no model loaded, nothing written."""
-
-    def run(pattern, **flags):
-        for loader in ("load_reward_model", "load_model"):
-            monkeypatch.setattr(prm, loader, lambda *_: pytest.fail("a model was loaded"))
-        defaults = {"dataset": (write_rows(tmp_path / "rows.jsonl", tiny_rows()[:4]),)}
-        defaults |= {"output_dir": str(tmp_path / "run"), "annotate_output": str(tmp_path / "out.jsonl")}
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            prm.main(prm.Args(**(defaults | flags)))
-        lines = capsys.readouterr().err.splitlines()
-        assert stop.value.code == 2 and len(lines) == 1, lines
-        assert lines[0].startswith("error: ") and re.search(pattern, lines[0]), lines[0]
-        assert not (tmp_path / "run").exists() and not (tmp_path / "out.jsonl").exists()
-
-    return run
-
-
-@pytest.mark.parametrize(
-    "pattern, flags",
-    [
-        (r"--annotate samples from a --policy", {"annotate": "a.jsonl"}),
-        (r"--temperature must be above 0", {"annotate": "a.jsonl", "policy": "tiny/sft", "temperature": 0.0}),
-        (r"a\.jsonl: no such file", {"annotate": "a.jsonl", "policy": "tiny/sft"}),
-        (r"judge\.py:f: not file\.py:function", {"reward": "judge.py:f"}),
-        (r"common\.py: not file\.py:function", {"reward": "common.py"}),
-        (r"--eval-fraction must lie in", {"eval_fraction": 1.0}),
-        (r"--eval-fraction and --eval-dataset", {"eval_fraction": 0.1, "eval_dataset": "a.jsonl"}),
-        (r"--num-samples must be at least 1", {"num_samples": 0}),
-        (r"--num-rollouts must be at least 1", {"num_rollouts": 0}),
-        (r"--batch-size must be at least 1", {"batch_size": 0}),
-        (r"--resume needs --output-dir", {"resume": True, "output_dir": None}),
-        (r"--model \./nowhere: no such folder", {"model": "./nowhere"}),
-        (r"nowhere\.jsonl: no such file", {"dataset": ("nowhere.jsonl",)}),
-        (r"nowhere\.jsonl: no such file", {"search_dataset": "nowhere.jsonl", "policy": "tiny/sft"}),
-        (r"no solution fits --max-length 5", {"max_length": 5}),
-    ],
-)
-def test_mistakes_end_the_run_with_one_line_before_a_model_is_loaded(refused, pattern, flags):
-    refused(pattern, **flags)
-
-
-def test_missing_function_of_a_reward_file_is_named(refused, tmp_path):
-    path = tmp_path / "judge.py"
-    path.write_text("number = 3\n")
-    refused(r"judge\.py has no function f$", reward=f"{path}:f")
-    refused(r"judge\.py has no function number$", reward=f"{path}:number")
-
-
-def test_prompts_of_a_search_without_a_prompt_are_refused(refused, tmp_path):
-    path = write_rows(tmp_path / "prompts.jsonl", [{"question": "q", "answer": "1"}, {"answer": "2"}])
-    refused(r"prompts\.jsonl, row 2: found the columns answer", search_dataset=path, policy="tiny/sft")
-
-
-def test_policy_and_outcome_model_have_tokenizers_of_their_own(train, random_model, folders, tmp_path):
+@pytest.mark.parametrize("pattern", MISTAKES)
+def test_mistakes_end_the_run_with_one_line_before_it_trains(train, tmp_path, capsys, pattern):
     prompts = write_rows(tmp_path / "prompts.jsonl", tiny_rows("prompts_eval")[:2])
-    flags = {"search_dataset": prompts, "num_samples": 2, "max_completion_length": 40}
-    flags |= {"policy": "tiny/sft", "outcome_model": folders["qwen3"]}
-    folder, _ = train(tiny_rows()[:2], model=str(random_model), **flags)
-    for sample in read_lines(folder / "samples.jsonl"):
-        assert sample["prompt"].startswith("<|im_start|>") and sample["prompt"].endswith("assistant\n")
-        assert " = " in sample["completion"]  # what tiny/sft says, not the letters of another vocabulary
-
-
-def test_outcome_model_that_is_missing_is_noticed_before_training(refused, tmp_path):
-    prompts = write_rows(tmp_path / "prompts.jsonl", tiny_rows("prompts_eval")[:1])
-    flags = {"search_dataset": prompts, "policy": "tiny/sft", "outcome_model": "./nowhere"}
-    refused(r"nowhere: no such folder", **flags)
+    with pytest.raises(SystemExit) as stop:
+        train(tiny_rows()[:2], **({"search_dataset": prompts, "policy": "tiny/sft"} | MISTAKES[pattern]))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and f"error: {pattern}" in lines[0], lines

@@ -8,13 +8,13 @@ import functools
 import json
 import math
 import shutil
-import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, start
+from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -119,12 +119,6 @@ def test_gradients_are_those_of_finite_differences():
     assert (up < 0).all() and torch.allclose(up, -down)
 
 
-def test_losses_stay_finite_far_from_0():
-    far = torch.tensor([300.0, -300.0])
-    losses = torch.cat([rm.bradley_terry_loss(far, -far), rm.outcome_loss(far, torch.tensor([0, 1]))])
-    assert losses.tolist() == pytest.approx([0, 600, 300, 300])
-
-
 # Measures ---------------------------------------------------------------------------------------------------
 
 
@@ -164,14 +158,6 @@ def test_length_correlation_is_pearsons():
     assert rm.length_correlation(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([4, 5, 6])) == pytest.approx(-1)
 
 
-def test_length_correlation_is_0_where_one_does_not_vary():
-    lengths = torch.arange(7)
-    for constant in (0.0, 1.0, -3.0):
-        assert rm.length_correlation(torch.full((7,), constant), lengths) == 0
-    assert rm.length_correlation(torch.randn(7), torch.full((7,), 4)) == 0
-    assert rm.length_correlation(torch.tensor([2.0]), torch.tensor([4])) == 0
-
-
 # Models and answers -----------------------------------------------------------------------------------------
 
 
@@ -189,7 +175,7 @@ def folders(tmp_path_factory):
     classifier whose padding is the end token."""
     classes = {"qwen3": Qwen3ForSequenceClassification, "llama": LlamaForSequenceClassification}
     wanted = {kind: (classes[kind], kind, 0) for kind in classes}
-    wanted |= {"causal": (Qwen3ForCausalLM, "qwen3", 0), "pad_is_end": (classes["qwen3"], "qwen3", END)}
+    wanted |= {"causal": (Qwen3ForCausalLM, "qwen3", 0)}
     found = {}
     for name, (model_class, kind, pad) in wanted.items():
         with torch.random.fork_rng():
@@ -273,18 +259,6 @@ def test_rewards_are_those_of_the_stock_classifier_on_each_answer_alone(folders,
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
-def test_reward_does_not_depend_on_the_rest_of_the_row(folders, kind):
-    answers, model = random_answers(6), loaded(folders[kind])
-    with torch.no_grad():
-        together = rm.head_outputs(model, collate(answers))
-        alone = torch.cat([rm.head_outputs(model, collate([answer])) for answer in answers])
-        backwards = rm.head_outputs(model, collate(answers[::-1])).flip(0)
-        some = rm.head_outputs(model, collate([answers[i] for i in (4, 1)]))
-    assert torch.allclose(together, alone, atol=1e-5) and torch.allclose(together, backwards, atol=1e-5)
-    assert torch.allclose(some, together[[4, 1]], atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["qwen3", "llama"])
 def test_shared_beginnings_do_not_change_the_rewards(folders, kind, tmp_path):
     pairs, model = pairs_of(folders[kind], tmp_path, tiny_rows()[:4]), loaded(folders[kind])
     flags = [rm.Args(attn=attn) for attn in ("packed", "eager")]  # eager shares nothing
@@ -308,25 +282,6 @@ def test_reward_is_read_at_the_end_token_and_not_at_what_a_template_writes_behin
         found = rm.head_outputs(model, collate(tails)).tolist()
         expected = [stock_reward(stock(folders["qwen3"]), a).item() for a in tails]
     assert found == pytest.approx(expected, abs=1e-4)
-
-
-def test_padding_that_is_the_end_token_moves_the_stock_reward_and_not_ours(folders):
-    folder, answers = folders["pad_is_end"], random_answers(4)
-    model, plain = loaded(folder), stock(folder)
-    assert model.config.pad_token_id == plain.config.pad_token_id == END
-    width = max(len(a.input_ids) for a in answers)
-    padded = torch.tensor([[*a.input_ids, *[END] * (width - len(a.input_ids))] for a in answers])
-    attended = torch.tensor([[1] * len(a.input_ids) + [0] * (width - len(a.input_ids)) for a in answers])
-    with torch.no_grad():
-        theirs = plain(input_ids=padded, attention_mask=attended).logits[:, 0]
-        hidden = plain.get_decoder()(input_ids=padded, attention_mask=attended).last_hidden_state
-        ours = rm.head_outputs(model, collate(answers))
-        at_end, before = (
-            torch.stack([plain.score(hidden[n, len(a.input_ids) + shift])[0] for n, a in enumerate(answers)])
-            for shift in (-1, -2)
-        )
-    assert torch.allclose(theirs, before, atol=1e-4)  # one token early
-    assert torch.allclose(ours, at_end, atol=1e-4) and (ours - theirs).abs().min() > 1e-3
 
 
 def test_row_without_answers_has_no_rewards_and_a_backward_that_reaches_every_parameter(folders):
@@ -391,7 +346,7 @@ def train(tmp_path, folders):
     def run(rows, held_out=None, **flags):
         folder = tmp_path / f"run_{run.count}"
         run.count += 1
-        path = write_rows(tmp_path / f"train_{run.count}.jsonl", rows)
+        path = write_rows(tmp_path / f"train_{zlib.crc32(json.dumps(rows).encode())}.jsonl", rows)
         defaults = {"model": folders["qwen3"], "dataset": (path,), "output_dir": str(folder)}
         defaults |= {"batch_size": len(rows), "max_steps": 1, "eval_every": 0, "save_every": 0}
         defaults |= {"warmup_steps": 0, "lr_schedule": "constant", "learning_rate": 1e-3}
@@ -454,13 +409,6 @@ def test_first_step_is_a_plain_loop_over_the_stock_model(
         }
         assert rewards.min() < rewards.max() and expected["min_reward"] < expected["mean_reward"]
         assert {key: lines[1][key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-4)
-
-
-def test_second_step_reads_the_updated_model_and_the_loss_falls(train):
-    _, lines = train(tiny_rows()[:4], max_steps=4, learning_rate=1e-3)
-    losses = [line["loss"] for line in lines[1:]]
-    assert losses[3] < losses[2] < losses[1] < losses[0]
-    assert lines[4]["margin"] > lines[1]["margin"]
 
 
 @pytest.mark.parametrize(
@@ -564,21 +512,6 @@ def test_outcome_step_is_a_plain_loop_over_single_answers(train, tmp_path, folde
 
 
 @pytest.mark.parametrize("objective", ["bradley_terry", "outcome"])
-def test_every_parameter_moves(train, folders, objective):
-    folder, _ = train(tiny_rows()[:3], objective=objective, model=folders["causal"], seed=4)
-    before, after = (
-        load_file(Path(path) / "model.safetensors") for path in (folders["causal"], folder / "model")
-    )
-    head = torch.randn(1, 32, generator=torch.Generator().manual_seed(4)) / math.sqrt(33)
-    before["score.weight"] = head
-    assert after.keys() == before.keys() - {"lm_head.weight"}
-    assert all(not torch.equal(after[name], before[name]) for name in after)
-    # Rows of the embedding that no token of the data has have no gradient and stay where they are.
-    same = (after["model.embed_tokens.weight"] == before["model.embed_tokens.weight"]).all(1)
-    assert same.any() and not same.all()
-
-
-@pytest.mark.parametrize("objective", ["bradley_terry", "outcome"])
 def test_saved_model_has_the_rewards_of_transformers_and_pairs_an_offset_that_centres_them(
     train, tmp_path, folders, objective
 ):
@@ -609,18 +542,6 @@ def test_run_under_fsdp_computes_in_dtype_with_an_exact_head(train, folders, dty
     assert rewards.dtype == torch.float32
     if dtype == "bfloat16":  # rounded states, but a head that is not: no reward is a bfloat16 number
         assert type(model).__name__.startswith("FSDP") and (rewards.bfloat16() != rewards).any()
-
-
-def test_two_processes_train_and_save_what_one_does(tmp_path):
-    flags = ["--dtype", "bfloat16", "--max-steps", "2", "--batch-size", "6", "--num-eval", "4"]
-    for count in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        command = [ROOT / "reward_model.py", *flags, "--output-dir", tmp_path / str(count)]
-        done = start(sys.executable, *launcher, *command, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    one, two = (read_lines(tmp_path / str(n) / "metrics.jsonl") for n in (1, 2))
-    assert [x["loss"] for x in two[1:]] == pytest.approx([x["loss"] for x in one[1:]], rel=2e-3)
-    assert (tmp_path / "2" / "model" / "model.safetensors").exists()
 
 
 # Ensembles --------------------------------------------------------------------------------------------------
@@ -661,20 +582,6 @@ def test_continued_ensemble_skips_the_members_that_are_finished(train, folders, 
     found = load_file(folder / "member_1" / "model" / "model.safetensors")
     assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
     assert len(json.loads((folder / "ensemble.json").read_text())["members"]) == 2
-
-
-def test_stopped_member_stops_the_ensemble(train, folders, tmp_path, monkeypatch):
-    log = rm.Logger.log
-
-    def stopping(self, metrics, *rest):
-        self.stopping = True
-        return log(self, metrics, *rest)
-
-    monkeypatch.setattr(rm.Logger, "log", stopping)
-    train(tiny_rows()[:6], num_members=2, max_steps=3, batch_size=2)
-    folder = tmp_path / "run_0"
-    assert (folder / "member_0" / "checkpoints").exists() and not (folder / "member_0" / "model").exists()
-    assert not (folder / "member_1").exists() and not (folder / "ensemble.json").exists()
 
 
 # Scores -----------------------------------------------------------------------------------------------------
@@ -744,15 +651,6 @@ def test_score_with_a_model_that_has_no_reward_head_is_refused(score, folders, t
     assert not (tmp_path / "answers.scored.jsonl").exists()
 
 
-def test_score_does_not_overwrite_its_output(score, folders, tmp_path, capsys):
-    (tmp_path / "answers.scored.jsonl").write_text("precious\n")
-    with pytest.raises(SystemExit) as stop:
-        score([{"prompt": "a", "completion": "b"}], model=folders["qwen3"])
-    [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and "answers.scored.jsonl" in line
-    assert (tmp_path / "answers.scored.jsonl").read_text() == "precious\n"
-
-
 # Data -------------------------------------------------------------------------------------------------------
 
 
@@ -762,7 +660,7 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted(folders, tmp_path, cap
     path = write_rows(
         tmp_path / "rows.jsonl", [*rows, *bad, {"prompt": "a", "completion": said, "label": True}]
     )
-    args = rm.Args(model=folders["qwen3"], max_length=60)
+    args = rm.Args(model=folders["qwen3"])
     assert len(rm.load_answers(rm.load_tokenizer(args), path, "train", args)) == 6
     told = capsys.readouterr().out
     assert "first row 8: chosen and rejected are the same" in told and "first row 9: found" in told
@@ -770,33 +668,3 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted(folders, tmp_path, cap
     with pytest.raises(SystemExit):
         rm.load_answers(rm.load_tokenizer(args), path, "train", rm.Args(max_length=5))
     assert "longer than --max-length" in capsys.readouterr().err
-
-
-def test_outcome_takes_labels_as_they_come_and_pairs_apart(folders, tmp_path):
-    rows = [*unpaired_rows(tiny_rows()[:2]), tiny_rows()[3]]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    args = rm.Args(model=folders["qwen3"], objective="outcome")
-    items = rm.load_answers(rm.load_tokenizer(args), path, "train", args)
-    assert [item.labels for item in items] == [[1], [0], [1], [0], [1, 0]]
-
-
-def test_gsm8k_solution_pairs_train_a_reward_model(gsm8k, folders, tmp_path):
-    methods = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
-    pairs = []
-    for row in read_lines(gsm8k / "example_model_solutions.jsonl"):
-        right = [row[method]["solution"] for method in methods if row[method]["is_correct"]]
-        wrong = [row[method]["solution"] for method in methods if not row[method]["is_correct"]]
-        pairs += [{"question": row["question"], "chosen": c, "rejected": r} for c, r in zip(right, wrong)]
-    assert len(pairs) == 967
-    path = write_rows(tmp_path / "pairs.jsonl", pairs[:60])
-    flags = {
-        "model": folders["qwen3"],
-        "dataset": (path,),
-        "eval_dataset": write_rows(tmp_path / "held_out.jsonl", pairs[60:70]),
-        "max_steps": 4,
-        "batch_size": 8,
-        "warmup_steps": 0,
-    }
-    flags |= {"learning_rate": 1e-3, "lr_schedule": "constant", "save_every": 0, "eval_every": 0}
-    metrics = rm.main(rm.Args(output_dir=str(tmp_path / "run"), **flags))
-    assert math.isfinite(metrics["loss"]) and 0 <= metrics["eval/accuracy"] <= 1

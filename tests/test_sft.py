@@ -167,11 +167,6 @@ def test_template_that_drops_old_reasoning_gives_one_sequence_per_turn(encode, v
     assert "sky\n</think>" not in found[1][1]
 
 
-def test_template_that_keeps_old_turns_gives_one_sequence(encode, variant):
-    _, found = encode({"messages": CHAT[:2]}, model=variant("qwen3"))
-    assert [spans for _, _, spans in found] == [["<think>\n\n</think>\n\nIt is blue.<|im_end|>"]]
-
-
 def test_template_without_a_generation_prompt_trains_the_reply_and_not_its_header(encode, variant):
     template = TEMPLATES["chatml"].partition("{% if add_generation_prompt %}")[0]
     _, [(_, text, spans)] = encode({"messages": CHAT}, model=variant(template))
@@ -203,22 +198,9 @@ def test_prompt_and_completion_as_text(encode, variant, template, adds, pad):
     assert sequence.trained.tolist() == [False] + [True] * (len(sequence.input_ids) - 1)
 
 
-def test_tokenizer_that_begins_texts_with_its_eos_keeps_whole_prompts(encode, variant):
-    folder = variant(None, bos="<|im_end|>", adds="<|im_end|> $A")  # as OPT's
-    _, [(_, text, spans)] = encode({"prompt": "The sky is", "completion": " blue."}, model=folder)
-    assert text == "<|im_end|>The sky is blue.<|im_end|>" and spans == [" blue.<|im_end|>"]
-    _, [(_, text, _)] = encode({"text": "The sky is blue."}, model=folder)
-    assert text == "<|im_end|>The sky is blue.<|im_end|>"
-
-
 def test_completion_that_ends_with_eos_gets_no_second_one(encode):
     _, [(_, text, spans)] = encode({"prompt": "The sky is", "completion": " blue.<|im_end|>"})
     assert spans == [" blue.<|im_end|>"] and text.count("<|im_end|>") == 1
-
-
-def test_prompt_that_ends_with_an_end_token_keeps_it(encode):
-    _, [(_, text, spans)] = encode({"prompt": "What color?<|im_end|>", "completion": "It is blue."})
-    assert text == "What color?<|im_end|>It is blue.<|im_end|>" and spans == ["It is blue.<|im_end|>"]
 
 
 def test_prompt_keeps_its_own_tokens_where_the_completion_would_merge_with_it(encode):
@@ -463,15 +445,6 @@ def test_run_is_a_plain_loop_over_the_stock_model(train, encode, random_model):
     assert distance == pytest.approx(dict.fromkeys(distance, 0), abs=1e-4)  # of updates of 0.01
 
 
-def test_eager_attention_gives_the_same_loss(train):
-    packed, eager = (
-        train(sums(8), max_steps=2, learning_rate=1e-3, attn=attn)[1][1:] for attn in ("packed", "eager")
-    )
-    for line, other in zip(packed, eager, strict=True):
-        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
-        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
-
-
 def test_evaluation_is_over_the_trained_tokens_for_any_rows(encode, random_model, one_cpu):
     tokenizer, found = encode(*sums(9), {"prompt": "The sky is", "completion": " blue" * 60})
     sequences, device = [sequence for sequence, _, _ in found], sft.setup_distributed()
@@ -609,6 +582,3 @@ def test_learning_rate_at_its_ends(lr_schedule):
     assert factor(56) == pytest.approx(middle)
     assert factor(3, total_steps=3, warmup_steps=10) == 0.3  # shorter than its warm-up
     assert factor(5, total_steps=5, warmup_steps=5) == 1
-
-
-# Batches ----------------------------------------------------------------------------------------------------

@@ -48,20 +48,64 @@ ONLINE = SHORT | {
     "batch_size": 16,
     "learning_rate": 1e-4,
 }
+REWARDS = {k: v for k, v in PAIRS.items() if k != "max_completion_length"}
 # Flags of a run of 6 steps, evaluations at 0, 3 and 6, checkpoints at 2, 4 and 6; DATA: tiny/data, shortened.
 RUN = {
-    "sft.py": SHORT
+    "sft.py": PAIRS
     | {
         "dataset": ("DATA/sft_train.jsonl",),
         "eval_dataset": "DATA/sft_eval.jsonl",
         "forgetting_dataset": "DATA/text_eval.jsonl",
-        "max_completion_length": 8,
         "batch_size": 16,
+    },
+    "dpo.py": PAIRS,
+    "ipo_kto_simpo_orpo.py": PAIRS | {"algorithm": "kto", "dataset": ("DATA/unpaired_train.jsonl",)},
+    "reward_model.py": REWARDS,
+    "process_reward_model.py": PAIRS
+    | {
+        "dataset": ("DATA/steps_train.jsonl",),
+        "eval_dataset": "DATA/steps_eval.jsonl",
+        "search_dataset": "DATA/prompts_eval.jsonl",
+        "policy": "tiny/sft",
+        "num_prompts": 2,
+        "num_samples": 2,
+    },
+    "grpo.py": ONLINE,
+    "dapo.py": ONLINE | {"overlong_buffer": 20},
+    "rloo_remax.py": ONLINE,
+    "ppo_rlhf.py": ONLINE | {"eval_reward": ("rewards.py:math_answer",)},
+    "distill.py": PAIRS
+    | {
+        "dataset": ("DATA/sft_train.jsonl",),
+        "eval_dataset": "DATA/sft_eval.jsonl",
+        "prompt_dataset": "DATA/prompts_train.jsonl",
+        "cache_dir": "DATA/cache",
     },
 }
 # Flags of the runs that must come out the same for every token budget, beside the run itself.
 VARIANTS = {
-    "sft.py": ({"train_on_prompt": True},),
+    "sft.py": (),
+    "dpo.py": (
+        {"loss": "tdpo2", "ref": "live", "sync_ref_every": 1},
+        {"loss": "sigmoid_norm", "sft_coef": 1.0},
+    ),
+    "ipo_kto_simpo_orpo.py": tuple(
+        {"algorithm": name, "dataset": ("DATA/preference_train.jsonl",)} for name in ("ipo", "simpo", "orpo")
+    ),
+    "reward_model.py": ({"objective": "outcome", "dataset": ("DATA/unpaired_train.jsonl",)},),
+    "process_reward_model.py": (),
+    "grpo.py": (
+        {"num_iterations": 2, "num_minibatches": 2, "beta": 0.1},
+        {"importance_sampling": "sequence", "tis_cap": 2.0, "mask_truncated": True},
+    ),
+    "dapo.py": ({"mask_truncated": True, "max_resamples": 1},),
+    "rloo_remax.py": ({"algorithm": "remax"}, {"algorithm": "reinforce_pp", "kl_coef": 0.1}),
+    "ppo_rlhf.py": ({"kl_target": 1.0, "whiten_rewards": True},),
+    "distill.py": (
+        {"divergence": "jsd", "cache_top_k": 4, "ce_coef": 0.5},
+        {"mode": "on_policy", "divergence": "reverse_kl"},
+        {"mode": "seq_kd"},
+    ),
 }
 CLOCK = {"tokens_per_second", "step_time", "peak_memory_gb"}  # what no two runs share
 SCRIPTS = [path for path in scripts() if any(flag.name == "max_steps" for flag in flags(path))]  # that train
