@@ -150,22 +150,22 @@ class Args:
     max_tokens_per_rollout: PositiveInt = 65536  # tokens that are sampled at once: memory, never the result
 
     # Optimization
-    learning_rate: NonNegativeFloat = 2e-3  # peak of AdamW's; the default suits tiny/, billions need 1e-5
+    learning_rate: NonNegativeFloat = 2e-3  # peak of AdamW's, for tiny/; billions need 1e-5 (SFT) to 1e-6
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # after warm-up; the first two end at 0
     warmup_steps: NonNegativeInt = 10  # steps over which the learning rate rises linearly from 0
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay rates of AdamW's two moments
     weight_decay: NonNegativeFloat = 0.0  # AdamW's decoupled weight decay, on matrices only
     max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
-    batch_size: PositiveInt = 32  # sequences per step, over all processes
+    batch_size: PositiveInt = 32  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 2048  # tokens of a packed row: memory only, never the result
-    num_epochs: PositiveFloat = 3.125  # passes over the training set
-    max_steps: NonNegativeInt = 0  # steps; 0 derives them from --num-epochs
+    num_epochs: PositiveFloat = 3.125  # passes over the training set, or over the prompts
+    max_steps: NonNegativeInt = 0  # steps, or rollouts; 0 derives them from --num-epochs
 
     # Evaluation and output
     eval_every: NonNegativeInt = 100  # steps between evaluations; 0 evaluates only before and after
     num_eval: NonNegativeInt = 256  # rows of the evaluation sets that are used; 0 uses all
     seed: NonNegativeInt = 1  # of the data order and the sampling
-    output_dir: str | None = None  # folder of the run, which it makes; by default runs/distill_<seed>_<time>
+    output_dir: str | None = None  # folder of the run, which it makes; by default runs/<script>_<seed>_<time>
     resume: bool = False  # continue the run in --output-dir from its last checkpoint
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C
     log_every: PositiveInt = 10  # steps between lines on the terminal; metrics.jsonl has one line a step

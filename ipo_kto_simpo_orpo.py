@@ -84,6 +84,7 @@ HERE = Path(__file__).resolve().parent
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["float32", "bfloat16"]
 REFERENCE_FREE = ("simpo", "orpo")
+NOT_IPO = ("kto", "simpo", "orpo")
 BETAS = {"ipo": 0.1, "kto": 0.5, "simpo": 2.0, "orpo": 0.5}
 
 
@@ -119,16 +120,16 @@ class Args:
     sft_coef: NonNegativeFloat = 0.0  # weight of the chosen answers' NLL a token (RPO, arXiv:2404.19733: 1)
 
     # Optimization
-    learning_rate: NonNegativeFloat = 1e-4  # peak of AdamW's; the default suits tiny/, billions need 1e-6
+    learning_rate: NonNegativeFloat = 1e-4  # peak of AdamW's, for tiny/; billions need 1e-5 (SFT) to 1e-6
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # after warm-up; the first two end at 0
     warmup_steps: NonNegativeInt = 10  # steps over which the learning rate rises linearly from 0
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay rates of AdamW's two moments
     weight_decay: NonNegativeFloat = 0.0  # AdamW's decoupled weight decay, on matrices only
     max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
-    batch_size: PositiveInt = 32  # sequences, or pairs of them, per step, over all processes
+    batch_size: PositiveInt = 32  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 8192  # tokens of a packed row: memory only, never the result
-    num_epochs: PositiveFloat = 1.0  # passes over the training set
-    max_steps: NonNegativeInt = 0  # steps; 0 derives them from --num-epochs
+    num_epochs: PositiveFloat = 1.0  # passes over the training set, or over the prompts
+    max_steps: NonNegativeInt = 0  # steps, or rollouts; 0 derives them from --num-epochs
 
     # Evaluation and output
     eval_every: NonNegativeInt = 50  # steps between evaluations; 0 evaluates only before and after
@@ -136,7 +137,7 @@ class Args:
     max_completion_length: NonNegativeInt = 128  # longest sampled answer in tokens; 0 samples none
     temperature: NonNegativeFloat = 1.0  # sampling temperature; 0 is greedy
     seed: NonNegativeInt = 1  # of the data order and the sampling
-    output_dir: str | None = None  # folder of the run; by default runs/<script>_<seed>_<time>
+    output_dir: str | None = None  # folder of the run, which it makes; by default runs/<script>_<seed>_<time>
     resume: bool = False  # continue the run in --output-dir from its last checkpoint
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C
     log_every: PositiveInt = 10  # steps between lines on the terminal; metrics.jsonl has one line a step
@@ -159,12 +160,9 @@ class Args:
         self.beta = self.beta or BETAS[self.algorithm]
         if self.resume and not self.output_dir:
             fail("--resume needs --output-dir: which run should continue?")
-        if self.ref_model and self.algorithm in REFERENCE_FREE:
-            fail(f"--ref-model means nothing to --algorithm {self.algorithm}, which has no reference")
-        if self.ipo_length_average and self.algorithm != "ipo":
-            fail(f"--ipo-length-average means nothing to --algorithm {self.algorithm}")
-        if self.sft_coef and self.algorithm == "orpo":
-            fail("--algorithm orpo has the NLL of the chosen answers already; --beta weighs the other term")
+        no_reader = {"ref_model": REFERENCE_FREE, "sft_coef": ("orpo",), "ipo_length_average": NOT_IPO}
+        for flag in (flag for flag in no_reader if getattr(self, flag) and self.algorithm in no_reader[flag]):
+            fail(f"--{flag.replace('_', '-')} means nothing to --algorithm {self.algorithm}")
         if "tiny/" not in self.model and self.learning_rate == Args.learning_rate:
             say(f"--learning-rate {self.learning_rate} suits tiny/; models of billions take 1e-6")
 
@@ -273,13 +271,12 @@ def main(args: Args) -> dict:
     vectors = {"params": [p for p in policy.parameters() if p.ndim <= 1], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, vectors], betas=args.adam_betas, fused=True)
 
-    # 0. Reference: log-probs (P, K) under it and, for their drift, under the starting policy
-    ref_logps = start_logps = torch.zeros(labels.shape, device=device)  # read by nothing in simpo and orpo
+    # 0. Reference: log-probs (P, K) under it, which in time are those before training
+    ref_logps = torch.zeros(labels.shape, device=device)  # read by nothing in simpo and orpo
     held_out_logps = mismatched_logps = None
     if with_reference:
         ref_policy = load_model(args.ref_model, args, device, frozen=True) if args.ref_model else policy
-        start_logps = pair_logps(policy, answers, args, device)
-        ref_logps = pair_logps(ref_policy, answers, args, device) if args.ref_model else start_logps
+        ref_logps = pair_logps(ref_policy, answers, args, device)
         held_out_logps = pair_logps(ref_policy, [some for some, _ in held_out], args, device)
         mismatched_logps = pair_logps(ref_policy, mismatched, args, device)
         del ref_policy
@@ -322,14 +319,15 @@ def main(args: Args) -> dict:
                 rewards = args.beta * scores  # (B, K)
                 signs = row_labels * 2 - 1  # 1 for what is to be raised, -1 for what is to be lowered
                 margins = (signs * (rewards - args.beta * kl.clamp(min=0))).sum(1)  # (B,)
-                values = [torch.ones_like(logps), rewards, logps, logps - start_logps[ids]]  # (B, K) each
+                values = [torch.ones_like(logps), rewards, logps, logps - ref_logps[ids]]  # (B, K) each
                 sides = [(torch.stack(values) * y).sum((1, 2)) for y in (row_labels, 1 - row_labels)]  # (4,)
                 sums[1:] += torch.cat([loss[None], preferred(margins).sum()[None], *sides])
 
         # 5. Update
         for group in optimizer.param_groups:
-            factor = lr_factor(step, total_steps, args.warmup_steps, args.lr_schedule)
-            group["lr"] = args.learning_rate * factor
+            group["lr"] = args.learning_rate * lr_factor(
+                step, total_steps, args.warmup_steps, args.lr_schedule
+            )
         sums[0] = logger.stopping
         dist.all_reduce(sums)
         stopping, loss, right = sums[:3].tolist()
@@ -399,8 +397,8 @@ def evaluate(policy, tokenizer, held_out, ref_logps, args, device) -> tuple[dict
     """Accuracy on held-out pairs, or of good above bad answers; right sampled answers and their length."""
     if not held_out:
         return {}, []
-    answers = [answers for answers, _ in held_out]
-    good = torch.tensor([labels for _, labels in held_out], device=device).bool()  # (P, K)
+    answers, good = zip(*held_out)
+    good = torch.tensor(good, device=device).bool()  # (P, K)
     counts = torch.from_numpy(count_tokens(answers)).to(device)  # (P, K)
     logps = pair_logps(policy, answers, args, device)  # (P, K)
     rewards = args.beta * compared(logps, ref_logps, counts, args)  # (P, K)

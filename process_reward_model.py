@@ -104,16 +104,16 @@ class Args:
     max_length: PositiveInt = 1024  # longest sequence in tokens; longer ones are dropped and counted
 
     # Optimization
-    learning_rate: NonNegativeFloat = 1e-4  # peak of AdamW's; the default suits tiny/, billions need 1e-5
+    learning_rate: NonNegativeFloat = 1e-4  # peak of AdamW's, for tiny/; billions need 1e-5 (SFT) to 1e-6
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # after warm-up; the first two end at 0
     warmup_steps: NonNegativeInt = 10  # steps over which the learning rate rises linearly from 0
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay rates of AdamW's two moments
     weight_decay: NonNegativeFloat = 0.0  # AdamW's decoupled weight decay, on matrices only
     max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
-    batch_size: PositiveInt = 32  # sequences per step, over all processes
+    batch_size: PositiveInt = 32  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 2048  # tokens of a packed row: memory only, never the result
-    num_epochs: PositiveFloat = 3.0  # passes over the training set
-    max_steps: NonNegativeInt = 0  # steps; 0 derives them from --num-epochs
+    num_epochs: PositiveFloat = 3.0  # passes over the training set, or over the prompts
+    max_steps: NonNegativeInt = 0  # steps, or rollouts; 0 derives them from --num-epochs
 
     # Search: best of N
     policy: str | None = None  # model that samples solutions, to search and to annotate; on tiny/ tiny/sft

@@ -95,7 +95,7 @@ class Args:
     compile: bool = False  # compile each layer with torch.compile
 
     # Data
-    dataset: tuple[str, ...] = ()  # hub ids, files, saved datasets; by default tiny/'s for the objective
+    dataset: tuple[str, ...] = ()  # hub ids, files, saved datasets
     dataset_config: str | None = None  # configuration name of the hub dataset ("main" for openai/gsm8k)
     dataset_split: str = "train"  # split of the hub dataset to train on
     eval_dataset: str | None = None  # held-out dataset; by default tiny/'s if tiny/ is trained on, else none
@@ -108,26 +108,24 @@ class Args:
     label_smoothing: Decay = 0.0  # share of labels believed flipped; 0 trusts them all
 
     # Optimization
-    learning_rate: NonNegativeFloat = 3e-4  # peak of AdamW's; the default suits tiny/, billions need 1e-5
+    learning_rate: NonNegativeFloat = 3e-4  # peak of AdamW's, for tiny/; billions need 1e-5 (SFT) to 1e-6
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # after warm-up; the first two end at 0
     warmup_steps: NonNegativeInt = 10  # steps over which the learning rate rises linearly from 0
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay rates of AdamW's two moments
     weight_decay: NonNegativeFloat = 0.0  # AdamW's decoupled weight decay, on matrices only
     max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
-    batch_size: PositiveInt = 32  # sequences, or pairs of them, per step, over all processes
+    batch_size: PositiveInt = 32  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 512  # tokens of a packed row: memory only, never the result
-    num_epochs: PositiveFloat = 2.0  # passes over the training set
-    max_steps: NonNegativeInt = 0  # steps; 0 derives them from --num-epochs
+    num_epochs: PositiveFloat = 2.0  # passes over the training set, or over the prompts
+    max_steps: NonNegativeInt = 0  # steps, or rollouts; 0 derives them from --num-epochs
 
     # Evaluation and output
     eval_every: NonNegativeInt = 50  # steps between evaluations; 0 evaluates only before and after
     num_eval: NonNegativeInt = 0  # rows of the evaluation sets that are used; 0 uses all
     score: str | None = None  # dataset of prompt + completion(s) to score with --model instead of training
     score_output: str | None = None  # where the scored rows go; by default beside --score
-    seed: NonNegativeInt = 1  # of the data order and of new heads
-    output_dir: str | None = (
-        None  # folder of the run, which it makes; runs/reward_model_<seed>_<time> if none
-    )
+    seed: NonNegativeInt = 1  # of the data order and the sampling
+    output_dir: str | None = None  # folder of the run, which it makes; by default runs/<script>_<seed>_<time>
     resume: bool = False  # continue the run in --output-dir from its last checkpoint
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C
     log_every: PositiveInt = 10  # steps between lines on the terminal; metrics.jsonl has one line a step

@@ -90,7 +90,7 @@ class Args:
     algorithm: Algorithm = "rloo"  # which baseline is subtracted from the rewards
 
     # Model
-    model: str = "tiny/sft"  # model to fine-tune: a hub id or a folder
+    model: str = "tiny/sft"  # model to train: a hub id or a folder
     ref_model: str | None = None  # reference model; by default --model as it is before training
     chat_template: FilePath | None = None  # Jinja chat template to use instead of the tokenizer's own
     attn: str = "packed"  # packed, or flash_attention_2 where it is installed, or eager (exact, slow)
@@ -130,23 +130,23 @@ class Args:
     num_minibatches: PositiveInt = 1  # optimizer updates that a pass over a rollout is cut into
 
     # Optimization
-    learning_rate: NonNegativeFloat = 1e-4  # peak of AdamW's; the default suits tiny/, billions need 1e-6
+    learning_rate: NonNegativeFloat = 1e-4  # peak of AdamW's, for tiny/; billions need 1e-5 (SFT) to 1e-6
     lr_schedule: Literal["linear", "cosine", "constant"] = "constant"  # after warm-up; the first two end at 0
     warmup_steps: NonNegativeInt = 5  # steps over which the learning rate rises linearly from 0
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay rates of AdamW's two moments
     weight_decay: NonNegativeFloat = 0.0  # AdamW's decoupled weight decay, on matrices only
     max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
-    batch_size: PositiveInt = 128  # completions of a step, over all prompts and processes
+    batch_size: PositiveInt = 128  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 1024  # tokens of a packed row: memory only, never the result
-    num_epochs: PositiveFloat = 1.0  # passes over the prompts
-    max_steps: NonNegativeInt = 120  # rollouts; 0 derives them from --num-epochs
+    num_epochs: PositiveFloat = 1.0  # passes over the training set, or over the prompts
+    max_steps: NonNegativeInt = 120  # steps, or rollouts; 0 derives them from --num-epochs
 
     # Evaluation and output
     eval_every: NonNegativeInt = 40  # steps between evaluations; 0 evaluates only before and after
-    num_eval: NonNegativeInt = 256  # rows of the evaluation set that are used; 0 uses all
+    num_eval: NonNegativeInt = 256  # rows of the evaluation sets that are used; 0 uses all
     eval_samples: NonNegativeInt = 4  # samples of each held-out prompt, the k of pass@k; 0: greedy only
     seed: NonNegativeInt = 1  # of the data order and the sampling
-    output_dir: str | None = None  # folder of the run; by default runs/rloo_remax_<seed>_<time>
+    output_dir: str | None = None  # folder of the run, which it makes; by default runs/<script>_<seed>_<time>
     resume: bool = False  # continue the run in --output-dir from its last checkpoint
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C
     log_every: PositiveInt = 5  # steps between lines on the terminal; metrics.jsonl has one line a step

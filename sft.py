@@ -98,16 +98,16 @@ class Args:
     train_on_prompt: bool = False  # train on every token, not only the assistant's
 
     # Optimization
-    learning_rate: NonNegativeFloat = 1e-3  # peak of AdamW's; the default suits tiny/, billions need 1e-5
+    learning_rate: NonNegativeFloat = 1e-3  # peak of AdamW's, for tiny/; billions need 1e-5 (SFT) to 1e-6
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # after warm-up; the first two end at 0
     warmup_steps: NonNegativeInt = 10  # steps over which the learning rate rises linearly from 0
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay rates of AdamW's two moments
     weight_decay: NonNegativeFloat = 0.0  # AdamW's decoupled weight decay, on matrices only
     max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
-    batch_size: PositiveInt = 32  # sequences per step, over all processes
+    batch_size: PositiveInt = 32  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 8192  # tokens of a packed row: memory only, never the result
-    num_epochs: PositiveFloat = 3.0  # passes over the training set
-    max_steps: NonNegativeInt = 0  # steps; 0 derives them from --num-epochs
+    num_epochs: PositiveFloat = 3.0  # passes over the training set, or over the prompts
+    max_steps: NonNegativeInt = 0  # steps, or rollouts; 0 derives them from --num-epochs
 
     # Evaluation and output
     eval_every: NonNegativeInt = 50  # steps between evaluations; 0 evaluates only before and after
@@ -115,7 +115,7 @@ class Args:
     max_completion_length: NonNegativeInt = 128  # longest sampled answer in tokens; 0 samples none
     temperature: NonNegativeFloat = 1.0  # sampling temperature; 0 is greedy
     seed: NonNegativeInt = 1  # of the data order and the sampling
-    output_dir: str | None = None  # folder of the run, which it makes; by default runs/sft_<seed>_<time>
+    output_dir: str | None = None  # folder of the run, which it makes; by default runs/<script>_<seed>_<time>
     resume: bool = False  # continue the run in --output-dir from its last checkpoint
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C
     log_every: PositiveInt = 10  # steps between lines on the terminal; metrics.jsonl has one line a step

@@ -87,14 +87,8 @@ if __name__ == "__main__":
 def start(*command, cwd, timeout=300, **environment) -> subprocess.CompletedProcess:
     """Run a command to its end, on one thread, without a GPU; after `timeout` seconds end all it started."""
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)} | environment
-    process = subprocess.Popen(
-        list(map(str, command)),
-        cwd=cwd,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(list(map(str, command)), cwd=cwd, env=os.environ | environment, **pipes)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -179,17 +173,12 @@ def random_model(tmp_path_factory) -> Path:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
+    letters = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "special_tokens": specials}
+    trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False, **letters)
     bpe.train_from_iterator(RANDOM_MODEL_TEXT, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
+    marks = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    marks["additional_special_tokens"] = ["<|im_start|>"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **marks)
     tokenizer.chat_template = (
         "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
         "{% if message.role == 'assistant' %}"
@@ -197,18 +186,10 @@ def random_model(tmp_path_factory) -> Path:
         "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen3Config(**sizes, **ids, tie_word_embeddings=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Qwen3ForCausalLM(config).to(torch.bfloat16)

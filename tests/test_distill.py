@@ -297,7 +297,8 @@ def flags_of(tmp_path):
     defaults |= {"eval_dataset": write_rows(tmp_path / "eval.jsonl", held_out), "model": "tiny/base"}
     defaults |= {"cache_dir": str(tmp_path / "cache"), "max_completion_length": 12, "batch_size": 8}
     defaults |= {"max_steps": 2, "eval_every": 0, "save_every": 0, "warmup_steps": 0}
-    return lambda **changes: defaults | {"lr_schedule": "constant"} | changes
+    defaults |= {"lr_schedule": "constant", "output_dir": str(tmp_path / "run")}
+    return lambda **changes: defaults | changes
 
 
 @pytest.fixture
@@ -496,7 +497,7 @@ def test_loss_of_a_step_on_samples_is_that_of_the_stock_models(train, monkeypatc
     monkeypatch.setattr(distill, "roll_out", spy)
     flags = {"mode": "on_policy", "on_policy_fraction": 0.5, "on_policy_loss": "policy_gradient"}
     flags |= {"kl_discount": 0.5, "ce_coef": 0.5, "learning_rate": 0.0, "mask_truncated": mask}
-    flags |= {"model": "tiny/sft", "teacher": "tiny/base", "max_completion_length": 32}
+    flags |= {"model": "tiny/sft", "teacher": "tiny/base", "max_completion_length": 22}
     _, lines = train(**flags, eval_dataset=None)
     ((policy, _, asked, *_, seed, _), sampled), (others, _) = rolled
     assert any(p.requires_grad for p in policy.parameters()) and seed != others[-2]

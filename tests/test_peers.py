@@ -31,10 +31,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:You are importing from 'trl.expe
 # Nothing follows the last turn: TRL trains all that comes after the prompt, also a line break behind the end
 # token, and our scripts train no more than the end token.
 TEMPLATE = (
-    "{% for message in messages %}{{ '' if loop.first else '\n' }}"
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}"
-    "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% for message in messages %}{{ '' if loop.first else '\n' }}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}"
+    "{% endgeneration %}{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"
 )
 PAIRS = [  # prompt, chosen, rejected: either answer may be the longer one, by a little or by a lot
@@ -87,11 +86,6 @@ def turn(role: str, text: str) -> list[dict]:
 def talks() -> list[dict]:
     """The pairs as messages."""
     return [{"prompt": turn(USER, p), "chosen": turn(BOT, c), "rejected": turn(BOT, r)} for p, c, r in PAIRS]
-
-
-def texts() -> list[dict]:
-    """The pairs as texts, whose tokens do not merge across the end of the prompt."""
-    return [{"prompt": p, "chosen": f" {c}", "rejected": f" {r}"} for p, c, r in PAIRS]
 
 
 @pytest.fixture
@@ -174,19 +168,14 @@ def weight_differences(one: dict, other: dict) -> torch.Tensor:
 
 
 def assert_same_step(ours: Step, theirs: Step, *metrics: str):
-    """The same tokens, the same loss and gradient, and `metrics` alike; the numbers show with `pytest -s`."""
+    """The same tokens, the same loss and gradient, and `metrics` alike."""
     assert ours.sequences == theirs.sequences
-    gaps = {name: ours.metrics[name] - theirs.metrics[name] for name in ("loss", "grad_norm", *metrics)}
-    apart = weight_differences(ours.weights, theirs.weights)
-    gaps |= {"weights, most": apart.max().item(), "weights, mean": apart.mean().item()}
-    told = "  ".join(f"{name} {gap:.1e}" for name, gap in gaps.items())
-    print(f"loss {ours.metrics['loss']:.6g}, ours - TRL's: {told}")
     assert ours.metrics["loss"] == pytest.approx(theirs.metrics["loss"], **LOSS)
     for name in ("grad_norm", *metrics):
         assert ours.metrics[name] == pytest.approx(theirs.metrics[name], **METRIC), name
     # Adam's first step moves each weight by the learning rate, whatever its gradient is, but for gradients so
     # small that rounding turns them: few, so the mean tells equal gradients from others on any machine.
-    assert apart.mean().item() < 1e-3 * LEARNING_RATE
+    assert weight_differences(ours.weights, theirs.weights).mean().item() < 1e-3 * LEARNING_RATE
 
 
 def assert_same_function(ours, theirs, *inputs: torch.Tensor):
@@ -269,16 +258,14 @@ def test_a_dpo_step_leaves_the_weights_of_trl(dpo_steps, models):
     assert weight_differences(ours.weights, theirs.weights).max() < WEIGHTS
 
 
+# Texts whose tokens do not merge across the end of the prompt.
+TEXTS = [{"prompt": p, "chosen": f" {c}", "rejected": f" {r}"} for p, c, r in PAIRS]
+MOVING = {"ref": "live", "sync_ref_every": 1, "sync_ref_alpha": 0.6}
+TRL_MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6}
 STEPS = {  # rows, loss types of TRL, settings of both, flags of ours, settings of TRL
-    "texts": (texts(), ["sigmoid"], {}, {}, {}),
+    "texts": (TEXTS, ["sigmoid"], {}, {}, {}),
     "a live reference": (talks(), ["sigmoid"], {"beta": 0.5}, {"ref": "live"}, {}),
-    "a moving reference": (
-        talks(),
-        ["sigmoid"],
-        {"max_steps": 2, "max_grad_norm": 0.5},
-        {"ref": "live", "sync_ref_every": 1, "sync_ref_alpha": 0.6},
-        {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6},
-    ),
+    "a moving reference": (talks(), ["sigmoid"], {"max_steps": 2, "max_grad_norm": 0.5}, MOVING, TRL_MOVING),
     "RPO": (talks(), ["sigmoid", "sft"], {}, {"sft_coef": 0.7}, {"loss_weights": [1.0, 0.7]}),
 }
 
@@ -356,13 +343,6 @@ def test_an_orpo_step_differs_from_trls_by_the_likelihood_of_the_prompt(our_step
         assert ours.metrics[name] == pytest.approx(theirs.metrics[name], **METRIC), name
 
 
-def judged() -> list[dict]:
-    """Answers, one to a prompt, some of which are good: five of eight."""
-    rows = zip(talks(), (True, False, True, True, False, True, False, True), strict=True)
-    answer = lambda row, good: row["chosen" if good else "rejected"]
-    return [{"prompt": row["prompt"], "completion": answer(row, good), "label": good} for row, good in rows]
-
-
 def summed_logps(folder, sequences) -> torch.Tensor:
     """Summed log-probs (B,) of the trained tokens of sequences under the model in a folder."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="packed")
@@ -371,29 +351,27 @@ def summed_logps(folder, sequences) -> torch.Tensor:
         return segment_sum(token_logprobs(model, batch), batch.sequence_index, batch.num_sequences)
 
 
-def tokens_of(tokenizer, rows) -> list:
-    """The sequences of prompt + completion rows, in their order."""
-    template, found = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False), []
-    for row in rows:
-        whole = template(row["prompt"] + row["completion"])
-        prompt = template(row["prompt"], add_generation_prompt=True)
-        found.append((whole, [0] * len(prompt) + [1] * (len(whole) - len(prompt))))
-    return found
-
-
 KTO = {"beta": 0.2, "desirable_weight": 1.5, "undesirable_weight": 0.7}
 
 
 @pytest.mark.parametrize("roles", [(0, 1), (1, 0)], ids=["kl_cut_at_0", "kl_above_0"])
 def test_kto_loss_is_that_of_trl_for_its_kl(roles, trl_step, models):
-    rows, (policy, reference) = judged(), (models[i] for i in roles)
+    policy, reference = (models[i] for i in roles)
+    labels = (True, False, True, True, False, True, False, True)
+    answers = [row["chosen" if good else "rejected"] for row, good in zip(talks(), labels, strict=True)]
+    columns = zip((row["prompt"] for row in talks()), answers, labels, strict=True)
+    rows = [{"prompt": prompt, "completion": answer, "label": good} for prompt, answer, good in columns]
     theirs = trl_step(trl.KTOTrainer, trl.KTOConfig, rows, policy, reference, **KTO)
-    sequences = tokens_of(AutoTokenizer.from_pretrained(models[0]), rows)
+    template = partial(AutoTokenizer.from_pretrained(policy).apply_chat_template, return_dict=False)
+    prompts = [template(row["prompt"], add_generation_prompt=True) for row in rows]
+    wholes = [template(row["prompt"] + row["completion"]) for row in rows]
+    trained = [[0] * len(p) + [1] * (len(w) - len(p)) for p, w in zip(prompts, wholes, strict=True)]
+    sequences = list(zip(wholes, trained, strict=True))
     assert as_set(sequences) == theirs.sequences
     logps, ref_logps = (summed_logps(folder, sequences) for folder in (policy, reference))
-    labels, kl = torch.tensor([row["label"] for row in rows]), torch.tensor(theirs.metrics["kl"])
+    kl = torch.tensor(theirs.metrics["kl"])
     assert (kl > 0) == (roles == (1, 0))  # the mean log-ratio of mismatched answers has the other sign then
-    losses = second.kto_loss(logps - ref_logps, labels, kl, **KTO)
+    losses = second.kto_loss(logps - ref_logps, torch.tensor(labels), kl, **KTO)
     assert losses.shape == (8,)
     assert losses.mean().item() == pytest.approx(theirs.metrics["loss"], **LOSS)
 

@@ -809,7 +809,7 @@ GROUPS = [[*range(10 * n, 10 * n + n % 4), END] for n in range(1, 9)]
 
 
 @pytest.mark.parametrize("size", [1, 4])
-@pytest.mark.parametrize("flags", [{"max_tokens_per_micro_batch": 24}, {"attn": "eager"}], ids="-".join)
+@pytest.mark.parametrize("flags", [{"max_tokens_per_micro_batch": 12}, {"attn": "eager"}], ids="-".join)
 def test_memory_flags_and_the_size_of_groups_change_nothing(train, flags, size):
     scores = (1.0, 0.0, 3.0, -1.0, None, 2.0, 2.0, 5.0)
     shared = {"written": ((GROUPS, scores),), "prompts": PROMPTS[:1], "batch_size": 8, "num_ppo_epochs": 2}

@@ -294,7 +294,7 @@ def test_bad_rows_are_dropped_and_counted_by_reason(tmp_path, capsys):
     for _, reason in BAD_ROWS:
         assert reason in told, told
     with pytest.raises(SystemExit) as stop:
-        load(tmp_path, [ROW, BAD_ROWS[0][0]])
+        load(tmp_path, [ROW, *(bad for bad, _ in BAD_ROWS[:2])])
     assert stop.value.code == 2 and "found the columns" in capsys.readouterr().err
 
 
@@ -639,7 +639,7 @@ MISTAKES = {
     "--annotate samples": {"annotate": "a.jsonl", "temperature": 0.0},
     "nowhere.py:f: FileNotFoundError": {"reward": "nowhere.py:f"},
     "rewards.py:nothing: KeyError": {"reward": "rewards.py:nothing"},
-    "./nowhere: ValueError": {"outcome_model": "./nowhere"},
+    "./nowhere: OSError": {"outcome_model": "./nowhere"},
     "--model ./nowhere": {"policy": "./nowhere"},
 }
 

@@ -9,7 +9,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 import time
 import warnings
@@ -17,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, start
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -86,10 +85,10 @@ NO_NUMBERS += ["3 + 4", "6:30", "1e99999999", "1" * 5000, "5 a" + "b" * 5000 + "
 
 
 def test_what_is_no_number_is_not_read_as_one():
+    began = time.perf_counter()
     for text in NO_NUMBERS:
-        start = time.perf_counter()
         assert rewards.number(text) == (None, False), text
-        assert time.perf_counter() - start < 0.5  # no pattern tries all ways of failing
+    assert time.perf_counter() - began < 5  # no pattern tries all ways of failing
 
 
 EQUAL = r"""
@@ -127,20 +126,12 @@ which is -\frac{3}{4} | -\frac{3}{4}         | a share of 3/4 | 3/4 | about 50% 
 def test_the_last_mark_gives_the_answer_and_without_a_mark_the_last_number():
     for text, answer in table(MARKED):
         assert str(rewards.marked_answer(text)) == answer, text
-    for text, answer in table(LAST_NUMBERS):
+    for text, answer in [*table(LAST_NUMBERS), ("it falls by \u22124 degrees", "-4")]:
         assert str(rewards.final_number(text)) == answer, text
-    assert rewards.final_number("it falls by \u22124 degrees") == "-4"
 
 
 SAME_FINALS = {
-    "42": [
-        "#### 42",
-        r"\boxed{42.0}",
-        "<answer>It is 42 apples</answer>",
-        "A: $42",
-        "The answer is 42.",
-        "x or 42",
-    ],
+    "42": ["#### 42", r"\boxed{42.0}", "<answer>It is 42 apples</answer>", "A: $42", "The answer is 42."],
     "3/4": [r"\boxed{\frac{3}{4}}", "#### 0.75", "Final answer: 75/100", "the answer is x = 3/4"],
     "1234": ["#### 1,234", r"so \boxed{1234\text{ cm}}", "<think>5</think>1234", "1,234%"],
     "monday": ["A: Monday", r"\boxed{\text{Monday}}", "The answer is monday.", "#### **Monday**"],
@@ -173,36 +164,23 @@ def test_strict_wants_a_format_that_was_asked_for_and_lenient_reads_numbers():
     for completion, gold, lenient, strict in table(GRADES, 4):
         assert grade(completion, gold) == float(lenient), completion
         assert grade(completion, gold, rewards.math_answer_strict) == float(strict), completion
-    assert score(rewards.math_answer, *"55555", answer=["5", None, " ", 5, 5.0]) == [
-        1.0,
-        None,
-        None,
-        1.0,
-        1.0,
-    ]
+    scores = score(rewards.math_answer, *"55555", answer=["5", None, " ", 5, 5.0])
+    assert scores == [1.0, None, None, 1.0, 1.0]
     only_boxed = {"formats": ("boxed",), "last_number": False}
     assert grade(r"\boxed{18} #### 19", "18", **only_boxed) == 1.0
     assert grade("#### 18", "18", **only_boxed) == 0.0
     assert grade("A: 18", "18", formats=("line",), last_number=False) == 1.0
 
 
+OPEN = [r"\boxed{", "<answer>", "#### ", "<think>", "```\n", "9,", "1/", "A:", "$", "the answer is ="]
+
+
 def test_many_open_marks_take_no_time():
-    start = time.perf_counter()
-    for piece in (
-        r"\boxed{",
-        "<answer>",
-        "#### ",
-        "<think>",
-        "```\n",
-        "9,",
-        "1/",
-        "A:",
-        "$",
-        "the answer is =",
-    ):
+    began = time.perf_counter()
+    for piece in OPEN:
         grade(piece * 4000, "18")
         rewards.last_fence(piece * 4000)
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - began < 5
 
 
 @pytest.mark.skipif(HAS_MATH_VERIFY, reason="math-verify is installed")
@@ -212,13 +190,9 @@ def test_without_math_verify_rows_that_need_it_are_not_scored_and_one_warning_sa
         symbolic = score(rewards.math_answer, r"\boxed{2\sqrt{2}}", "none", answer=[r"\sqrt{8}"] * 2)
         numeric = score(rewards.math_answer, r"\boxed{2^3}", "8", answer=["8"] * 2)
     assert symbolic == [None, None]  # of the row, whatever the completion is: nothing can be gained by it
-    assert numeric == [0.0, 1.0]
-    assert len(caught) == 1
-
-
-def test_words_and_plain_numbers_do_not_ask_for_math_verify():
+    assert numeric == [0.0, 1.0] and len(caught) == 1
     rewards.math_verify.cache_clear()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():  # words and plain numbers do not need it
         warnings.simplefilter("error")
         completions = ["It was Monday", "I give up", "A: Monday"]
         assert score(rewards.math_answer, *completions, answer=["Monday", "18", "Monday"]) == [0, 0, 1]
@@ -255,13 +229,9 @@ def test_agrees_with_the_labels_of_gsm8k(gsm8k):
     finals = [rewards.final_answer(text) == rewards.final_answer(gold) for text, gold in zip(texts, golds)]
     assert finals == list(labels)
     assert not any(rewards.math_answer_strict(texts, texts, golds))  # none of them is in a format it asks for
-
-
-def test_gsm8k_gold_solutions_are_right_by_their_own_measure(gsm8k):
     golds = [json.loads(line)["answer"] for line in (gsm8k / "test.jsonl").open()]
     assert set(rewards.math_answer_strict(golds, golds, golds)) == {1.0}
-    wrong = golds[1:] + golds[:1]
-    assert sum(rewards.math_answer(golds, wrong, golds)) < 0.05 * len(golds)
+    assert sum(rewards.math_answer(golds, golds[1:] + golds[:1], golds)) < 0.05 * len(golds)
 
 
 # Format, length and repetition ------------------------------------------------------------------------------
@@ -290,16 +260,20 @@ NO_JSON = ["{'a': 1}", '{"a": 1,}', '{"a": NaN}', "-Infinity", '{"a": 1} and mor
 
 
 def test_json_format():
-    assert score(rewards.json_format, *JSON) == [1.0] * len(JSON)
-    assert score(rewards.json_format, *NO_JSON) == [0.0] * len(NO_JSON)
+    assert score(rewards.json_format, *JSON, *NO_JSON) == [1.0] * len(JSON) + [0.0] * len(NO_JSON)
 
 
-def test_length_penalty_by_hand():
+def test_length_and_repetition_penalty_by_hand():
     texts = ["a b", "a b c d", "a b c d e", "a b c d e f g h", "a " * 100]
     assert score(rewards.length_penalty, *texts, max_length=4) == [0.0, 0.0, -0.25, -1.0, -1.0]
     ids = [[1] * n for n in (4, 5, 6, 8, 0)]  # tokens go before words
     penalties = score(rewards.length_penalty, *texts, completion_ids=ids, max_length=4)
     assert penalties == [0.0, -0.25, -0.5, -1.0, 0.0]
+    # a b a b a b: trigrams aba bab aba bab, of which 2 of 4 repeat; bigrams ab ba ab ba ab: 3 of 5
+    assert score(rewards.repetition_penalty, "a b a B a b", "a b c d", "a b", "") == [-0.5, 0.0, 0.0, 0.0]
+    assert score(rewards.repetition_penalty, "a b a b a b", n=2) == pytest.approx([-0.6])
+    assert score(rewards.repetition_penalty, "a a a a a", scale=3) == pytest.approx([-2.0])
+    assert score(rewards.repetition_penalty, "x", completion_ids=[[7, 8, 7, 8, 7, 8]]) == [-0.5]
 
 
 def overlong(lengths, **settings):
@@ -309,27 +283,16 @@ def overlong(lengths, **settings):
 
 def test_soft_overlong_is_equation_13_of_dapo():
     # L_max 20, L_cache 8: 0 up to 12, -1/8 a token, -1 at 20
-    penalties = [0.0, 0.0, -0.125, -0.5, -0.875, -1.0, -1.0, -1.0]
-    lengths = (0, 12, 13, 16, 19, 20, 21, 10**6)
+    lengths, penalties = (
+        (0, 12, 13, 16, 19, 20, 21, 10**6),
+        [0.0, 0.0, -0.125, -0.5, -0.875, -1.0, -1.0, -1.0],
+    )
     assert overlong(lengths, max_completion_length=20, cache=8) == penalties
     assert overlong((16384, 18432, 20480)) == [0.0, -0.5, -1.0]  # the paper's
     assert overlong((8, 9, 10, 11), max_completion_length=10) == [0, -0.5, -1, -1]  # a fifth of 10 by default
     assert overlong((20, 21), max_completion_length=20, cache=0) == [0.0, -1.0]
     with pytest.raises(ValueError, match="completion_ids"):
         score(rewards.soft_overlong, "text")
-
-
-def test_repetition_penalty_by_hand():
-    # a b a b a b: trigrams aba bab aba bab, of which 2 of 4 repeat; bigrams ab ba ab ba ab: 3 of 5
-    assert score(rewards.repetition_penalty, "a b a B a b", "a b c d", "a b", "") == [-0.5, 0.0, 0.0, 0.0]
-    assert score(rewards.repetition_penalty, "a b a b a b", n=2) == pytest.approx([-0.6])
-    assert score(rewards.repetition_penalty, "a a a a a", scale=3) == pytest.approx([-2.0])
-    assert score(rewards.repetition_penalty, "x", completion_ids=[[7, 8, 7, 8, 7, 8]]) == [-0.5]
-
-
-def test_no_penalty_is_a_negative_zero():
-    zeros = score(rewards.length_penalty, "a") + score(rewards.repetition_penalty, "a b c d") + overlong([0])
-    assert [math.copysign(1, zero) for zero in zeros] == [1.0, 1.0, 1.0]
 
 
 # Reward models ----------------------------------------------------------------------------------------------
@@ -344,33 +307,30 @@ def stock_score(folder, text):
 
 @pytest.mark.parametrize("name", ["reward", "reward_biased"])
 def test_a_reward_model_scores_as_transformers_does(name, tiny, one_cpu):
-    folder = tiny / name
-    reader = AutoTokenizer.from_pretrained(folder)
+    folder, answers = tiny / name, list(map(said, ANSWERS))
     chat = f"<|im_start|>user\n{ASKED[0]['content']}<|im_end|>\n<|im_start|>assistant\n"
     expected = [stock_score(folder, f"{chat}{answer}<|im_end|>") for answer in ANSWERS]
     for max_tokens in (1, 400, 2**12):  # whatever the batches are
         reward = rewards.reward_model(folder, max_tokens=max_tokens)
-        scores = reward(prompts=[ASKED] * 4, completions=list(map(said, ANSWERS)), answer=["7"] * 4)
+        scores = reward(prompts=[ASKED] * 4, completions=answers, answer=["7"] * 4)
         assert scores == pytest.approx(expected, abs=1e-5)
     assert reward([ASKED] * 4, ANSWERS) == pytest.approx(expected, abs=1e-5)
-    cut = reward([ASKED] * 2, list(map(said, ANSWERS[:2])), truncated=[True, False])
+    cut = reward([ASKED] * 2, answers[:2], truncated=[True, False])
     assert cut == pytest.approx([stock_score(folder, chat + ANSWERS[0]), expected[1]], abs=1e-5)
     texts = reward(["2 + 2?\n"] * 2, ["4", "5"], truncated=[False, True])  # of text prompts, EOS behind
     expected = [stock_score(folder, "2 + 2?\n4<|im_end|>"), stock_score(folder, "2 + 2?\n5")]
     assert texts == pytest.approx(expected, abs=1e-5)
-    ids = [rewards.conversation_ids(reader, "2 + 2 =", " 4", cut, None, None) for cut in (True, False)]
-    border = reader("2 + 2 =").input_ids + reader(" 4").input_ids  # as in training: no token reaches across
-    assert ids == [border, [*border, reader.eos_token_id]] and reader("2 + 2 = 4").input_ids != border
-    fine, coarse = scores, rewards.reward_model(folder, dtype="bfloat16")([ASKED] * 4, ANSWERS)
-    assert coarse == pytest.approx(fine, abs=0.2) and coarse != fine
+    coarse = rewards.reward_model(folder, dtype="bfloat16")([ASKED] * 4, ANSWERS)
+    assert coarse == pytest.approx(scores, abs=0.2) and coarse != scores
 
 
 def test_an_ensemble_gives_the_mean_or_less_where_its_members_differ(tiny, tmp_path, one_cpu):
     for n, name in enumerate(("reward", "reward_biased")):
         shutil.copytree(tiny / name, tmp_path / f"member_{n}" / "model")
     (tmp_path / "ensemble.json").write_text('{"members": ["member_0/model", "member_1/model"]}')
-    folders = [tiny / "reward", tiny / "reward_biased", tmp_path, f"{tmp_path}:mean", f"{tmp_path}:min"]
-    scores = [rewards.reward_model(f)([ASKED] * 4, ANSWERS) for f in (*folders, f"{tmp_path}:mean_minus_std")]
+    folders = [tiny / "reward", tiny / "reward_biased"]
+    folders += [f"{tmp_path}{how}" for how in ("", ":mean", ":min", ":mean_minus_std")]
+    scores = [rewards.reward_model(folder)([ASKED] * 4, ANSWERS) for folder in folders]
     for one, other, default, mean, least, cautious in zip(*scores, strict=True):
         assert default == mean == pytest.approx((one + other) / 2, abs=1e-6)
         assert least == pytest.approx(min(one, other), abs=1e-6)
@@ -388,13 +348,13 @@ def test_rows_that_a_reward_model_cannot_read_are_not_scored(tiny, tmp_path, one
     assert weird[4:5] == pytest.approx(rewards.reward_model(tiny / "reward")([ASKED], ["12"]), abs=1e-5)
 
 
-def test_a_begin_token_stands_once(tiny, tmp_path, one_cpu):
+def test_tokens_of_texts_end_with_eos_begin_with_one_bos_and_none_reaches_across(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny / "reward", bos_token="<|endoftext|>")
-    begins = TemplateProcessing(
-        "<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
-    )
-    tokenizer.backend_tokenizer.post_processor = begins
-    assert tokenizer("4").input_ids[0] == tokenizer.bos_token_id
+    ids = [rewards.conversation_ids(tokenizer, "2 + 2 =", " 4", cut, None, None) for cut in (True, False)]
+    border = tokenizer("2 + 2 =").input_ids + tokenizer(" 4").input_ids  # as in training
+    assert ids == [border, [*border, tokenizer.eos_token_id]] and tokenizer("2 + 2 = 4").input_ids != border
+    bos = ("<|endoftext|>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|endoftext|> $A", special_tokens=[bos])
     for prompt in ("2 + 2 =", "<|endoftext|>2 + 2 ="):
         ids = rewards.conversation_ids(tokenizer, prompt, "4", False, None, None)
         assert ids.count(tokenizer.bos_token_id) == 1 == ids.count(tokenizer.eos_token_id), prompt
@@ -408,13 +368,12 @@ def test_what_is_no_reward_model_is_refused(tiny, tmp_path, one_cpu):
     save_file(weights, tmp_path / "no_head" / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((tiny / "reward" / "config.json").read_text()) | {"id2label": {"0": "a", "1": "b"}}
     (tmp_path / "two_labels" / "config.json").write_text(json.dumps(config))
-    for folder, problem in {
-        tiny / "sft": "is no reward model, but Qwen3ForCausalLM",
-        tmp_path / "two_labels": "with 2 outputs",
-        tmp_path / "no_head": "lacks .*score.weight",
-        tmp_path / "missing": "no such folder",
-        f"{tiny}/reward:median": "no such folder",
-    }.items():
+    for folder, problem in (
+        (tiny / "sft", "is no reward model, but Qwen3ForCausalLM"),
+        (tmp_path / "two_labels", "with 2 outputs"),
+        (tmp_path / "no_head", "lacks .*score.weight"),
+        (f"{tiny}/reward:median", "no such folder"),
+    ):
         with pytest.raises(ValueError, match=problem):
             rewards.reward_model(folder)
     (tmp_path / "no_template" / "chat_template.jinja").unlink()
@@ -445,29 +404,22 @@ def test_every_reward_takes_whatever_columns_a_script_passes_and_no_row_ends_a_b
         assert getattr(rewards, name)(prompts, completions) == [0.0, 0.0, *[None] * 5, 0.0]
 
 
-def printed(script, *options, **settings):
-    """What Python prints that runs a script with the path of rewards.py."""
-    command = [sys.executable, "-I", *options, "-c", script, str(ROOT / "rewards.py")]
-    return subprocess.run(command, capture_output=True, text=True, **settings)
-
-
 LOAD = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("rewards", sys.argv[1])
 rewards = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(rewards)
-"""
-CODE = """
 programs, tests = ["def f(x): return 2 * x"] * 2, ["assert f(2) == 4", "f(1"]
 print(rewards.code_tests("??", programs, tests, allow_code_execution=True))
 print(*sys.modules)
 """
+JUDGE = "print(*rewards.reward_model('tiny/reward')(['2 + 2 ='], ['4']))"
 
 
 def test_it_is_loaded_by_path_from_any_folder_and_imports_only_the_standard_library(tmp_path):
-    done = printed(LOAD + CODE, "-S", cwd=tmp_path)
-    verdicts, modules = done.stdout.splitlines()
-    assert verdicts == "[1.0, None]", done.stderr
+    path = ROOT / "rewards.py"
+    verdicts, modules = start(sys.executable, "-ISc", LOAD, path, cwd=tmp_path).stdout.splitlines()
+    assert verdicts == "[1.0, None]"
     assert {name.split(".")[0] for name in modules.split()} <= sys.stdlib_module_names | {"__main__"}
-    done = printed(f"{LOAD}print(*rewards.reward_model('tiny/reward')(['2 + 2 ='], ['4']))", cwd=tmp_path)
-    assert math.isfinite(float(done.stdout)), done.stderr
+    done = start(sys.executable, "-Ic", LOAD + JUDGE, path, cwd=tmp_path)
+    assert math.isfinite(float(done.stdout.splitlines()[-1])), done.stderr

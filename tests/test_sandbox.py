@@ -91,10 +91,10 @@ def test_tests_are_statements_run_to_their_end():
     # what the attacks below begin with is harmless
     assert passes(ATTEMPT + WRITE + RIGHT, f"print('passed')\n{TEST}") is True
     # a program that has ended is not the exception that a test waits for
-    catches = "try:\n    f(2)\n    assert False\nexcept Exception:\n    pass"
+    catches, ends = "try:\n    f(2)\n    assert False\nexcept Exception:\n    pass", "def f(x): os._exit(1)"
     assert passes("def f(x): raise ValueError", catches) is True
-    assert passes("import os\ndef f(x): os._exit(1)", catches) is False
-    assert passes("import os\ndef f(x): os._exit(1)", catches.replace("except Exception", "except")) is False
+    assert passes(f"import os\n{ends}", catches) is False
+    assert passes(f"import os\n{ends}", catches.replace("except Exception", "except")) is False
 
 
 def test_plain_values_travel_exactly():
@@ -115,15 +115,13 @@ assert twice(lambda x: x + [len(x)], []) == [0, 1]
     assert sandbox.run_tests(program, tests) == PASSED
 
 
-def test_objects_of_the_program_can_be_used():
-    program = """
+OBJECTS = """
 import collections, enum
 from dataclasses import dataclass
 class Stack:
     def __init__(self, items=()): self.items = list(items)
     def push(self, item): self.items.append(item); return self
     def __len__(self): return len(self.items)
-    def __iter__(self): return iter(self.items)
     def __getitem__(self, i): return self.items[i]
     def __enter__(self): return self
     def __exit__(self, *error): self.items.clear()
@@ -137,45 +135,39 @@ Color = enum.IntEnum("Color", "RED GREEN")
 class TooLarge(ValueError): pass
 def count(n):
     for i in range(n): yield i
-def check_size(n):
-    if n > 3: raise TooLarge("too large", n)
+def check_size(n): raise TooLarge("too large", n)
 def sort(items): items.sort()
 words = lambda text: collections.Counter(text.split())
-LIMIT = [1, 2]
 """
+
+
+def test_objects_of_the_program_can_be_used():
     tests = """
 s = Stack([1]).push(2)
-assert list(s[:1]) == [1] and len(s) == 2 and list(s) == [1, 2] and s[1] == 2 and 2 in s and 3 not in s
-assert s and isinstance(s, Stack) and not isinstance(s, Vector)
-assert sorted(s, reverse=True) == [2, 1] and s.items == [1, 2] and not hasattr(s, "nothing")
+assert list(s[:1]) == [1] and len(s) == 2 and list(s) == [1, 2] == s.items and 2 in s and 3 not in s
+assert s and isinstance(s, Stack) and not isinstance(s, Vector) and not hasattr(s, "nothing")
 s.items = [5]
-with s as inside:
-    assert inside[0] == 5
+with s as inside: assert inside[0] == 5
 assert len(s) == 0
 assert Vector(1) + Vector(2, 3) == Vector(3, 3) != Vector(3, 4) and len({Vector(1), Vector(1)}) == 1
 assert Point(1, 2) == (1, 2) and Point(1, 2).x == 1 and Color.RED == 1 and Color.GREEN > Color.RED
-assert words("a b a") == {"a": 2, "b": 1} and words("a b a")["a"] == 2 and words("")["z"] == 0
-tally = words("a")
-tally.update(["a"])
-assert tally == {"a": 2} and list(count(3)) == [0, 1, 2] and next(count(1)) == 0 and sum(count(4)) == 6
-try:
-    check_size(4)
-    assert False
-except ValueError as error:
-    assert error.args[0] == "too large"
+tally = words("a b a")
+assert tally == {"a": 2, "b": 1} and tally["z"] == 0
+assert list(count(3)) == [0, 1, 2] and next(count(1)) == 0
+try: assert check_size(4) and False
+except ValueError as error: assert error.args[0] == "too large"
 numbers = [3, 1, 2]
 sort(numbers)
-assert numbers == [1, 2, 3] and LIMIT == [1, 2] and math.isclose(0.1 + 0.2, 0.3)
+assert numbers == [1, 2, 3] and math.isclose(0.1 + 0.2, 0.3)
 """
-    assert sandbox.run_tests(program, tests) == PASSED
+    assert sandbox.run_tests(OBJECTS, tests) == PASSED
 
 
 def test_what_honest_programs_use_works():
     program = """
 from __future__ import annotations
-import asyncio, collections, heapq, itertools, os, random, re, string, time
+import asyncio, collections, functools, heapq, itertools, os, random, re, string, time
 from dataclasses import dataclass
-from functools import lru_cache
 @dataclass
 class Node:
     value: int
@@ -183,12 +175,11 @@ class Node:
 async def double(x):
     await asyncio.sleep(0.001)
     return 2 * x
-@lru_cache(None)
+@functools.cache
 def f(x):
     for _ in range(1000): print("x" * 100000)
     return asyncio.run(double(Node(x).value))
-if __name__ == "__main__":
-    f(int(input()))
+if __name__ == "__main__": f(int(input()))
 """
     assert sandbox.run_tests(program, TEST) == PASSED
     pytest.importorskip("numpy")  # its arrays arrive as lists
@@ -262,6 +253,7 @@ try: check(f)
 except ZeroDivisionError: pass
 """
 COMPARISONS = ["f(2) == 4", "4 == f(2)", "not f(2) != 4", "abs(f(2) - 4) < 1", "f(2) in [4]", "[f(2)] == [4]"]
+COMPARISONS += ["f(2) < 5"]
 
 
 @pytest.mark.parametrize("program", FORGED.values(), ids=FORGED)
@@ -271,7 +263,7 @@ def test_a_verdict_cannot_be_forged(program):
 
 def test_each_comparison_alone_sees_through_an_object_that_agrees_with_all():
     assert passes(RIGHT, FLOAT_TESTS) is True  # the tests above are fair
-    for comparison in [*COMPARISONS, "f(2) < 5"]:
+    for comparison in COMPARISONS:
         assert passes(RIGHT, f"assert {comparison}") is True, comparison
         for kind in ("is equal to everything", "is a number equal to everything"):
             assert passes(FORGED[kind], f"assert {comparison}") is False, (kind, comparison)
@@ -347,11 +339,11 @@ def test_processes_and_files_stay_closed_without_landlock_or_without_a_namespace
     assert weaker.run_tests(f"TRAINER = {os.getpid()}\n{PEEK}", "assert f(2) == [], f(2)") == PASSED
 
 
+LOCKED = "import sandbox; file = open('/proc/self/status'); sandbox.lock_down(30, 1024); print(file.read())"
+
+
 def test_a_locked_process_has_no_capability_left():
-    script = (
-        "import sandbox; file = open('/proc/self/status'); sandbox.lock_down(30, 1024); print(file.read())"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", LOCKED], capture_output=True, text=True, cwd=ROOT)
     fields = dict(line.split(":\t", 1) for line in done.stdout.splitlines() if ":\t" in line)
     assert (fields["CapPrm"], fields["CapEff"]) == ("0" * 16, "0" * 16), done.stderr
     assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
@@ -488,27 +480,24 @@ def test_200_programs_in_parallel_leave_nothing_behind():
 def test_programs_die_with_the_trainer():
     script = "import sandbox; sandbox.run_tests('import time; time.sleep(1000)', 'f(2)', timeout=900)"
     trainer = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
-    deadline, started = time.monotonic() + 20, set()
+    deadline, started, alive = time.monotonic() + 20, set(), True
     while len(started) < 2 and time.monotonic() < deadline:
         started = {pid for pid, (parent, _) in processes().items() if parent == trainer.pid}
     time.sleep(0.5)  # until both are locked down
     trainer.kill(), trainer.wait()
-
-    def alive():
-        return [p for p, (_, command) in processes().items() if p in started and "sandbox.py" in command]
-
-    while alive() and time.monotonic() < deadline:
+    while alive and time.monotonic() < deadline:
+        alive = [p for p, (_, command) in processes().items() if p in started and "sandbox.py" in command]
         time.sleep(0.05)
-    assert len(started) == 2 and not alive()
+    assert len(started) == 2 and not alive
 
 
 def test_a_sandbox_that_cannot_be_built_is_an_error_and_no_reward(tmp_path, monkeypatch):
-    refused = variant(tmp_path, "call(libc.prctl, 38, 1,", "call(libc.prctl, 38, 7,")
-    with pytest.raises(RuntimeError, match="could not be built: .*Invalid argument"):
-        refused.run_tests(RIGHT, TEST)
-    crashed = variant(tmp_path, "    verdict = os.dup(1)\n", "    os.abort()\n")
-    with pytest.raises(RuntimeError, match="could not be built"):
-        crashed.run_tests(RIGHT, TEST)
+    for old, new, problem in (
+        ("call(libc.prctl, 38, 1,", "call(libc.prctl, 38, 7,", "could not be built: .*Invalid argument"),
+        ("    verdict = os.dup(1)\n", "    os.abort()\n", "could not be built"),
+    ):
+        with pytest.raises(RuntimeError, match=problem):
+            variant(tmp_path, old, new).run_tests(RIGHT, TEST)
     monkeypatch.setattr(sandbox.platform, "machine", lambda: "vax")
     with pytest.raises(RuntimeError, match="x86_64 or aarch64"):
         sandbox.run_tests(RIGHT, TEST)
