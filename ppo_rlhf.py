@@ -1013,7 +1013,7 @@ class Logger:
             shutil.copy(path, folder)
         for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
             path.touch()  # of a run that continues: what followed its checkpoint goes
-            lines = [x for x in path.open() if x.endswith("}\n") and json.loads(x)["step"] <= step]
+            lines = [x for x in path.open() if x.endswith("}\n") and json.loads(x)["step"] <= step > 0]
             path.with_suffix(".partial").write_text("".join(lines))
             path.with_suffix(".partial").rename(path)
         say(f"run: {folder}, {total_steps:,} steps")

@@ -305,12 +305,6 @@ def test_new_head_is_drawn_from_the_seed_with_standard_deviation_1_over_sqrt_of_
     assert torch.allclose(heads[2], drawn)
 
 
-def test_trained_head_is_kept(folders):
-    saved = load_file(Path(folders["qwen3"]) / "model.safetensors")["score.weight"]
-    for seed in (1, 2):
-        assert torch.equal(loaded(folders["qwen3"], seed=seed).score.weight, saved)
-
-
 def test_attention_that_mixes_the_answers_of_a_row_is_refused(folders, monkeypatch, capsys):
     def leaky(model, batch):
         return head_outputs(model, batch) + 0.01 * torch.arange(batch.num_sequences)
@@ -630,17 +624,6 @@ def test_score_is_the_stock_reward_and_the_offset(score, judges, tmp_path):
     assert found[2]["reward"] == pytest.approx(d + 0.5, abs=1e-4)
     assert found[3] == asked[3] | {"reward": None}
     assert result == {"mean_reward": pytest.approx((a + b + c + d) / 4 + 0.5, abs=1e-4)}
-
-
-def test_score_of_an_ensemble_combines_its_members(score, judges, tmp_path):
-    folder, names = judges
-    rows = tiny_rows()[:3]
-    asked = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-    one, other = (np.array(stock_rewards(name, pairs_of(name, tmp_path, rows)))[:, 0] for name in names)
-    for how, wanted in (("", (one + other - 1.5) / 2), (":min", np.minimum(one + 0.5, other - 2))):
-        found, _ = score(asked, model=folder + how)
-        assert [row["reward"] for row in found] == pytest.approx(wanted.tolist(), abs=1e-4)
-        (tmp_path / "answers.scored.jsonl").unlink()
 
 
 def test_score_with_a_model_that_has_no_reward_head_is_refused(score, folders, tmp_path, capsys):
