@@ -52,11 +52,6 @@ def kto(*ratios, label, kl=0.7, desirable_weight=1.0, undesirable_weight=1.0):
     return four.kto_loss(float64(*ratios), labels, kl, beta=0.3, **weights).tolist()
 
 
-def test_ipo_at_the_reference_is_the_square_of_its_target():
-    assert ipo((0, 0), (3, 3), beta=0.1) == pytest.approx([25, 25])  # (1 / 0.2)^2
-    assert ipo((0, 0), beta=0.5) == pytest.approx([1])
-
-
 def test_ipo_is_0_at_its_target_margin_and_grows_on_both_sides():
     for beta in (0.05, 0.1, 2.0):
         target = 1 / (2 * beta)
@@ -65,18 +60,9 @@ def test_ipo_is_0_at_its_target_margin_and_grows_on_both_sides():
 
 
 def test_ipo_by_hand():
-    # target 2: margins 1 and -3; target 5: margins 5 and -3
+    # target 2: margins 1 and -3; target 5: margins 0, 5 and -3
     assert ipo((1.5, 0.5), (-4, -1), beta=0.25) == pytest.approx([1, 25])
-    assert ipo((2, -3), (-4, -1), beta=0.1) == pytest.approx([0, 64])
-
-
-def test_kto_at_its_reference_point_is_half_the_weight():
-    approx = lambda value: pytest.approx([value])
-    for kl in (0.0, 0.7):
-        assert kto(kl, label=True, kl=kl, desirable_weight=1.5, undesirable_weight=9.0) == approx(0.75)
-        assert kto(kl, label=False, kl=kl, desirable_weight=9.0, undesirable_weight=3.0) == approx(1.5)
-        assert kto(kl, label=True, kl=kl) == approx(0.5)
-        assert kto(kl, label=False, kl=kl) == approx(0.5)
+    assert ipo((3, 3), (2, -3), (-4, -1), beta=0.1) == pytest.approx([25, 0, 64])
 
 
 def test_kto_by_hand():
@@ -88,25 +74,11 @@ def test_kto_by_hand():
     assert kto(2, -1, label=False, **weights) == pytest.approx([2.981413, 1.875972], abs=1e-5)
 
 
-def test_negative_kl_counts_as_0_in_kto():
-    # 1 / (1 + e^0.6): the reference point is 0, not -0.7
-    for kl in (0.0, -0.7, -50.0):
-        assert kto(2, label=True, kl=kl) == pytest.approx([0.354344], abs=2e-6)
-        assert kto(2, label=False, kl=kl) == pytest.approx([0.645656], abs=2e-6)
-
-
 def test_kto_sends_no_gradient_into_the_kl():
     kl, ratios = torch.tensor(0.7, requires_grad=True), torch.tensor([1.0, -2.0], requires_grad=True)
     weights = {"desirable_weight": 1.0, "undesirable_weight": 1.0}
     four.kto_loss(ratios, torch.tensor([1, 0]), kl, beta=0.3, **weights).sum().backward()
     assert kl.grad is None and ratios.grad[0] < 0 < ratios.grad[1]
-
-
-def test_simpo_at_equal_averages_is_softplus_of_gamma():
-    for beta, share in ((2.0, 0.5), (2.5, 0.3), (10.0, 0.3)):
-        averages = float64(-0.1, -3)
-        losses = four.simpo_loss(averages, averages, beta=beta, gamma_beta_ratio=share)
-        assert losses.tolist() == pytest.approx([softplus(beta * share)] * 2)
 
 
 def test_simpo_by_hand():
@@ -130,7 +102,7 @@ def test_orpo_by_hand():
     assert four.orpo_loss(quarter, half, beta=1.0).item() == pytest.approx(math.log(4), rel=1e-6)
 
 
-SPREAD = (-1e-7, -1e-5, -1e-3, -0.3, -0.69, -0.7, -1.5, -5.0, -50.0)
+SPREAD = (0.0, -1e-7, -1e-5, -1e-3, -0.3, -0.69, -0.7, -1.5, -5.0, -50.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -146,29 +118,6 @@ def test_orpo_is_right_from_sure_answers_to_impossible_ones_and_so_are_its_gradi
         grads = [grad.item() for grad in torch.autograd.grad(loss.sum(), two)]
         expected = [-pull * slopes[0], pull * slopes[1]]
         assert grads == pytest.approx(expected, rel=2e-3, abs=1e-30), (chosen, rejected)
-
-
-def test_orpo_of_a_batch_with_sure_and_impossible_answers_has_no_nan():
-    chosen = torch.tensor([0.0, -1e-7, -50.0, -1.0, 0.0], requires_grad=True)
-    rejected = torch.tensor([-50.0, 0.0, -1e-5, -1.0, 0.0], requires_grad=True)
-    losses = four.orpo_loss(chosen, rejected, beta=0.5)
-    losses.sum().backward()
-    assert all(torch.isfinite(x).all() for x in (losses, chosen.grad, rejected.grad))
-    assert (chosen.grad <= 0).all() and (rejected.grad >= 0).all() and chosen.grad[2] < -0.4
-
-
-def test_gradients_of_the_losses_are_those_of_finite_differences():
-    two = [x.requires_grad_() for x in (float64(-3.0, -0.4, -7.5, -1.0), float64(-2.0, -4.0, -8.0, -1.0))]
-    labels, kl = torch.tensor([1, 0, 1, 0]), float64(0.7)[0]
-    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
-    losses = {
-        "ipo": (lambda c, r: four.ipo_loss(c, r, beta=0.1), two),
-        "kto": (lambda x: four.kto_loss(x, labels, kl, beta=0.3, **weights), two[:1]),
-        "simpo": (lambda c, r: four.simpo_loss(c, r, beta=2.0, gamma_beta_ratio=0.5), two),
-        "orpo": (lambda c, r: four.orpo_loss(c, r, beta=0.5), two),
-    }
-    for name, (function, inputs) in losses.items():
-        assert torch.autograd.gradcheck(function, inputs), name
 
 
 # Models and data --------------------------------------------------------------------------------------------
@@ -248,11 +197,6 @@ def unpaired(number, answer, label):
     return {"prompt": ask, "completion": [{"role": "assistant", "content": answer}], "label": label}
 
 
-def paired(number, good, bad):
-    ask = [{"role": "user", "content": f"What is {number} and 2?"}]
-    return {"prompt": ask, "chosen": good, "rejected": bad}
-
-
 def numbers_of(answers):
     """The numbers that the prompts ask about."""
     texts = [tiny_tokenizer().decode(item[0].input_ids) for item in answers]
@@ -260,33 +204,11 @@ def numbers_of(answers):
 
 
 def test_unpaired_rows_are_single_answers_with_their_labels(load):
-    rows = [unpaired(1, "It is 3.", True), unpaired(5, "It is 8.", False), unpaired(6, "8", True)]
+    rows = [unpaired(1, "It is 3.", True), {"prompt": "5 and 2 are", "completion": " so 8", "label": 0}]
     answers, labels = load(rows)
-    assert [len(item) for item in answers] == [1, 1, 1] and labels == [[1], [0], [1]]
-    texts = [text_of(item[0], True) for item in answers]
-    assert texts == ["It is 3.<|im_end|>", "It is 8.<|im_end|>", "8<|im_end|>"]
-    assert numbers_of(answers) == [1, 5, 6] and "It is 3" not in text_of(answers[0][0], False)
-
-
-def test_unpaired_texts_questions_and_numbers_as_labels_are_taken(load):
-    rows = [
-        {"prompt": "5 and 2 are", "completion": " 8", "label": 0},
-        {"question": "What is 1 and 2?", "completion": "3", "label": 1},
-    ]
-    answers, labels = load(rows)
-    assert labels == [[0], [1]]
-    assert [text_of(item[0], True) for item in answers] == [" 8<|im_end|>", "3<|im_end|>"]
-    assert text_of(answers[0][0], False) == "5 and 2 are"
-    assert text_of(answers[1][0], False) == text_of(load([unpaired(1, "3", True)])[0][0][0], False)
-
-
-def test_pairs_stay_pairs_in_the_order_of_their_labels(load):
-    rows = [paired(1, "It is 3.", "4"), paired(5, "7", "It is 8."), paired(6, "8", "9")]
-    for algorithm in ALGORITHMS:
-        answers, labels = load(rows, algorithm=algorithm)
-        assert labels == [[1, 0]] * 3 and numbers_of(answers) == [1, 5, 6]
-        texts = [[text_of(answer, True).removesuffix("<|im_end|>") for answer in pair] for pair in answers]
-        assert texts == [["It is 3.", "4"], ["7", "It is 8."], ["8", "9"]]
+    assert [len(item) for item in answers] == [1, 1] and labels == [[1], [0]]
+    assert [text_of(item[0], True) for item in answers] == ["It is 3.<|im_end|>", " so 8<|im_end|>"]
+    assert text_of(answers[1][0], False) == "5 and 2 are" and "It is 3" not in text_of(answers[0][0], False)
 
 
 def test_dropped_answers_are_counted_and_take_their_labels_with_them(load, capsys):
@@ -306,11 +228,7 @@ def test_dropped_answers_are_counted_and_take_their_labels_with_them(load, capsy
     assert "first row 4: longer than --max-length" in told and "first row 5: an assistant turn" in told
 
 
-BAD = [
-    {"prompt": "a", "completion": "b"},
-    {"completion": "b", "label": True},
-    {"prompt": "a", "completion": "b", "label": "yes"},
-]
+BAD = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b", "label": "yes"}]
 
 
 @pytest.mark.parametrize("algorithm, bad", [*[("kto", bad) for bad in BAD], ("ipo", unpaired(1, "3", True))])
@@ -443,13 +361,7 @@ PLAIN = {"ipo": {"beta": 0.1}, "simpo": {"beta": 3.0, "gamma_beta_ratio": 0.2}, 
 @pytest.mark.parametrize("budget", [8192, 150])
 @pytest.mark.parametrize(
     "algorithm, flags",
-    [
-        pytest.param("ipo", {}, id="ipo"),
-        pytest.param("ipo", {"ipo_length_average": True}, id="ipo-average"),
-        pytest.param("simpo", {}, id="simpo"),
-        pytest.param("simpo", {"sft_coef": 0.5}, id="simpo-sft"),
-        pytest.param("orpo", {}, id="orpo"),
-    ],
+    [("ipo", {}), ("ipo", {"ipo_length_average": True}), ("simpo", {"sft_coef": 0.5}), ("orpo", {})],
 )
 def test_first_step_of_pairs_is_a_plain_loop_over_the_stock_model(
     train, load, near, algorithm, flags, budget
@@ -482,7 +394,7 @@ def test_first_step_of_pairs_is_a_plain_loop_over_the_stock_model(
         "logps/rejected": means([logp(model, pair.rejected) for pair in pairs]),
     }
     if algorithm == "ipo":
-        expected["logps/chosen_drift"] = 0.0
+        expected["logps/chosen_drift"] = means([logp(model, y) - logp(ref, y) for y in chosen])
     assert {key: lines[1][key] for key in expected} == pytest.approx(expected, abs=1e-3)
     assert "kl" not in lines[1] and ("logps/chosen_drift" in lines[1]) == (algorithm == "ipo")
 
@@ -531,7 +443,7 @@ def test_first_step_of_kto_is_a_plain_loop_over_the_stock_model(train, load, nea
         "rewards/accuracies": means(right),
         "logps/chosen": means([logp(model, answers[n][0]) for n in good]),
         "logps/rejected": means([logp(model, answers[n][0]) for n in bad]),
-        "logps/chosen_drift": 0.0,
+        "logps/chosen_drift": means([ratios[n] for n in good]),
     }
     assert {key: lines[1][key] for key in expected} == pytest.approx(expected, abs=1e-3)
 
@@ -565,31 +477,6 @@ def test_metrics_of_a_label_that_a_batch_has_not_are_not_logged(train):
     assert len({tuple(line) for line in lines[1:]}) == 2  # each label came
 
 
-OTHERS = ("tokens_per_second", "step_time", "num_tokens", "packing/fill")
-
-
-def assert_same_metrics(one, other, without=OTHERS, tolerance=1e-4):
-    assert len(one) == len(other)
-    for line, wanted in zip(one, other, strict=True):
-        assert line.keys() == wanted.keys()
-        keys = [key for key in wanted if key not in without]
-        values = [wanted[key] for key in keys]
-        assert [line[key] for key in keys] == pytest.approx(values, rel=1e-4, abs=tolerance)
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_settings_of_memory_and_the_order_of_columns_do_not_change_the_metrics(train, algorithm):
-    rows, held_out = rows_for(algorithm, 7), rows_for("ipo", 24)[20:]
-    flags = {"algorithm": algorithm, "max_steps": 3, "batch_size": 4, "learning_rate": 3e-4}
-    plain = train(rows, held_out, **flags)
-    turned = [dict(reversed(row.items())) for row in rows]  # rejected before chosen, label before prompt
-    for change in ({"max_tokens_per_micro_batch": 128}, {"attn": "eager"}, {}):
-        lines = train(rows if change else turned, held_out, **flags, **change)
-        assert_same_metrics(lines, plain)
-        more = lines[-1]["num_tokens"] - plain[-1]["num_tokens"]  # a prompt stands in a packed row once
-        assert more > 0 if "attn" in change and algorithm != "kto" else more == 0
-
-
 @pytest.mark.parametrize(
     "algorithm, flags, loads, passes",
     [
@@ -597,7 +484,7 @@ def test_settings_of_memory_and_the_order_of_columns_do_not_change_the_metrics(t
         ("orpo", {}, 1, 0),
         ("ipo", {}, 1, 2),  # training and held-out pairs
         ("kto", {}, 1, 3),  # mismatched answers besides
-        ("kto", {"ref_model": "tiny/base"}, 2, 4),  # the start, for the drift
+        ("kto", {"ref_model": "tiny/base"}, 2, 3),
     ],
 )
 def test_models_that_a_run_loads_and_passes_before_it_trains(
@@ -673,8 +560,6 @@ def test_held_out_pairs_are_compared_by_what_the_algorithm_compares(train, load,
         (r"--ref-model means nothing to --algorithm simpo", {"algorithm": "simpo", "ref_model": "tiny/base"}),
         (r"--ipo-length-average .* kto", {"algorithm": "kto", "ipo_length_average": True}),
         (r"--sft-coef means nothing to --algorithm orpo", {"algorithm": "orpo", "sft_coef": 0.1}),
-        (r"--beta 0\.0: ", {"beta": 0.0}),
-        (r"--desirable-weight 0\.0: ", {"algorithm": "kto", "desirable_weight": 0.0}),
     ],
 )
 def test_flags_that_mean_nothing_together_end_the_run_with_one_line(capsys, pattern, flags):
@@ -684,17 +569,12 @@ def test_flags_that_mean_nothing_together_end_the_run_with_one_line(capsys, patt
     assert stop.value.code == 2 and line.startswith("error: ") and re.search(pattern, line)
 
 
-@pytest.mark.parametrize(
-    "pattern, rows",
-    [
-        (r"all prompts are the same", [unpaired(1, "3", True), unpaired(1, "4", False)]),
-        (r"2 answers are desirable, 0 are not", [unpaired(n, "3", True) for n in (1, 2)]),
-    ],
-)
-def test_data_that_kto_cannot_learn_from_is_refused_before_a_model_is_loaded(
-    train, monkeypatch, capsys, pattern, rows
-):
+def test_data_that_kto_cannot_learn_from_is_refused_before_a_model_is_loaded(train, monkeypatch, capsys):
     monkeypatch.setattr(four, "load_model", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(SystemExit) as stop:
-        train(rows, algorithm="kto")
-    assert stop.value.code == 2 and re.search(pattern, capsys.readouterr().err)
+    for told, rows in (
+        ("all prompts are the same", [unpaired(1, "3", True), unpaired(1, "4", False)]),
+        ("2 answers are desirable, 0 are not", [unpaired(n, "3", True) for n in (1, 2)]),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            train(rows, algorithm="kto")
+        assert stop.value.code == 2 and told in capsys.readouterr().err

@@ -104,7 +104,7 @@ VARIANTS = {
     "distill.py": (
         {"divergence": "jsd", "cache_top_k": 4, "ce_coef": 0.5},
         {"mode": "on_policy", "divergence": "reverse_kl"},
-        {"mode": "seq_kd"},
+        {"mode": "seq_kd", "max_completion_length": 48},
     ),
 }
 CLOCK = {"tokens_per_second", "step_time", "peak_memory_gb"}  # what no two runs share
