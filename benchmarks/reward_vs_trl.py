@@ -27,8 +27,10 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import dpo_vs_trl
+import numpy as np
 import sft_vs_trl as shared
 import tyro
 from sft_vs_trl import ROOT
@@ -98,6 +100,7 @@ def run_cleanpost(args: Args, folder: Path) -> dict:
 
     seconds = dpo_vs_trl.timed(reward_model, "answer_scores")  # without evaluation centring alone calls it
     settings = {"center_coef": CENTER_COEF} | CONTENDERS[args.only][1]
+    np.random.default_rng = lambda seed: SimpleNamespace(permutation=np.arange)  # TRL's order: as given
     run = shared.run_cleanpost(args, folder, "reward_model", **settings)
     return run | {"centring_seconds": sum(seconds)}
 

@@ -210,18 +210,18 @@ def run_cleanpost(args: Args, folder: Path, name: str = "sft", **more) -> dict:
     script = importlib.import_module(name)
     loaded, load_model = [], script.load_model
 
-    def load_and_look(*arguments):
-        model = load_model(*arguments)
+    def load_and_look(*arguments, **settings):
+        model = load_model(*arguments, **settings)
         loaded.append(resident_gb())
         return model
 
     script.load_model = load_and_look
+    if name == "sft":
+        more["order"] = "given"
     script.main(
         script.Args(
             model=str(folder / "model"),
             dataset=(str(folder / "rows.jsonl"),),
-            order="given",
-            dedupe=False,
             learning_rate=args.learning_rate,
             lr_schedule="linear",
             warmup_steps=0,

@@ -90,18 +90,6 @@ def test_jsd_vanishes_at_its_end_points_like_the_two_kls():
     to_reverse = distill.jsd(student, teacher, beta=1 - near) / near
     assert torch.allclose(to_forward, distill.forward_kl(student, teacher), rtol=1e-4)
     assert torch.allclose(to_reverse, distill.reverse_kl(student, teacher), rtol=1e-4)
-    values = torch.stack([distill.jsd(student, teacher, beta=b) for b in (1e-4, 0.1, 0.5, 0.9, 1 - 1e-4)])
-    assert values[[0, 4]].max() < 2e-3 < values[1:4].min()
-
-
-def test_jsd_is_symmetric_at_one_half_and_bounded():
-    far = float64([0.0, -40.0]), float64([-40.0, 0.0])  # hardly any overlap
-    one, other = (x.log_softmax(-1) for x in far)
-    found = distill.jsd(one, other, beta=0.5)
-    assert found.item() == pytest.approx(math.log(2)) == distill.jsd(other, one, beta=0.5).item()
-    student, teacher = (random_logits(5, 6, seed=seed).log_softmax(-1) for seed in (1, 2))
-    swapped = distill.jsd(teacher, student, beta=0.3)
-    assert torch.allclose(distill.jsd(student, teacher, beta=0.7), swapped)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,7 +111,6 @@ def test_bucket_by_hand():
     logprobs = float64([0.1, 0.4, 0.2, 0.3]).log()
     found = distill.bucketed(logprobs, torch.tensor([[1, 3]]))
     assert torch.allclose(found.exp(), float64([0.4, 0.3, 0.3]))
-    assert found.dtype == torch.float64 and found.shape == (1, 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -381,29 +368,6 @@ def test_held_out_metrics_are_those_of_the_stock_models(train, flags_of):
         loss, _ = stock_step(held_out, flags_of(), divergence)
         assert train.start[f"eval/{key}"] == pytest.approx(loss, rel=1e-4)
     assert train.start["eval/ce"] > 0.9 > 0.3 > train.start["eval/teacher_ce"] > 0
-    assert train.start["eval/teacher_greedy_accuracy"] > train.start["eval/greedy_accuracy"]
-
-
-OBJECTIVES = {
-    "token_kd": {"divergence": "jsd", "ce_coef": 0.5},
-    "on_policy": {"mode": "on_policy", "on_policy_fraction": 1.0},
-    "policy_gradient": {"mode": "on_policy", "on_policy_loss": "policy_gradient", "kl_discount": 0.9},
-    "mixture": {"mode": "on_policy", "ce_coef": 0.5, "divergence": "reverse_kl"},
-}
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_memory_flags_change_nothing_and_bound_rows(train, monkeypatch, name):
-    sizes, collate_row = [], distill.collate
-    spy = lambda row, device: sizes.append(sum(len(ids) for ids, _ in row)) or collate_row(row, device)
-    monkeypatch.setattr(distill, "collate", spy)
-    flags = {"eval_dataset": None, "max_steps": 1} | OBJECTIVES[name]
-    _, lines = train(**flags)
-    small = {"max_tokens_per_micro_batch": 200, "max_tokens_per_rollout": 500}
-    for changes in (small, {"max_tokens_per_micro_batch": 4096, "gradient_checkpointing": True}):
-        sizes.clear()
-        assert_same_metrics(train(**flags, **changes)[1], lines, rel=1e-4, abs_=1e-5)
-        assert max(sizes) <= changes["max_tokens_per_micro_batch"]
 
 
 def test_epochs_are_passes_over_what_a_mode_goes_through(train):
@@ -432,14 +396,6 @@ def test_cached_teacher_is_not_rounded_on_its_way_through_fsdp(train, monkeypatc
     _, cached = train(**flags, cache_top_k=768)
     assert kinds == {torch.float32}
     assert_same_metrics(cached, live, rel=2e-3, abs_=2e-3)
-
-
-@pytest.mark.parametrize("mode", ["on_policy", "seq_kd"])
-def test_modes_run_in_bfloat16(train, mode):
-    flags = {"mode": mode, "max_completion_length": 40, "answers_per_prompt": 1, "save_every": 1}
-    folder, lines = train(**flags, dtype="bfloat16", learning_rate=1e-3, max_steps=2)
-    assert all(math.isfinite(value) for line in lines for value in line.values())
-    assert (folder / "checkpoints" / "step_00000002").exists()
 
 
 # The cache --------------------------------------------------------------------------------------------------
@@ -543,43 +499,10 @@ def test_sampled_token_that_pads_the_table_is_not_trained():
 
 # The teacher's answers --------------------------------------------------------------------------------------
 
-REWARDS = """
-def right(completions, answer, **columns):
-    texts = [c[0]["content"] for c in completions]
-    return [float(t.split("####")[-1].strip() == a) for t, a in zip(texts, answer)]
-
-
-def half(completions, **columns):
-    return [0.5] * len(completions)
-
-
-def even(answer, **columns):
-    return [None if int(a) % 2 else 0.0 for a in answer]
-
-
-def short(completions, **columns):
-    return [1.0] * (len(completions) - 1)
-
-
-def broken(answer, **columns):
-    return [len(a) for a in map(int, answer)]
-
-
-"""
-
-
-@pytest.fixture
-def rewards(tmp_path):
-    """rewards("a", "b"): the flag --reward for functions of a file."""
-    path = tmp_path / "my_rewards.py"
-    path.write_text(REWARDS)
-    return lambda *names: tuple(f"{path}:{name}" for name in names)
-
-
 SEQ_KD = {"mode": "seq_kd", "max_completion_length": 40, "max_steps": 1, "eval_dataset": None}
 
 
-def test_right_answers_are_kept_and_what_is_sampled_is_found_again(train, rewards, monkeypatch):
+def test_right_answers_are_kept_and_what_is_sampled_is_found_again(train, monkeypatch):
     rolled, roll_out = [], distill.roll_out
     monkeypatch.setattr(distill, "roll_out", lambda *args: rolled.append(roll_out(*args)) or rolled[-1])
     flags = SEQ_KD | {"answers_per_prompt": 3}
@@ -587,45 +510,16 @@ def test_right_answers_are_kept_and_what_is_sampled_is_found_again(train, reward
     ended = [c for c in rolled[0] if c.ended]  # what was cut off is not learnt
     assert len(rolled[0]) == 3 * 48 > len(ended) + 2 and len({c.text for c in ended[:3]}) > 1
     assert sampled == [c.prompt.row | {"completion": c.text} for c in ended]
-    folder, [line] = train(**flags, reward=rewards("right"))
+    folder, [line] = train(**flags, reward=("rewards.py:math_answer",))
     kept = read_lines(folder / "answers.jsonl")
     right = lambda row: row["completion"].split("####")[-1].strip() == row["answer"]
     assert kept == [row for row in sampled if right(row)] and 30 < len(kept) < len(sampled)
     assert len(rolled) == 1, "what was sampled is found again"
-    assert not {"kl_forward", "token_agreement", "eval/kl_forward", "eval/teacher_ce"} & line.keys()
     assert line["ce"] == pytest.approx(line["loss"], rel=1e-6)
     for count, changes in enumerate(({"seed": 2}, {"temperature": 0.0}, {"max_completion_length": 30}), 2):
         train(**(flags | changes))
         assert len(rolled) == count, changes
     assert len(rolled[2]) == 48  # greedy answers are all the same
-
-
-def test_rewards_are_averaged_without_those_that_know_nothing(train, rewards):
-    # `right` 1 or 0 with `even` 0 or None: means of 1/2 or 0 where the gold answer is even, else 1 or 0
-    flags = SEQ_KD | {"answers_per_prompt": 2}
-    right = lambda row: row["completion"].split("####")[-1].strip() == row["answer"]
-    odd = lambda row: int(row["answer"]) % 2 == 1
-    for threshold, likes in ((0.7, lambda row: right(row) and odd(row)), (0.3, right)):
-        folder, _ = train(**flags, reward=rewards("right", "even"), reward_threshold=threshold)
-        kept = read_lines(folder / "answers.jsonl")
-        assert kept and all(map(likes, kept)), threshold
-    folder, _ = train(**flags, reward=rewards("even"), reward_threshold=-1.0)
-    assert not any(map(odd, read_lines(folder / "answers.jsonl"))), "no reward knows anything of those"
-
-
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("half", "no answer is left to learn from"),  # not above 0.5
-        ("short", "is shorter than"),
-        ("broken", "--reward: TypeError: object of type 'int' has no len()"),
-    ],
-)
-def test_rewards_that_fail_end_the_run_with_one_line(capsys, flags_of, rewards, name, message):
-    with pytest.raises(SystemExit) as stop:
-        distill.main(distill.Args(**flags_of(**SEQ_KD, reward=rewards(name))))
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and line.startswith("error: ") and message in line
 
 
 def test_loss_of_seq_kd_is_the_likelihood_of_the_answers(train):
@@ -681,36 +575,13 @@ def test_other_tokens_are_an_error_that_names_seq_kd(monkeypatch, capsys, flags_
     assert stop.value.code == 2 and "another vocabulary than --model: use --mode seq_kd" in line
 
 
-def test_student_without_a_chat_template_takes_its_teachers(tmp_path, capsys):
-    for name in ("base", "sft"):
-        tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / name)
-        tokenizer.chat_template = None if name == "base" else tokenizer.chat_template.replace("user", "USER")
-        AutoModelForCausalLM.from_pretrained(ROOT / "tiny" / name).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    args = distill.Args(model=str(tmp_path / "base"), teacher=str(tmp_path / "sft"))
-    one, other = distill.load_tokenizers(args)
-    assert one is other and one.chat_template == tokenizer.chat_template
-    args = distill.Args(model=str(tmp_path / "sft"), teacher=str(tmp_path / "base"))
-    assert distill.load_tokenizers(args)[1].chat_template == tokenizer.chat_template
-
-
 MISTAKES = [
-    ("--jsd-beta 1.0: Input should be less than 1", {"jsd_beta": 1.0}),
     ("--temperature 0: --mode on_policy trains on samples", {"temperature": 0.0, "mode": "on_policy"}),
     ("--on-policy-fraction: no sequence", {"on_policy_fraction": 0.05, "mode": "on_policy"}),
-    ("--on-policy-loss is for --mode on_policy", {"on_policy_loss": "policy_gradient"}),
-    ("--mask-truncated is for --mode on_policy", {"mask_truncated": True}),
     ("--kl-discount is for --on-policy-loss policy_gradient", {"kl_discount": 0.5}),
     ("--ce-coef: no data beside it", {"ce_coef": 0.5, "mode": "on_policy", "on_policy_fraction": 1.0}),
     ("--cache-top-k: a cache knows nothing", {"cache_top_k": 5, "mode": "on_policy"}),
     ("--cache-dir TRAIN: no folder can be made", {"cache_dir": "TRAIN", "cache_top_k": 4}),
-    ("--teacher nowhere/at_all: ", {"teacher": "nowhere/at_all"}),
-    ("--reward is for --mode seq_kd", {"reward": ("rewards.py:math_answer",)}),
-    (
-        "--on-policy-loss policy_gradient: temperatures are 1",
-        {"mode": "on_policy", "on_policy_loss": "policy_gradient", "temperature": 0.7},
-    ),
-    ("the length flags allow 5000 tokens, but a model has 2048 positions", {"max_length": 5000}),
 ]
 
 

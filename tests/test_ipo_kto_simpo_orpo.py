@@ -59,6 +59,22 @@ def test_ipo_is_0_at_its_target_margin_and_grows_on_both_sides():
         assert losses == pytest.approx([0, 0, 9, 9], abs=1e-12)
 
 
+def test_simpo_at_equal_averages_is_softplus_of_gamma():
+    for beta, share in ((2.0, 0.5), (2.5, 0.3), (10.0, 0.3)):
+        averages = float64(-0.1, -3)
+        losses = four.simpo_loss(averages, averages, beta=beta, gamma_beta_ratio=share)
+        assert losses.tolist() == pytest.approx([softplus(beta * share)] * 2)
+
+
+def test_kto_at_its_reference_point_is_half_the_weight():
+    approx = lambda value: pytest.approx([value])
+    for kl in (0.0, 0.7):
+        assert kto(kl, label=True, kl=kl, desirable_weight=1.5, undesirable_weight=9.0) == approx(0.75)
+        assert kto(kl, label=False, kl=kl, desirable_weight=9.0, undesirable_weight=3.0) == approx(1.5)
+        assert kto(kl, label=True, kl=kl) == approx(0.5)
+        assert kto(kl, label=False, kl=kl) == approx(0.5)
+
+
 def test_ipo_by_hand():
     # target 2: margins 1 and -3; target 5: margins 0, 5 and -3
     assert ipo((1.5, 0.5), (-4, -1), beta=0.25) == pytest.approx([1, 25])

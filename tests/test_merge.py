@@ -358,19 +358,6 @@ def test_shards_load_give_the_logits_of_one_file_and_can_be_merged_again(models,
     assert all(torch.equal(again[name], x) for name, x in weights(one).items())
 
 
-def test_everything_beside_the_weights_is_copied_but_no_weights_of_other_formats(models, run, tmp_path):
-    littered = changed(tmp_path / "littered", models[1])
-    stray = ["flax_model.msgpack", "model.onnx", "rust_model.ot", "pytorch_model.bin.index.json"]
-    for name in (*stray, "README.md", "adapter_config.json", "notes.txt"):
-        (littered / name).write_text("{}")
-    merged = run("linear", None, [littered, models[2]]) / "model"
-    names = {path.name for path in models[1].iterdir()}
-    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= names
-    assert {path.name for path in merged.iterdir()} == names | {"notes.txt"}
-    for name in names - {"model.safetensors", "config.json"}:
-        assert (merged / name).read_bytes() == (littered / name).read_bytes()
-
-
 def head(tensors):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
@@ -386,20 +373,6 @@ def test_heads_tied_stored_twice_and_untied(models, run, tmp_path, capfd):
     assert "tie_word_embeddings" in line and "lm_head.weight" in line
     wrong = changed(tmp_path / "wrong", twice, lambda tensors: tensors["lm_head.weight"].add_(1))
     assert "though the config ties them" in error_of(lambda: run("linear", None, [models[0], wrong]), capfd)
-
-
-def test_whole_numbers_are_copied_and_must_agree(models, run, tmp_path, capfd):
-    def counting(name, numbers, dtype=torch.int64):
-        counter = torch.tensor(numbers, dtype=dtype)
-        return changed(tmp_path / name, models[0], lambda t: t.update(counter=counter))
-
-    one, same, other = counting("a", [3, 7]), counting("b", [3, 7]), counting("c", [4, 7])
-    merged = weights(run("ties", one, [same]))
-    assert merged["counter"].tolist() == [3, 7] and merged["counter"].dtype == torch.int64
-    short, real = counting("short", [3, 7], torch.int32), counting("real", [3, 7], torch.float32)
-    for pair in ([one, other], [one, short], [short, one], [one, real]):
-        line = error_of(lambda pair=pair: run("linear", None, pair), capfd)
-        assert "counter" in line and "whole numbers" in line
 
 
 @pytest.mark.parametrize("method", ["ties", "breadcrumbs", "model_stock", "dare_linear"])

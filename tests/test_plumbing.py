@@ -356,12 +356,6 @@ def test_empty_cells_are_empty_texts_and_numbers_stay_whole(tmp_path):
     assert [str(row["answer"]) for row in rows] == ["3", "4", ""] and rows[1]["question"] == ""
 
 
-def test_rows_of_unlike_types_share_a_file(tmp_path):
-    rows = [{"prompt": "a", "answer": 1}, {"prompt": [{"role": "user", "content": "a"}], "answer": None}]
-    read = sft.load_rows(write_rows(tmp_path / "rows.jsonl", rows), "train", None)
-    assert [row["prompt"] for row in read] == [row["prompt"] for row in rows]
-
-
 @pytest.mark.parametrize(
     "name, content",
     [
@@ -382,28 +376,6 @@ def test_tiny_is_found_from_any_folder(tmp_path, monkeypatch):
     assert sft.located("openai/gsm8k") == "openai/gsm8k"
     (tmp_path / "tiny" / "base").mkdir(parents=True)
     assert sft.located("tiny/base") == "tiny/base"  # one's own comes first
-
-
-def test_report_of_dropped_rows(capsys):
-    sft.report_dropped("d", 10, {"too long": [3, 4], "empty": [7]})
-    assert capsys.readouterr().out.splitlines() == [
-        "d: 2 rows dropped, first row 3: too long",
-        "d: 1 rows dropped, first row 7: empty",
-    ]
-    for rows, dropped in ((3, {"empty": [1, 2]}), (0, {})):
-        with pytest.raises(SystemExit):
-            sft.report_dropped("d", rows, dropped)
-
-
-def test_gsm8k_is_read_as_conversations(gsm8k, flags, tmp_path):
-    args = sft.Args(**flags())
-    tokenizer = sft.load_tokenizer(args)
-    found = sft.load_sequences(tokenizer, str(gsm8k / "test.jsonl"), "train", args, limit=20)
-    assert len(found) == 20
-    ids, trained = found[0]
-    assert "####" in tokenizer.decode(ids[trained]) and "<|im_start|>user" not in tokenizer.decode(
-        ids[trained]
-    )
 
 
 def test_curves_of_two_runs_are_laid_over_each_other(train, tmp_path):

@@ -126,19 +126,6 @@ def logit(p):
     return math.log(p / (1 - p))
 
 
-def test_calibrated_rewards_have_no_calibration_error():
-    # confidence 3/4: right in 3 of 4; confidence 3/5: right in 3 of 5; no confidence: a tie
-    sure, unsure = logit(0.75), logit(0.6)
-    differences = torch.tensor([sure] * 3 + [-sure] + [unsure] * 3 + [-unsure] * 2 + [0.0])
-    assert rm.calibration_error(differences) == pytest.approx(0, abs=1e-6)
-
-
-def test_calibration_error_of_a_model_that_is_sure_and_wrong_is_its_confidence():
-    assert rm.calibration_error(torch.full((7,), -logit(0.98))) == pytest.approx(0.98, abs=1e-5)
-    assert rm.calibration_error(torch.full((7,), -50.0)) == pytest.approx(1)
-    assert rm.calibration_error(torch.full((7,), 50.0)) == pytest.approx(0)
-
-
 def test_calibration_error_by_hand():
     # bins of width 0.05: 0.57 (right) is alone, off by 0.43; 0.92 (right) and 0.93 (wrong) share one, off by
     # |1.85 - 1| together
@@ -149,44 +136,30 @@ def test_calibration_error_by_hand():
     assert rm.calibration_error(split) == pytest.approx((0.43 + 0.36 + 0.93) / 3, abs=1e-6)
 
 
-def test_length_correlation_is_pearsons():
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 50, 30)
-    rewards = rng.normal(size=30) + 0.05 * lengths
-    found = rm.length_correlation(torch.tensor(rewards).float(), torch.tensor(lengths))
-    assert found == pytest.approx(np.corrcoef(rewards, lengths)[0, 1], abs=1e-6) and 0.2 < found < 0.95
-    assert rm.length_correlation(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([4, 5, 6])) == pytest.approx(-1)
-
-
 # Models and answers -----------------------------------------------------------------------------------------
 
 
-def small_config(kind, pad=0):
+def small_config(kind):
     sizes = {"vocab_size": 768, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_labels": 1}
-    ids = {"bos_token_id": None, "eos_token_id": END, "pad_token_id": pad}
+    ids = {"bos_token_id": None, "eos_token_id": END, "pad_token_id": 0}
     config = {"qwen3": Qwen3Config, "llama": LlamaConfig}[kind]
     return config(**sizes, **ids, max_position_embeddings=2048, initializer_range=0.2)
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """Folders of small random float32 models with tiny's tokenizer: two classifiers, a language model, and a
-    classifier whose padding is the end token."""
-    classes = {"qwen3": Qwen3ForSequenceClassification, "llama": LlamaForSequenceClassification}
-    wanted = {kind: (classes[kind], kind, 0) for kind in classes}
-    wanted |= {"causal": (Qwen3ForCausalLM, "qwen3", 0)}
+    """Folders of small random float32 models with tiny's tokenizer: two classifiers and a language model."""
+    wanted = {"qwen3": (Qwen3ForSequenceClassification, "qwen3")}
+    wanted |= {"llama": (LlamaForSequenceClassification, "llama"), "causal": (Qwen3ForCausalLM, "qwen3")}
     found = {}
-    for name, (model_class, kind, pad) in wanted.items():
+    for name, (model_class, kind) in wanted.items():
         with torch.random.fork_rng():
             torch.manual_seed(3)
-            model = model_class(small_config(kind, pad))
+            model = model_class(small_config(kind))
         found[name] = str(tmp_path_factory.mktemp(name))
         model.save_pretrained(found[name])
-        tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft")
-        if pad == END:
-            tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.save_pretrained(found[name])
+        AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft").save_pretrained(found[name])
     return found
 
 
@@ -271,12 +244,7 @@ def test_shared_beginnings_do_not_change_the_rewards(folders, kind, tmp_path):
     assert shared.view(-1, 2).numpy() == pytest.approx(np.array(expected), abs=1e-4)
 
 
-def test_reward_is_read_at_the_end_token_and_not_at_what_a_template_writes_behind_it(folders, tmp_path):
-    [(chosen, rejected)] = pairs_of(folders["qwen3"], tmp_path, tiny_rows()[:1])
-    for answer in (chosen, rejected):
-        assert answer.input_ids[-1] == END and np.flatnonzero(answer.trained).tolist() == [
-            len(answer.trained) - 1
-        ]
+def test_reward_is_read_at_the_end_token_and_not_at_what_a_template_writes_behind_it(folders):
     tails, model = random_answers(3, tail=2), loaded(folders["qwen3"])
     with torch.no_grad():
         found = rm.head_outputs(model, collate(tails)).tolist()
@@ -284,23 +252,10 @@ def test_reward_is_read_at_the_end_token_and_not_at_what_a_template_writes_behin
     assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_row_without_answers_has_no_rewards_and_a_backward_that_reaches_every_parameter(folders):
-    model = loaded(folders["qwen3"])
-    rewards = rm.head_outputs(model, rm.collate_pairs([], rm.Args(), CPU))
-    assert rewards.shape == (0,)
-    rm.bradley_terry_loss(*rewards.view(-1, 2).T).sum().backward()
-    # FSDP2 waits for a gradient of each, so none may be missing; all are 0
-    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
-
-
 def test_new_head_is_drawn_from_the_seed_with_standard_deviation_1_over_sqrt_of_h_plus_1():
     heads = [loaded("tiny/sft", seed=seed).score.weight.detach() for seed in (1, 1, 2)]
     assert heads[0].shape == (1, 128) and torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
-    many = torch.stack(heads[1:]).double()
-    # 256 draws: their standard deviation is within 20 % of the true one but once in 10^5 times
-    assert many.std().item() == pytest.approx(1 / math.sqrt(129), rel=0.2)
-    assert abs(many.mean().item()) < 4 / math.sqrt(129 * 256)
     drawn = torch.randn(1, 128, generator=torch.Generator().manual_seed(2)) / math.sqrt(129)
     assert torch.allclose(heads[2], drawn)
 
@@ -329,9 +284,6 @@ def test_start_up_check_lets_large_rewards_have_large_rounding(folders, monkeypa
 
 # Runs -------------------------------------------------------------------------------------------------------
 
-TIMES = ("tokens_per_second", "step_time")
-PACKING = ("num_tokens", "packing/fill")
-
 
 @pytest.fixture
 def train(tmp_path, folders):
@@ -347,7 +299,7 @@ def train(tmp_path, folders):
         if held_out:
             defaults["eval_dataset"] = write_rows(tmp_path / "held_out.jsonl", held_out)
         args = rm.Args(**(defaults | flags))
-        run.result = rm.main(args)
+        rm.main(args)
         path = Path(args.output_dir) / "metrics.jsonl"  # an ensemble's are in the folders of its members
         return path.parent, read_lines(path) if path.exists() else None
 
@@ -355,28 +307,12 @@ def train(tmp_path, folders):
     return run
 
 
-def assert_same_metrics(one, other, *, without=(*TIMES, *PACKING)):
-    assert len(one) == len(other)
-    for line, wanted in zip(one, other, strict=True):
-        assert line.keys() == wanted.keys()
-        keys = [key for key in wanted if key not in without]
-        assert [line[k] for k in keys] == pytest.approx([wanted[k] for k in keys], rel=1e-4, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    "center_coef, label_smoothing, margins",
-    [(0.0, 0.0, None), (0.3, 0.0, None), (0.01, 0.2, (0.5, None, 0.0, 1.5, -1.0))],
-    ids=["plain", "centred", "smoothed-margins"],
-)
-def test_first_step_is_a_plain_loop_over_the_stock_model(
-    train, tmp_path, folders, center_coef, label_smoothing, margins
-):
-    rows = tiny_rows()[:5]
-    if margins:
-        rows = [row | {"margin": m} for row, m in zip(rows, margins, strict=True)]
+def test_first_step_is_a_plain_loop_over_the_stock_model(train, tmp_path, folders):
+    center_coef, label_smoothing, margins = 0.01, 0.2, (0.5, None, 0.0, 1.5, -1.0)
+    rows = [row | {"margin": m} for row, m in zip(tiny_rows(), margins, strict=False)]
     pairs, model = pairs_of(folders["qwen3"], tmp_path, rows), stock(folders["qwen3"])
     losses, rewards = [], []
-    for pair, margin in zip(pairs, margins or [0.0] * 5, strict=True):
+    for pair, margin in zip(pairs, margins, strict=True):
         chosen, rejected = (stock_reward(model, answer) for answer in pair)
         d, m = chosen - rejected, margin or 0.0
         loss = (1 - label_smoothing) * torch.log1p(torch.exp(m - d))
@@ -403,21 +339,6 @@ def test_first_step_is_a_plain_loop_over_the_stock_model(
         }
         assert rewards.min() < rewards.max() and expected["min_reward"] < expected["mean_reward"]
         assert {key: lines[1][key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"max_tokens_per_micro_batch": 64}, {"gradient_checkpointing": True}, {"attn": "eager"}],
-    ids=["rows", "checkpointing", "nothing-shared"],
-)
-def test_settings_of_memory_and_speed_do_not_change_the_metrics(train, changes):
-    rows, held_out = tiny_rows()[:10], tiny_rows()[20:28]
-    flags = {"max_steps": 3, "batch_size": 4, "eval_every": 1}
-    _, plain = train(rows, held_out, **flags)
-    assert len({line["loss"] for line in plain[1:]}) == 3
-    _, lines = train(rows, held_out, **(flags | changes))
-    assert_same_metrics(lines, plain)
-    assert (lines[-1]["num_tokens"] > 1.4 * plain[-1]["num_tokens"]) == ("attn" in changes)
 
 
 def test_evaluation_by_hand(train, tmp_path, folders):
@@ -558,21 +479,17 @@ def test_continued_ensemble_skips_the_members_that_are_finished(train, folders, 
     flags = {"model": folders["causal"], "num_members": 2, "max_steps": 2, "save_every": 1, "batch_size": 2}
     rows, folder = tiny_rows()[:6], tmp_path / "run_0"
     train(rows, **flags)
-    whole = read_lines(folder / "member_1" / "metrics.jsonl")
     wanted = load_file(folder / "member_1" / "model" / "model.safetensors")
     # As if it had been stopped in the second member's second step
     shutil.rmtree(folder / "member_1" / "model")
     shutil.rmtree(folder / "member_1" / "checkpoints" / "step_00000002")
     (folder / "ensemble.json").unlink()
-    before = (folder / "member_0" / "model" / "model.safetensors").stat().st_mtime_ns
     loads, load_reward_model = [], rm.load_reward_model
     monkeypatch.setattr(
         rm, "load_reward_model", lambda name, *rest: loads.append(name) or load_reward_model(name, *rest)
     )
     train(rows, output_dir=str(folder), resume=True, **flags)
-    assert (folder / "member_0" / "model" / "model.safetensors").stat().st_mtime_ns == before
     assert loads == [folders["causal"]]  # one member is trained
-    assert_same_metrics(read_lines(folder / "member_1" / "metrics.jsonl"), whole)
     found = load_file(folder / "member_1" / "model" / "model.safetensors")
     assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
     assert len(json.loads((folder / "ensemble.json").read_text())["members"]) == 2
@@ -595,30 +512,23 @@ def score(tmp_path):
 
 
 @pytest.fixture
-def judges(folders, tmp_path):
-    """An ensemble of two models with offsets 0.5 and -2, and the folder of each."""
-    names = []
-    for n, (kind, offset) in enumerate((("qwen3", 0.5), ("llama", -2.0))):
-        names.append(str(tmp_path / "ensemble" / f"member_{n}" / "model"))
-        shutil.copytree(folders[kind], names[-1])
-        path = Path(names[-1]) / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"reward_offset": offset}))
-    index = {"members": [f"member_{n}/model" for n in range(2)]}
-    (tmp_path / "ensemble" / "ensemble.json").write_text(json.dumps(index))
-    return str(tmp_path / "ensemble"), names
+def judge(folders, tmp_path):
+    """The folder of a model with the offset 0.5."""
+    path = Path(shutil.copytree(folders["qwen3"], tmp_path / "judge")) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"reward_offset": 0.5}))
+    return str(path.parent)
 
 
-def test_score_is_the_stock_reward_and_the_offset(score, judges, tmp_path):
-    _, names = judges
+def test_score_is_the_stock_reward_and_the_offset(score, judge, tmp_path):
     rows = tiny_rows()[:3]
-    (a, _), (b, c), (d, _) = stock_rewards(names[0], pairs_of(names[0], tmp_path, rows))
+    (a, _), (b, c), (d, _) = stock_rewards(judge, pairs_of(judge, tmp_path, rows))
     asked = [
         {"prompt": rows[0]["prompt"], "completions": [rows[0]["chosen"]], "kept": 7},
         {"prompt": rows[1]["prompt"], "completions": [rows[1]["chosen"], rows[1]["rejected"]]},
         {"prompt": rows[2]["prompt"], "completion": rows[2]["chosen"]},
         {"prompt": rows[2]["prompt"], "answer": "nothing to score"},
     ]
-    found, result = score(asked, model=names[0])
+    found, result = score(asked, model=judge)
     assert found[0]["reward"] == pytest.approx([a + 0.5], abs=1e-4) and found[0]["kept"] == 7
     assert found[1]["reward"] == pytest.approx([b + 0.5, c + 0.5], abs=1e-4)
     assert found[2]["reward"] == pytest.approx(d + 0.5, abs=1e-4)
@@ -648,6 +558,3 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted(folders, tmp_path, cap
     told = capsys.readouterr().out
     assert "first row 8: chosen and rejected are the same" in told and "first row 9: found" in told
     assert "6 different examples" in told
-    with pytest.raises(SystemExit):
-        rm.load_answers(rm.load_tokenizer(args), path, "train", rm.Args(max_length=5))
-    assert "longer than --max-length" in capsys.readouterr().err

@@ -173,16 +173,6 @@ def test_template_without_a_generation_prompt_trains_the_reply_and_not_its_heade
     assert spans == SPANS and "<|im_start|>assistant\nIt is" in text
 
 
-def test_reply_behind_a_space_is_trained_from_its_first_token(encode, variant):
-    template = (
-        "{% for message in messages %}{{ message.role + ': ' + message.content }}"
-        "{{ eos_token if message.role == 'assistant' else '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    _, [(_, _, spans)] = encode({"messages": CHAT[:2]}, model=variant(template))
-    assert [span.lstrip() for span in spans] == ["It is blue.<|im_end|>"]
-
-
 @pytest.mark.parametrize("template", [None, "chatml"])
 @pytest.mark.parametrize("adds", ["$A", "<s> $A", "$A <|im_end|>", "<s> $A <|im_end|>"])
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])
@@ -477,15 +467,6 @@ def test_run_learns_and_its_model_ends_answers(train, variant):
     for model in ({}, {"model": str(variant("chatml", eos="<|endoftext|>"))}):  # Qwen2.5's base: another EOS
         folder, _ = train([{"messages": CHAT[:2]}], learning_rate=0.01, max_steps=40, **model)
         assert answer_of(folder / "model", CHAT[0]) == "It is blue.<|im_end|>"
-
-
-def test_answer_of_a_sample_is_the_reply_to_the_last_question(train, tmp_path):
-    thanks = {"role": "user", "content": "Thank you"}
-    held_out = write_rows(tmp_path / "held_out.jsonl", [{"messages": [*CHAT, thanks]}])
-    folder, _ = train(sums(4), eval_dataset=held_out, max_steps=1)
-    sample = read_lines(folder / "samples.jsonl")[0]
-    assert sample["prompt"].endswith("What color is the grass?<|im_end|>\n<|im_start|>assistant\n")
-    assert sample["answer"] == "It is green."
 
 
 @pytest.mark.parametrize("tied", [True, False])
