@@ -496,7 +496,8 @@ def decode(model, prompts, uniforms, end_ids, temperature: float) -> list[tuple[
                 alive, seen, positions = alive[rows], seen[rows], positions[rows]
     ended = torch.isin(tokens, ends)  # (B, T)
     lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, longest).tolist()
-    return [(ids[:n], line[:n]) for ids, line, n in zip(tokens.tolist(), logprobs.cpu(), lengths)]
+    lines = zip(tokens.tolist(), logprobs.cpu(), lengths)
+    return [(ids[:n], line[:n].clone()) for ids, line, n in lines]  # views would be sent with all of (B, T)
 
 
 # ------------------------------------------------------------------------------------------------------------

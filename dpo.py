@@ -87,7 +87,6 @@ from common import (
 HERE = Path(__file__).resolve().parent
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["float32", "bfloat16"]
 MarginLoss = Literal["sigmoid", "robust", "hinge", "exo", "discopop", "sigmoid_norm", "step_dpo"]
 AnswerLoss = Literal["nca", "bco", "sppo", "apo_zero", "apo_down", "dpop", "tdpo2"]  # not of the margin alone
@@ -121,7 +120,7 @@ class Args:
     # Loss
     loss: MarginLoss | AnswerLoss = "sigmoid"  # DPO's, or a relative: a function with its paper below
     beta: PositiveFloat = 0.5  # tie to the reference: the reward is beta log pi/ref (DPO, TRL: 0.1; 0.5)
-    label_smoothing: Fraction = 0.0  # share of labels believed flipped (cDPO, robust); EXO's smoothing (1e-3)
+    label_smoothing: Decay = 0.0  # share of labels believed flipped (cDPO, robust); EXO's smoothing (1e-3)
     dpop_lambda: NonNegativeFloat = 50.0  # DPOP's penalty on chosen answers (arXiv:2402.13228: 5 to 500)
     discopop_tau: PositiveFloat = 0.05  # temperature of DiscoPOP's switch (arXiv:2406.08414: 0.05)
     tdpo_alpha: NonNegativeFloat = 0.5  # weight of TDPO2's difference of KLs (arXiv:2404.11999: 0.5)
@@ -136,7 +135,7 @@ class Args:
     max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
     batch_size: PositiveInt = 32  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 8192  # tokens of a packed row: memory only, never the result
-    num_epochs: PositiveFloat = 1.0  # passes over the training set, or over the prompts
+    num_epochs: PositiveFloat = 1.0  # passes over the training set or the prompts, if --max-steps is 0
     max_steps: NonNegativeInt = 0  # steps, or rollouts; 0 derives them from --num-epochs
 
     # Evaluation and output
@@ -329,8 +328,8 @@ def main(args: Args) -> dict:
     output_dir, tokenizer = choose_output_dir(args), load_tokenizer(args)
     if args.ref_model and load_tokenizer(replace(args, model=args.ref_model)).vocab != tokenizer.vocab:
         fail(f"--ref-model {args.ref_model} has another vocabulary than --model {args.model}")
-    if args.max_length > tokenizer.positions:
-        fail(f"--max-length {args.max_length}: the model has {tokenizer.positions} positions")
+    if args.max_length + args.max_completion_length > tokenizer.positions:
+        fail(f"--max-length and --max-completion-length exceed the model's {tokenizer.positions} positions")
     sources = [load_pairs(tokenizer, name, args.dataset_split, args) for name in args.dataset]
     pairs = [pair for source in sources for pair in source]
     held_out = load_pairs(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
@@ -353,10 +352,8 @@ def main(args: Args) -> dict:
     stream = np.concatenate([rng.permutation(len(pairs)) for _ in range(num_epochs)])
     used, stream = np.unique(stream[: total_steps * args.batch_size], return_inverse=True)
     pairs = [pairs[i] for i in used]  # from here on only those that a step meets
-    counts, lengths = (
-        count_tokens(pairs),
-        np.array([row_length(pair, args) for pair in pairs]),
-    )  # (P, 2), (P,)
+    counts = count_tokens(pairs)  # (P, 2) trained tokens
+    lengths = np.array([row_length(pair, args) for pair in pairs])  # (P,) tokens in a row
     (chosen_ids, _), (rejected_ids, trained) = pairs[stream[0]]
     say(f"first pair:\n{tokenizer.decode(chosen_ids)}\nrejected:\n{tokenizer.decode(rejected_ids[trained])}")
 
@@ -574,7 +571,7 @@ def choose_output_dir(args) -> Path:
             fail(f"--resume: {folder} holds no run")
         before, now = json.loads((folder / "args.json").read_text()), json.loads(as_json(args))
         for flag in (flag for flag in before if before[flag] != now.get(flag) and flag != "resume"):
-            stop_or_say = fail if flag in ("script", "model", "dataset", "seed") else say
+            stop_or_say = fail if flag in "script model dataset seed weight_decay adam_betas".split() else say
             stop_or_say(f"--resume: {flag} was {before[flag]} and is {now.get(flag)}")
     elif dist.get_rank() == 0:
         try:
@@ -660,7 +657,8 @@ def read_pair(row: dict) -> dict:
         prompt = chosen[:start]
     elif prompt is None or (isinstance(chosen, list) and chosen[0]["role"] != "assistant"):
         start = min(shared, len(chosen) - 1, len(rejected) - 1)  # equal ones keep an answer each
-        prompt = chosen[:start]
+        system = [turn for turn in (prompt or [])[:1] if turn["role"] == "system" != chosen[0]["role"]]
+        prompt = system + chosen[:start]
     return row | {"prompt": prompt, "chosen": chosen[start:], "rejected": rejected[start:]}
 
 
@@ -675,6 +673,8 @@ def read_step(row: dict) -> dict:
         whole = {key: row["initial_reason_steps"] + row[key] for key in Pair._fields}
         return read_pair(row | {"prompt": [{"role": "user", "content": row["prompt"]}]} | whole)
     row = read_pair(row)
+    if any(isinstance(row[key], list) and len(row[key]) > 1 for key in Pair._fields):
+        raise ValueError("the answers differ in more than one message: there is no step to compare")
     texts = [row[key] if isinstance(row[key], str) else row[key][-1]["content"] for key in Pair._fields]
     chosen, rejected = (text.split("\n") for text in texts)
     if (shared := len_shared(chosen, rejected)) == min(len(chosen), len(rejected)):
@@ -699,7 +699,7 @@ def load_pairs(tokenizer, source: str | None, split: str, args, limit: int = 0) 
                 raise ValueError("longer than --max-length")
             found[key] = pair
         except Exception as error:  # chat templates raise what they like
-            dropped.setdefault(str(error).splitlines()[0], []).append(n)
+            dropped.setdefault(str(error).partition("\n")[0], []).append(n)
     report_dropped(source, len(rows), dropped)
     pairs = list(found.values())
     chosen, rejected = count_tokens(pairs).T  # (P,) each
@@ -731,13 +731,14 @@ def render(tokenizer, messages: list[dict], first: int, row: dict) -> list[list[
     apply, sequences, text = template_of(tokenizer, row), [], ""
     for n in (n for n, turn in enumerate(messages) if n >= first and turn["role"] == "assistant"):
         head, body = apply(messages[:n], add_generation_prompt=True), apply(messages[: n + 1])
-        content = str(messages[n].get("content") or "")
+        content = messages[n].get("content") or ""
+        content = "".join(x["text"] for x in content) if isinstance(content, list) else str(content)
         if not body.startswith(head):
             raise ValueError("the chat template renders the prompt anew with a reply")
         if not content.strip() and body == apply([*messages[:n], {"role": "assistant", "content": content}]):
             raise ValueError("an assistant turn is empty, or the chat template does not show its tool calls")
-        if head == apply(messages[:n]) and content in body[len(head) :]:  # no generation prompt is known:
-            head = body[: body.index(content, len(head))]  # the role's header is no part of the reply
+        if head == apply(messages[:n]):  # no generation prompt is known: the role's header is no reply
+            head = os.path.commonprefix([body, apply([*messages[:n], messages[n] | {"content": "\0"}])])
         if not sequences or not head.startswith(text):
             sequences.append([])
             text = ""
@@ -757,7 +758,8 @@ def tokenize(tokenizer, turns: list[tuple[str, str]], train_on_prompt: bool) -> 
             reply_ids = both_ids[len(head_ids) :]  # alone, Llama 2's tokenizer puts a space before it
         input_ids += head_ids + reply_ids
         trained += [train_on_prompt] * len(head_ids) + [True] * len(reply_ids)
-    if input_ids[-1] not in tokenizer.added_tokens_decoder:  # a text, or a template without an end token
+    last = tokenizer.added_tokens_decoder.get(input_ids[-1])
+    if not (last and last.special):  # a text, or a template without an end token: the last reply gets EOS
         input_ids, trained = [*input_ids, tokenizer.eos_token_id], [*trained, True]
     if input_ids[:2] == [tokenizer.bos_token_id] * 2:
         raise ValueError("begins with two BOS tokens, the chat template's and the data's")
@@ -870,10 +872,9 @@ def sample_answers(model, tokenizer, sequences, args, device) -> list[dict]:
         prompts, numbers = [asked[i][0] for i in row], torch.tensor(uniforms[row], device=device)
         sampled = decode(model, prompts, numbers, model.generation_config.eos_token_id, args.temperature)
         for i, (completion_ids, _) in zip(row, sampled):
-            texts = [completion_ids, asked[i][1]]
-            completion, answer = (tokenizer.decode(ids, skip_special_tokens=True) for ids in texts)
-            sample = {"prompt": tokenizer.decode(asked[i][0]), "completion": completion, "answer": answer}
-            finals = {text.rsplit("####", 1)[-1].strip().replace(",", "") for text in (completion, answer)}
+            texts = tokenizer.batch_decode([completion_ids, asked[i][1]], skip_special_tokens=True)
+            finals = {text.rsplit("####", 1)[-1].strip().replace(",", "") for text in texts}
+            sample = {"prompt": tokenizer.decode(asked[i][0]), "completion": texts[0], "answer": texts[1]}
             samples.append(sample | {"right": len(finals) == 1})  # equal behind GSM8K's mark, or whole
     dist.all_gather_object(everyones, samples)
     return sum(everyones, [])
@@ -910,7 +911,7 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         say(f"continuing from {folder}")
         return json.loads(state["progress"])
     if found or (output_dir / "model").exists():
-        fail(f"{output_dir}: there is no checkpoint that can be read")
+        fail(f"{output_dir}: no checkpoint that can be read, or one of other flags")
     return {}
 
 

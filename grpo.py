@@ -17,6 +17,7 @@ Relatives that differ by a few flags (siblings: dapo.py, rloo_remax.py):
     Dr. GRPO  --scale-rewards none --loss-agg seq_mean_token_sum_norm                    arXiv:2503.20783
     GSPO      --importance-sampling sequence --epsilon 3e-4 --epsilon-high 4e-4          arXiv:2507.18071
     CISPO     --policy-loss cispo --loss-agg token_mean --epsilon-high 4                 arXiv:2506.13585
+The last two need --num-minibatches 4: with one update a rollout every ratio is 1, and nothing is clipped.
 
 Deviations from the paper, each with its reason:
     1. No KL in the loss by default (--beta 0), as in DAPO, Dr. GRPO and TRL: where rewards can be verified
@@ -115,7 +116,7 @@ class Args:
     mask_truncated: bool = False  # do not train on completions that --max-completion-length cut off
 
     # Loss
-    loss_agg: Aggregation = "seq_mean_token_mean"  # a token counts 1 / its length (GRPO), 1, 1 / longest
+    loss_agg: Aggregation = "seq_mean_token_mean"  # a token counts 1 / its answer's length, 1, 1 / the limit
     scale_rewards: Literal["group", "batch", "none"] = "group"  # whose deviation advantages are divided by
     epsilon: PositiveFloat = 0.2  # how far below 1 the ratio still earns (arXiv:1707.06347: 0.2)
     epsilon_high: PositiveFloat | None = None  # how far above 1 (DAPO: 0.28); None: as below, for cispo 4
@@ -124,7 +125,7 @@ class Args:
     tis_cap: NonNegativeFloat = 0.0  # cap of weights old / sampler (TIS: 2); 0 trusts the sampler's log-probs
     beta: NonNegativeFloat = 0.0  # weight of the KL to the reference in the loss (arXiv:2402.03300: 0.04)
     kl: Literal["k1", "k2", "k3"] = "k3"  # its estimator; gradients differ, see common.py
-    max_kl: PositiveFloat | None = None  # stop once the mean KL to the reference per token is above (nats)
+    max_kl: PositiveFloat | None = None  # stop after a step whose mean KL to the reference is above (nats)
     num_iterations: PositiveInt = 1  # passes over a rollout (GRPO's mu)
     num_minibatches: PositiveInt = 1  # optimizer updates that a pass over a rollout is cut into
 
@@ -137,7 +138,7 @@ class Args:
     max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
     batch_size: PositiveInt = 128  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 1024  # tokens of a packed row: memory only, never the result
-    num_epochs: PositiveFloat = 1.0  # passes over the training set, or over the prompts
+    num_epochs: PositiveFloat = 1.0  # passes over the training set or the prompts, if --max-steps is 0
     max_steps: NonNegativeInt = 120  # steps, or rollouts; 0 derives them from --num-epochs
 
     # Evaluation and output
@@ -302,7 +303,7 @@ def main(args: Args) -> dict:
     matrices = {"params": [p for p in policy.parameters() if p.ndim > 1], "weight_decay": args.weight_decay}
     vectors = {"params": [p for p in policy.parameters() if p.ndim <= 1], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, vectors], betas=args.adam_betas, fused=True)
-    kl_every = 1 if args.beta or args.max_kl else args.log_every  # a metric alone is worth less
+    kl_every = 1 if args.beta or args.max_kl else args.log_every  # as a metric alone: now and then
     if kl_every <= total_steps:
         ref_policy = load_model(args.ref_model or args.model, args, device, frozen=True)
     progress = load_checkpoint(output_dir, policy, optimizer) if args.resume else {}
@@ -517,7 +518,7 @@ def choose_output_dir(args) -> Path:
             fail(f"--resume: {folder} holds no run")
         before, now = json.loads((folder / "args.json").read_text()), json.loads(as_json(args))
         for flag in (flag for flag in before if before[flag] != now.get(flag) and flag != "resume"):
-            stop_or_say = fail if flag in ("script", "model", "dataset", "seed") else say
+            stop_or_say = fail if flag in "script model dataset seed weight_decay adam_betas".split() else say
             stop_or_say(f"--resume: {flag} was {before[flag]} and is {now.get(flag)}")
     elif dist.get_rank() == 0:
         try:
@@ -822,7 +823,7 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         say(f"continuing from {folder}")
         return json.loads(state["progress"])
     if found or (output_dir / "model").exists():
-        fail(f"{output_dir}: there is no checkpoint that can be read")
+        fail(f"{output_dir}: no checkpoint that can be read, or one of other flags")
     return {}
 
 

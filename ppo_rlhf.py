@@ -150,7 +150,7 @@ class Args:
     cliprange_value: PositiveFloat | None = None  # how far a value may move from the old one (TRL: 0.2)
     vf_coef: NonNegativeFloat = 0.1  # weight of the value loss: --max-grad-norm feels it (TRL: 0.1)
     entropy_coef: NonNegativeFloat = 0.0  # weight of an entropy bonus (Eq. 9, arXiv:1707.06347: 0.01)
-    max_kl: PositiveFloat | None = None  # stop once the mean KL to the reference per token is above (nats)
+    max_kl: PositiveFloat | None = None  # stop after a step whose mean KL to the reference is above (nats)
     num_ppo_epochs: PositiveInt = 2  # passes over a rollout (TRL: 4)
     num_minibatches: PositiveInt = 2  # optimizer updates that a pass over a rollout is cut into
 
@@ -164,7 +164,7 @@ class Args:
     max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
     batch_size: PositiveInt = 128  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 1024  # tokens of a packed row: memory only, never the result
-    num_epochs: PositiveFloat = 1.0  # passes over the training set, or over the prompts
+    num_epochs: PositiveFloat = 1.0  # passes over the training set or the prompts, if --max-steps is 0
     max_steps: NonNegativeInt = 60  # steps, or rollouts; 0 derives them from --num-epochs
 
     # Evaluation and output
@@ -206,6 +206,10 @@ class Args:
             fail(f"{len(self.reward_weights)} --reward-weights for {len(self.reward)} rewards")
         if self.kl_target and not self.kl_coef:
             fail("--kl-target multiplies --kl-coef: it must be above 0")
+        if self.kl_target and self.batch_size >= 5 * self.kl_horizon:
+            fail(
+                f"--kl-horizon {self.kl_horizon}: one step of --batch-size {self.batch_size} could end the KL"
+            )
         for flag, value in (("learning_rate", 1e-6), ("value_learning_rate", 5e-6), ("kl_coef", 0.05)):
             if "tiny/" not in self.model and getattr(self, flag) == getattr(Args, flag):
                 name = f"--{flag.replace('_', '-')} {getattr(self, flag)}"
@@ -252,7 +256,7 @@ def gae(token_rewards, values, sequence_index, gamma: float, lam: float) -> tupl
 
 
 def whiten(values, population, shift_mean: bool = True) -> torch.Tensor:
-    """Values (C,) over the unbiased deviation of their `population`, around 0; else around its mean.
+    """Values (C,) over the unbiased deviation of `population`, around 0; without `shift_mean` its mean.
 
     The population is the whole rollout. Where it does not vary there is no deviation to divide by: values
     come out as 0, or as they are.
@@ -337,7 +341,8 @@ def main(args: Args) -> dict:
     value_start = runpy.run_path(located("rewards.py"))["ensemble_members"](args.value_model)[0]
     for name in filter(None, (args.ref_model, value_start)):
         if load_tokenizer(SimpleNamespace(model=name, chat_template=None)).vocab != tokenizer.vocab:
-            fail(f"{name} has another vocabulary than --model {args.model}")
+            flag = "ref" if name == args.ref_model else "value"
+            fail(f"{name} has another vocabulary than --model {args.model}: name another --{flag}-model")
     prompts = load_prompts(tokenizer, args.dataset, args.dataset_split, args)
     held_out = load_prompts(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
     longest = max(len(prompt.input_ids) for prompt in prompts + held_out) + args.max_completion_length
@@ -390,7 +395,7 @@ def main(args: Args) -> dict:
         if step == 1 and proxy.isnan().all():
             fail(f"--reward {', '.join(rewarders)}: None for every completion of the first step")
         ended = torch.tensor([completion.ended for completion in rollout])  # (B,)
-        shaped = proxy - args.missing_eos_penalty * ~ended  # (B,)
+        penalised = proxy - args.missing_eos_penalty * ~ended  # (B,)
 
         # 3. Look: what the models say of each token, on the rows that are trained on: its ratio is then
         #    exactly 1 up to the first update
@@ -412,7 +417,7 @@ def main(args: Args) -> dict:
         old_logprobs, ref_logprobs = tokens_of(mine, "old_logprobs"), tokens_of(mine, "ref_logprobs")
         old_values, completion = tokens_of(mine, "old_values"), tokens_of(mine, "completion").long()
         ref_log_ratio = kl_k1(old_logprobs, ref_logprobs)  # (C,)
-        token_rewards = shaped_rewards(shaped[completion], ref_log_ratio, completion, kl_coef)  # (C,)
+        token_rewards = shaped_rewards(penalised[completion], ref_log_ratio, completion, kl_coef)  # (C,)
         told = [ref_log_ratio, kl_k3(old_logprobs, ref_logprobs), tokens_of(mine, "entropy"), token_rewards]
         if args.whiten_rewards:
             token_rewards = whiten(token_rewards, of_all(token_rewards), shift_mean=False)
@@ -624,7 +629,7 @@ def choose_output_dir(args) -> Path:
             fail(f"--resume: {folder} holds no run")
         before, now = json.loads((folder / "args.json").read_text()), json.loads(as_json(args))
         for flag in (flag for flag in before if before[flag] != now.get(flag) and flag != "resume"):
-            stop_or_say = fail if flag in ("script", "model", "dataset", "seed") else say
+            stop_or_say = fail if flag in "script model dataset seed weight_decay adam_betas".split() else say
             stop_or_say(f"--resume: {flag} was {before[flag]} and is {now.get(flag)}")
     elif dist.get_rank() == 0:
         try:
@@ -973,7 +978,7 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         say(f"continuing from {folder}")
         return json.loads(state["progress"])
     if found or (output_dir / "model").exists():
-        fail(f"{output_dir}: there is no checkpoint that can be read")
+        fail(f"{output_dir}: no checkpoint that can be read, or one of other flags")
     return {}
 
 

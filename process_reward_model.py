@@ -112,7 +112,7 @@ class Args:
     max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
     batch_size: PositiveInt = 32  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 2048  # tokens of a packed row: memory only, never the result
-    num_epochs: PositiveFloat = 3.0  # passes over the training set, or over the prompts
+    num_epochs: PositiveFloat = 3.0  # passes over the training set or the prompts, if --max-steps is 0
     max_steps: NonNegativeInt = 0  # steps, or rollouts; 0 derives them from --num-epochs
 
     # Search: best of N
@@ -478,7 +478,7 @@ def choose_output_dir(args) -> Path:
             fail(f"--resume: {folder} holds no run")
         before, now = json.loads((folder / "args.json").read_text()), json.loads(as_json(args))
         for flag in (flag for flag in before if before[flag] != now.get(flag) and flag != "resume"):
-            stop_or_say = fail if flag in ("script", "model", "dataset", "seed") else say
+            stop_or_say = fail if flag in "script model dataset seed weight_decay adam_betas".split() else say
             stop_or_say(f"--resume: {flag} was {before[flag]} and is {now.get(flag)}")
     elif dist.get_rank() == 0:
         try:
@@ -791,7 +791,7 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         say(f"continuing from {folder}")
         return json.loads(state["progress"])
     if found or (output_dir / "model").exists():
-        fail(f"{output_dir}: there is no checkpoint that can be read")
+        fail(f"{output_dir}: no checkpoint that can be read, or one of other flags")
     return {}
 
 

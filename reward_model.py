@@ -116,7 +116,7 @@ class Args:
     max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
     batch_size: PositiveInt = 32  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 512  # tokens of a packed row: memory only, never the result
-    num_epochs: PositiveFloat = 2.0  # passes over the training set, or over the prompts
+    num_epochs: PositiveFloat = 2.0  # passes over the training set or the prompts, if --max-steps is 0
     max_steps: NonNegativeInt = 0  # steps, or rollouts; 0 derives them from --num-epochs
 
     # Evaluation and output
@@ -475,7 +475,7 @@ def choose_output_dir(args) -> Path:
             fail(f"--resume: {folder} holds no run")
         before, now = json.loads((folder / "args.json").read_text()), json.loads(as_json(args))
         for flag in (flag for flag in before if before[flag] != now.get(flag) and flag != "resume"):
-            stop_or_say = fail if flag in ("script", "model", "dataset", "seed") else say
+            stop_or_say = fail if flag in "script model dataset seed weight_decay adam_betas".split() else say
             stop_or_say(f"--resume: {flag} was {before[flag]} and is {now.get(flag)}")
     elif dist.get_rank() == 0:
         try:
@@ -561,7 +561,8 @@ def read_pair(row: dict) -> dict:
         prompt = chosen[:start]
     elif prompt is None or (isinstance(chosen, list) and chosen[0]["role"] != "assistant"):
         start = min(shared, len(chosen) - 1, len(rejected) - 1)  # equal ones keep an answer each
-        prompt = chosen[:start]
+        system = [turn for turn in (prompt or [])[:1] if turn["role"] == "system" != chosen[0]["role"]]
+        prompt = system + chosen[:start]
     return row | {"prompt": prompt, "chosen": chosen[start:], "rejected": rejected[start:]}
 
 
@@ -587,13 +588,14 @@ def render(tokenizer, messages: list[dict], first: int, row: dict) -> list[list[
     apply, sequences, text = template_of(tokenizer, row), [], ""
     for n in (n for n, turn in enumerate(messages) if n >= first and turn["role"] == "assistant"):
         head, body = apply(messages[:n], add_generation_prompt=True), apply(messages[: n + 1])
-        content = str(messages[n].get("content") or "")
+        content = messages[n].get("content") or ""
+        content = "".join(x["text"] for x in content) if isinstance(content, list) else str(content)
         if not body.startswith(head):
             raise ValueError("the chat template renders the prompt anew with a reply")
         if not content.strip() and body == apply([*messages[:n], {"role": "assistant", "content": content}]):
             raise ValueError("an assistant turn is empty, or the chat template does not show its tool calls")
-        if head == apply(messages[:n]) and content in body[len(head) :]:  # no generation prompt is known:
-            head = body[: body.index(content, len(head))]  # the role's header is no part of the reply
+        if head == apply(messages[:n]):  # no generation prompt is known: the role's header is no reply
+            head = os.path.commonprefix([body, apply([*messages[:n], messages[n] | {"content": "\0"}])])
         if not sequences or not head.startswith(text):
             sequences.append([])
             text = ""
@@ -613,7 +615,8 @@ def tokenize(tokenizer, turns: list[tuple[str, str]], train_on_prompt: bool) -> 
             reply_ids = both_ids[len(head_ids) :]  # alone, Llama 2's tokenizer puts a space before it
         input_ids += head_ids + reply_ids
         trained += [train_on_prompt] * len(head_ids) + [True] * len(reply_ids)
-    if input_ids[-1] not in tokenizer.added_tokens_decoder:  # a text, or a template without an end token
+    last = tokenizer.added_tokens_decoder.get(input_ids[-1])
+    if not (last and last.special):  # a text, or a template without an end token: the last reply gets EOS
         input_ids, trained = [*input_ids, tokenizer.eos_token_id], [*trained, True]
     if input_ids[:2] == [tokenizer.bos_token_id] * 2:
         raise ValueError("begins with two BOS tokens, the chat template's and the data's")
@@ -788,7 +791,7 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         say(f"continuing from {folder}")
         return json.loads(state["progress"])
     if found or (output_dir / "model").exists():
-        fail(f"{output_dir}: there is no checkpoint that can be read")
+        fail(f"{output_dir}: no checkpoint that can be read, or one of other flags")
     return {}
 
 

@@ -125,7 +125,7 @@ class Args:
     epsilon: PositiveFloat = 0.2  # how far below 1 the ratio still earns (arXiv:1707.06347: 0.2)
     epsilon_high: PositiveFloat | None = None  # how far above 1 (DAPO: 0.28); None: as below
     tis_cap: NonNegativeFloat = 0.0  # cap of weights old / sampler (TIS: 2); 0 trusts the sampler's log-probs
-    max_kl: PositiveFloat | None = None  # stop once the mean KL to the reference per token is above (nats)
+    max_kl: PositiveFloat | None = None  # stop after a step whose mean KL to the reference is above (nats)
     num_iterations: PositiveInt = 1  # passes over a rollout (GRPO's mu)
     num_minibatches: PositiveInt = 1  # optimizer updates that a pass over a rollout is cut into
 
@@ -138,7 +138,7 @@ class Args:
     max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
     batch_size: PositiveInt = 128  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 1024  # tokens of a packed row: memory only, never the result
-    num_epochs: PositiveFloat = 1.0  # passes over the training set, or over the prompts
+    num_epochs: PositiveFloat = 1.0  # passes over the training set or the prompts, if --max-steps is 0
     max_steps: NonNegativeInt = 120  # steps, or rollouts; 0 derives them from --num-epochs
 
     # Evaluation and output
@@ -518,7 +518,7 @@ def choose_output_dir(args) -> Path:
             fail(f"--resume: {folder} holds no run")
         before, now = json.loads((folder / "args.json").read_text()), json.loads(as_json(args))
         for flag in (flag for flag in before if before[flag] != now.get(flag) and flag != "resume"):
-            stop_or_say = fail if flag in ("script", "model", "dataset", "seed") else say
+            stop_or_say = fail if flag in "script model dataset seed weight_decay adam_betas".split() else say
             stop_or_say(f"--resume: {flag} was {before[flag]} and is {now.get(flag)}")
     elif dist.get_rank() == 0:
         try:
@@ -823,7 +823,7 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         say(f"continuing from {folder}")
         return json.loads(state["progress"])
     if found or (output_dir / "model").exists():
-        fail(f"{output_dir}: there is no checkpoint that can be read")
+        fail(f"{output_dir}: no checkpoint that can be read, or one of other flags")
     return {}
 
 

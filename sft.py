@@ -106,7 +106,7 @@ class Args:
     max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
     batch_size: PositiveInt = 32  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 8192  # tokens of a packed row: memory only, never the result
-    num_epochs: PositiveFloat = 3.0  # passes over the training set, or over the prompts
+    num_epochs: PositiveFloat = 3.0  # passes over the training set or the prompts, if --max-steps is 0
     max_steps: NonNegativeInt = 0  # steps, or rollouts; 0 derives them from --num-epochs
 
     # Evaluation and output
@@ -169,12 +169,12 @@ def main(args: Args) -> dict:
     """Train as `args` says and return the last metrics."""
     device, world_size = setup_distributed(), dist.get_world_size()
     output_dir, tokenizer = choose_output_dir(args), load_tokenizer(args)
-    if args.max_length > tokenizer.positions:
-        fail(f"--max-length {args.max_length}: the model has {tokenizer.positions} positions")
+    if args.max_length + args.max_completion_length > tokenizer.positions:
+        fail(f"--max-length and --max-completion-length exceed the model's {tokenizer.positions} positions")
     sources = [load_sequences(tokenizer, name, args.dataset_split, args) for name in args.dataset]
     shares = np.array(args.dataset_weights or [len(source) for source in sources])
     counts = np.rint(shares / shares.sum() * sum(map(len, sources))).astype(int)  # of each in an epoch
-    sequences = [source[i % len(source)] for source, count in zip(sources, counts) for i in range(count)]
+    sequences = [source[i * len(source) // n] for source, n in zip(sources, counts) for i in range(n)]
     held_out = load_sequences(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
     forgetting = load_sequences(tokenizer, args.forgetting_dataset, args.eval_split, args, args.num_eval)
     lengths = np.array([len(sequence.input_ids) for sequence in sequences])
@@ -194,8 +194,7 @@ def main(args: Args) -> dict:
     vectors = {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, vectors], betas=args.adam_betas, fused=True)
     step = load_checkpoint(output_dir, model, optimizer).get("step", 0) if args.resume else 0
-    logger = Logger(args, output_dir, total_steps, step)
-    metrics = {}
+    logger, metrics = Logger(args, output_dir, total_steps, step), {}
     if step == 0:
         evaluation, samples = evaluate(model, tokenizer, held_out, forgetting, args, device)
         logger.log({"step": 0} | evaluation, samples)
@@ -219,9 +218,8 @@ def main(args: Args) -> dict:
 
         # 3. Update
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * lr_factor(
-                step, total_steps, args.warmup_steps, args.lr_schedule
-            )
+            factor = lr_factor(step, total_steps, args.warmup_steps, args.lr_schedule)
+            group["lr"] = args.learning_rate * factor
         sums[3] = logger.stopping
         dist.all_reduce(sums)
         loss, right, entropy, stopping = sums.tolist()
@@ -297,10 +295,9 @@ def sample_answers(model, tokenizer, sequences, args, device) -> list[dict]:
         prompts, numbers = [asked[i][0] for i in row], torch.tensor(uniforms[row], device=device)
         sampled = decode(model, prompts, numbers, model.generation_config.eos_token_id, args.temperature)
         for i, (completion_ids, _) in zip(row, sampled):
-            texts = [completion_ids, asked[i][1]]
-            completion, answer = (tokenizer.decode(ids, skip_special_tokens=True) for ids in texts)
-            sample = {"prompt": tokenizer.decode(asked[i][0]), "completion": completion, "answer": answer}
-            finals = {text.rsplit("####", 1)[-1].strip().replace(",", "") for text in (completion, answer)}
+            texts = tokenizer.batch_decode([completion_ids, asked[i][1]], skip_special_tokens=True)
+            finals = {text.rsplit("####", 1)[-1].strip().replace(",", "") for text in texts}
+            sample = {"prompt": tokenizer.decode(asked[i][0]), "completion": texts[0], "answer": texts[1]}
             samples.append(sample | {"right": len(finals) == 1})  # equal behind GSM8K's mark, or whole
     dist.all_gather_object(everyones, samples)
     return sum(everyones, [])
@@ -365,7 +362,7 @@ def choose_output_dir(args) -> Path:
             fail(f"--resume: {folder} holds no run")
         before, now = json.loads((folder / "args.json").read_text()), json.loads(as_json(args))
         for flag in (flag for flag in before if before[flag] != now.get(flag) and flag != "resume"):
-            stop_or_say = fail if flag in ("script", "model", "dataset", "seed") else say
+            stop_or_say = fail if flag in "script model dataset seed weight_decay adam_betas".split() else say
             stop_or_say(f"--resume: {flag} was {before[flag]} and is {now.get(flag)}")
     elif dist.get_rank() == 0:
         try:
@@ -432,12 +429,12 @@ def load_sequences(tokenizer, source: str | None, split: str, args, limit: int =
     rows, found, dropped = load_rows(source, split, args)[: limit or None], {}, {}
     for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
         try:
-            for ids, trained in encode(tokenizer, row, args):
-                if len(ids) > args.max_length:
-                    raise ValueError("longer than --max-length")
-                found[ids.tobytes(), trained.tobytes()] = Sequence(ids, trained)
+            encoded = encode(tokenizer, row, args)
+            if max(len(ids) for ids, _ in encoded) > args.max_length:
+                raise ValueError("longer than --max-length")
+            found |= {(one.input_ids.tobytes(), one.trained.tobytes()): one for one in encoded}
         except Exception as error:  # chat templates raise what they like
-            reason = f"{type(error).__name__}: {error}".removeprefix("ValueError: ").splitlines()[0]
+            reason = f"{type(error).__name__}: {error}".removeprefix("ValueError: ").partition("\n")[0]
             dropped.setdefault(reason, []).append(n)
     report_dropped(source, len(rows), dropped)
     found = list(found.values())
@@ -476,13 +473,14 @@ def render(tokenizer, messages: list[dict], first: int, row: dict) -> list[list[
     apply, sequences, text = template_of(tokenizer, row), [], ""
     for n in (n for n, turn in enumerate(messages) if n >= first and turn["role"] == "assistant"):
         head, body = apply(messages[:n], add_generation_prompt=True), apply(messages[: n + 1])
-        content = str(messages[n].get("content") or "")
+        content = messages[n].get("content") or ""
+        content = "".join(x["text"] for x in content) if isinstance(content, list) else str(content)
         if not body.startswith(head):
             raise ValueError("the chat template renders the prompt anew with a reply")
         if not content.strip() and body == apply([*messages[:n], {"role": "assistant", "content": content}]):
             raise ValueError("an assistant turn is empty, or the chat template does not show its tool calls")
-        if head == apply(messages[:n]) and content in body[len(head) :]:  # no generation prompt is known:
-            head = body[: body.index(content, len(head))]  # the role's header is no part of the reply
+        if head == apply(messages[:n]):  # no generation prompt is known: the role's header is no reply
+            head = os.path.commonprefix([body, apply([*messages[:n], messages[n] | {"content": "\0"}])])
         if not sequences or not head.startswith(text):
             sequences.append([])
             text = ""
@@ -502,7 +500,8 @@ def tokenize(tokenizer, turns: list[tuple[str, str]], train_on_prompt: bool) -> 
             reply_ids = both_ids[len(head_ids) :]  # alone, Llama 2's tokenizer puts a space before it
         input_ids += head_ids + reply_ids
         trained += [train_on_prompt] * len(head_ids) + [True] * len(reply_ids)
-    if input_ids[-1] not in tokenizer.added_tokens_decoder:  # a text, or a template without an end token
+    last = tokenizer.added_tokens_decoder.get(input_ids[-1])
+    if not (last and last.special):  # a text, or a template without an end token: the last reply gets EOS
         input_ids, trained = [*input_ids, tokenizer.eos_token_id], [*trained, True]
     if input_ids[:2] == [tokenizer.bos_token_id] * 2:
         raise ValueError("begins with two BOS tokens, the chat template's and the data's")
@@ -573,7 +572,7 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
         say(f"continuing from {folder}")
         return json.loads(state["progress"])
     if found or (output_dir / "model").exists():
-        fail(f"{output_dir}: there is no checkpoint that can be read")
+        fail(f"{output_dir}: no checkpoint that can be read, or one of other flags")
     return {}
 
 
