@@ -83,19 +83,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import cached_file
 
 import common
-from common import (
-    CHATML,
-    check_packed,
-    collate,
-    completion_states,
-    conversational,
-    fsdp_forward,
-    head_logits,
-    head_settings,
-    pack,
-    template_of,
-    token_logprobs,
-)
+from common import CHATML, check_packed, token_logprobs
 
 HERE = Path(__file__).resolve().parent
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -275,7 +263,7 @@ class TokenTerms(NamedTuple):
 
 def live_terms(states, head: tuple, targets: torch.Tensor, temperature: float) -> TeacherTerms:
     """What a teacher says of the tokens `targets` (c,), from its states before them (c, H_t) and its head."""
-    logits = head_logits(states, *head)  # (c, V)
+    logits = common.head_logits(states, *head)  # (c, V)
     logprobs = logits.log_softmax(-1)  # (c, V)
     target_logprobs = logprobs.gather(-1, targets[:, None]).squeeze(-1)  # (c,)
     softened = logprobs if temperature == 1 else (logits / temperature).log_softmax(-1)  # (c, V)
@@ -284,7 +272,7 @@ def live_terms(states, head: tuple, targets: torch.Tensor, temperature: float) -
 
 def chunk_terms(hidden, head, targets, said_of, c: slice, divergence, temperature: float) -> TokenTerms:
     """`TokenTerms` (c,) of the tokens `targets` (c,) from a student's states before them (c, H)."""
-    logits = head_logits(hidden, *head)  # (c, V)
+    logits = common.head_logits(hidden, *head)  # (c, V)
     logprobs = logits.log_softmax(-1)  # (c, V)
     ce = -logprobs.gather(-1, targets[:, None]).squeeze(-1)  # (c,)
     if temperature != 1:
@@ -307,7 +295,7 @@ def first_tokens(head: tuple, vocab_size: int) -> tuple:
     return weight[:vocab_size], None if bias is None else bias[:vocab_size], *others
 
 
-@fsdp_forward
+@common.fsdp_forward
 def token_divergences(student, batch, said_of, *, divergence, temperature, vocab_size, chunk_size=None):
     """`TokenTerms` (C,) of a row's trained tokens under a student, beside what a teacher says of them.
 
@@ -315,9 +303,9 @@ def token_divergences(student, batch, said_of, *, divergence, temperature, vocab
     teacher at `temperature`, (c, V) each, to (c,); both are of the first `vocab_size` tokens. Logits exist
     for `chunk_size` tokens at a time, and again in the backward pass: 1,024 on CUDA, 256 elsewhere.
     """
-    hidden = completion_states(student, batch)  # (C, H)
+    hidden = common.completion_states(student, batch)  # (C, H)
     targets = batch.input_ids[0, batch.completion_index]  # (C,)
-    head = first_tokens(head_settings(student), vocab_size)
+    head = first_tokens(common.head_settings(student), vocab_size)
     chunk_size, parts = chunk_size or (1024 if hidden.is_cuda else 256), []
     for n, states in enumerate(hidden.split(chunk_size)):
         c = slice(n * chunk_size, (n + 1) * chunk_size)
@@ -434,14 +422,14 @@ def main(args: Args) -> dict:
         lengths = np.array([len(ids) for ids, _ in batch_sequences])  # (B,)
         counts = [int(trained.sum()) for _, trained in batch_sequences]  # (B,)
         batch_tokens, given_tokens = sum(counts), sum(counts[:num_given])
-        rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+        rows = common.pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
 
         # 2. Loss: each row adds its part of the mean over the whole optimizer batch
         student.train()
         sums = torch.zeros(2 + len(TokenTerms._fields), device=device)  # to stop, loss, every term
         for row in rows[dist.get_rank() :: world_size]:
             members = [batch_sequences[i] for i in row]
-            batch = collate(members or [FILLER], device)
+            batch = common.collate(members or [FILLER], device)
             terms = token_terms(student, batch, view_of(batch, members) if with_teacher else None, settings)
             given = torch.tensor([i < num_given for i in row] or [True], device=device)  # (B of the row,)
             given = given[batch.sequence_index]  # (C,) False for what the student sampled
@@ -520,10 +508,10 @@ def evaluate(student, tokenizer, held_out, view_of, settings, args, device) -> t
     student.eval()
     sums = torch.zeros(1 + len(TokenTerms._fields), device=device)  # tokens, every term
     lengths, world_size = [len(ids) for ids, _ in held_out], dist.get_world_size()
-    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+    rows = common.pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
     for row in rows[dist.get_rank() :: world_size]:
         members = [held_out[i] for i in row]
-        batch = collate(members or [FILLER], device)
+        batch = common.collate(members or [FILLER], device)
         terms = token_terms(student, batch, view_of(batch, members) if view_of else None, settings)
         sums += torch.stack([torch.ones_like(terms.ce).sum(), *(term.sum() for term in terms)])
     dist.all_reduce(sums)
@@ -724,7 +712,7 @@ def load_sequences(tokenizer, source: str | None, split: str, args, limit: int =
 def encode(tokenizer, row: dict, args) -> list[Sequence]:
     """A row of any accepted format as sequences, each of which ends with the end token of a reply."""
     bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
-    match conversational(row):
+    match common.conversational(row):
         case {"messages": list(messages)}:
             sequences = render(tokenizer, messages, 1, row)
         case {"prompt": list(prompt), "completion": list(completion)}:
@@ -748,7 +736,7 @@ def render(tokenizer, messages: list[dict], first: int, row: dict) -> list[list[
     conversation so far with a generation prompt. Where a template renders earlier turns anew (Qwen3 drops old
     reasoning), the sequence so far no longer begins it, and a new one does.
     """
-    apply, sequences, text = template_of(tokenizer, row), [], ""
+    apply, sequences, text = common.template_of(tokenizer, row), [], ""
     for n in (n for n, turn in enumerate(messages) if n >= first and turn["role"] == "assistant"):
         head, body = apply(messages[:n], add_generation_prompt=True), apply(messages[: n + 1])
         content = messages[n].get("content") or ""
@@ -943,8 +931,8 @@ def write_whole(path: Path, content: bytes):
 def live_view(get_teacher, vocab_size: int, batch, members):
     """A row -> a function of a slice of its trained tokens: what the teacher says of them."""
     teacher = get_teacher()
-    states = fsdp_forward(completion_states)(teacher, batch)  # (C, H_t)
-    head = first_tokens(head_settings(teacher), vocab_size)
+    states = common.fsdp_forward(common.completion_states)(teacher, batch)  # (C, H_t)
+    head = first_tokens(common.head_settings(teacher), vocab_size)
     return lambda c, targets, temperature: live_terms(states[c], head, targets, temperature)
 
 
@@ -965,10 +953,10 @@ def fill_cache(get_teacher, sequences: list[Sequence], vocab_size: int, folder: 
     asked, k, world_size = missing(by_path), min(args.cache_top_k, vocab_size), dist.get_world_size()
     say(f"{folder}: {8 * k + 8:,} bytes a token; it lacks {len(asked):,} of {len(by_path):,} sequences")
     lengths = [len(by_path[path].input_ids) for path in asked]
-    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size) if asked else []
+    rows = common.pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size) if asked else []
     for row in tqdm(rows[dist.get_rank() :: world_size], desc="teacher", leave=False, disable=None):
         members, lines = [by_path[asked[i]] for i in row], []
-        batch = collate(members or [FILLER], device)
+        batch = common.collate(members or [FILLER], device)
         targets = batch.input_ids[0, batch.completion_index]  # (C,)
         said_of = live_view(get_teacher, vocab_size, batch, members)
         for c in (slice(n, n + 256) for n in range(0, len(targets), 256)):

@@ -66,23 +66,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common import (
-    CHATML,
-    check_packed,
-    collate,
-    completion_states,
-    conversational,
-    decode,
-    fsdp_forward,
-    head_logits,
-    head_settings,
-    kl_full,
-    pack,
-    segment_sum,
-    template_of,
-    token_logprobs,
-    unsharded,
-)
+import common
+from common import CHATML, check_packed, kl_full, segment_sum, token_logprobs
 
 HERE = Path(__file__).resolve().parent
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -285,20 +270,20 @@ def preferred(margins: torch.Tensor, tie: float = 1e-4) -> torch.Tensor:
     return (1 + margins.sign() * (margins.abs() > tie)) / 2
 
 
-@fsdp_forward
+@common.fsdp_forward
 def logprobs_and_kls(policy, batch, ref_states, ref_head, chunk_size: int = 512):
     """Of each trained token of a row: log-prob under policy and reference, and KL(ref || policy), (C,) each.
 
     The reference comes as the states (C, H) that predict the tokens, and its head. Logits exist for
     `chunk_size` tokens at a time and are computed again in the backward pass.
     """
-    states, head = completion_states(policy, batch), head_settings(policy)  # (C, H)
+    states, head = common.completion_states(policy, batch), common.head_settings(policy)  # (C, H)
     targets = batch.input_ids[0, batch.completion_index]  # (C,)
 
     def of_chunk(states, ref_states, targets):
-        logits = head_logits(states, *head)  # (c, V)
+        logits = common.head_logits(states, *head)  # (c, V)
         with torch.no_grad():
-            ref_logits = head_logits(ref_states, *ref_head)  # (c, V)
+            ref_logits = common.head_logits(ref_states, *ref_head)  # (c, V)
         picked = [x.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1) for x in (logits, ref_logits)]
         return *picked, kl_full(ref_logits, logits)
 
@@ -330,8 +315,7 @@ def main(args: Args) -> dict:
         fail(f"--ref-model {args.ref_model} has another vocabulary than --model {args.model}")
     if args.max_length + args.max_completion_length > tokenizer.positions:
         fail(f"--max-length and --max-completion-length exceed the model's {tokenizer.positions} positions")
-    sources = [load_pairs(tokenizer, name, args.dataset_split, args) for name in args.dataset]
-    pairs = [pair for source in sources for pair in source]
+    pairs = [pair for name in args.dataset for pair in load_pairs(tokenizer, name, args.dataset_split, args)]
     held_out = load_pairs(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
     special = {int(ids[-1]) for (ids, _), _ in pairs} & set(tokenizer.added_tokens_decoder)  # ends of answers
     end_ids = sorted(special | {tokenizer.eos_token_id})
@@ -381,7 +365,7 @@ def main(args: Args) -> dict:
         # 1. Batch: the pairs of this optimizer step, packed into rows that are dealt to the processes
         step, started = step + 1, time.perf_counter()
         picks = stream[(step - 1) * args.batch_size : step * args.batch_size]
-        rows = pack(lengths[picks], args.max_tokens_per_micro_batch, multiple_of=world_size)
+        rows = common.pack(lengths[picks], args.max_tokens_per_micro_batch, multiple_of=world_size)
         num_tokens, chosen_tokens = int(lengths[picks].sum()), int(counts[picks, 0].sum())
         policy.train()
         sums = torch.zeros(2 + len(MEANS), device=device)  # processes told to stop, loss, MEANS
@@ -458,8 +442,8 @@ def answer_logps(policy, ref_policy, batch, loss: str):
     """
     if loss == "tdpo2":
         with torch.no_grad():
-            ref_states = fsdp_forward(completion_states)(ref_policy, batch)  # (C, H)
-        per_token = logprobs_and_kls(policy, batch, ref_states, head_settings(ref_policy))  # (C,) each
+            ref_states = common.fsdp_forward(common.completion_states)(ref_policy, batch)  # (C, H)
+        per_token = logprobs_and_kls(policy, batch, ref_states, common.head_settings(ref_policy))  # (C,) each
         logps, ref_logps, kls = (pair_sums(x, batch) for x in per_token)  # (B, 2) each
         return logps, ref_logps, {"chosen_kls": kls[:, 0], "rejected_kls": kls[:, 1]}
     logps, ref_logps = pair_sums(token_logprobs(policy, batch), batch), None  # (B, 2)
@@ -641,7 +625,7 @@ def read_pair(row: dict) -> dict:
 
     Without a prompt it is what both answers begin with: whole messages, or whole words of texts.
     """
-    row = conversational(row)
+    row = common.conversational(row)
     if not {"chosen", "rejected"} <= row.keys():
         columns = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
         raise ValueError(f"found {columns}; accepted are {PAIR_FORMATS}")
@@ -680,7 +664,7 @@ def read_step(row: dict) -> dict:
     if (shared := len_shared(chosen, rejected)) == min(len(chosen), len(rejected)):
         raise ValueError("the steps of one answer begin the other: there is no step to compare")
     cut = {"chosen": "\n".join(chosen[: shared + 1]), "rejected": "\n".join(rejected[: shared + 1])}
-    return conversational(row | cut)
+    return common.conversational(row | cut)
 
 
 def load_pairs(tokenizer, source: str | None, split: str, args, limit: int = 0) -> list[Pair]:
@@ -728,7 +712,7 @@ def render(tokenizer, messages: list[dict], first: int, row: dict) -> list[list[
     conversation so far with a generation prompt. Where a template renders earlier turns anew (Qwen3 drops old
     reasoning), the sequence so far no longer begins it, and a new one does.
     """
-    apply, sequences, text = template_of(tokenizer, row), [], ""
+    apply, sequences, text = common.template_of(tokenizer, row), [], ""
     for n in (n for n, turn in enumerate(messages) if n >= first and turn["role"] == "assistant"):
         head, body = apply(messages[:n], add_generation_prompt=True), apply(messages[: n + 1])
         content = messages[n].get("content") or ""
@@ -805,7 +789,7 @@ def collate_pairs(pairs: list, args, device):
     pairs = pairs or [Pair(FILLER, FILLER)]
     sequences = [answer for answers in pairs for answer in answers]
     shared = [n for answers in pairs for n in (0, shared_prompt(answers, args))[: len(answers)]]
-    return collate(sequences, device, shared if any(shared) else None)
+    return common.collate(sequences, device, shared if any(shared) else None)
 
 
 def pair_sums(x: torch.Tensor, batch, answers: int = 2) -> torch.Tensor:
@@ -819,7 +803,7 @@ def pair_logps(model, pairs: list, args, device) -> torch.Tensor:
     model.eval()
     logps = torch.zeros(len(pairs), len(pairs[0]) if pairs else 2, device=device)
     lengths, world_size = [row_length(answers, args) for answers in pairs], dist.get_world_size()
-    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+    rows = common.pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
     for row in tqdm(rows[dist.get_rank() :: world_size], desc="log-probs", leave=False, disable=None):
         batch = collate_pairs([pairs[i] for i in row], args, device)
         logps[row] = pair_sums(token_logprobs(model, batch), batch, logps.shape[1])[: len(row)]
@@ -859,18 +843,18 @@ def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, chec
     return model
 
 
-@unsharded
+@common.unsharded
 def sample_answers(model, tokenizer, sequences, args, device) -> list[dict]:
     """Sample an answer to what each sequence asks before its last trained turn; compare final answers."""
     starts = [int(np.flatnonzero(~trained)[-1]) + 1 for _, trained in sequences]
     asked = [(ids[:start].tolist(), ids[start:]) for (ids, _), start in zip(sequences, starts) if start > 1]
     uniforms = np.random.default_rng(args.seed).random((len(asked), args.max_completion_length))
     lengths, world_size = [len(ids) + args.max_completion_length for ids, _ in asked], dist.get_world_size()
-    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
-    samples, everyones = [], [None] * world_size
+    rows = common.pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+    samples, everyones, end_ids = [], [None] * world_size, model.generation_config.eos_token_id
     for row in filter(len, rows[dist.get_rank() :: world_size] if args.max_completion_length else ()):
         prompts, numbers = [asked[i][0] for i in row], torch.tensor(uniforms[row], device=device)
-        sampled = decode(model, prompts, numbers, model.generation_config.eos_token_id, args.temperature)
+        sampled = common.decode(model, prompts, numbers, end_ids, args.temperature)
         for i, (completion_ids, _) in zip(row, sampled):
             texts = tokenizer.batch_decode([completion_ids, asked[i][1]], skip_special_tokens=True)
             finals = {text.rsplit("####", 1)[-1].strip().replace(",", "") for text in texts}

@@ -67,24 +67,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common import (
-    CHATML,
-    check_packed,
-    collate,
-    conversational,
-    decode,
-    pack,
-    segment_sum,
-    template_of,
-    token_logprobs,
-    unsharded,
-)
+import common
+from common import CHATML, check_packed, segment_sum, token_logprobs
 
 HERE = Path(__file__).resolve().parent
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["float32", "bfloat16"]
 REFERENCE_FREE = ("simpo", "orpo")
-NOT_IPO = ("kto", "simpo", "orpo")
 BETAS = {"ipo": 0.1, "kto": 0.5, "simpo": 2.0, "orpo": 0.5}
 
 
@@ -115,7 +104,7 @@ class Args:
     beta: PositiveFloat | None = None  # IPO's tau, KTO's and SimPO's beta, ORPO's lambda; 0.1, 0.5, 2, 0.5
     ipo_length_average: bool = False  # IPO on log-ratios averaged over an answer's tokens, as TRL has it
     desirable_weight: PositiveFloat = 1.0  # KTO's lambda_D, the weight of desirable answers (TRL: 1)
-    undesirable_weight: PositiveFloat = 1.0  # KTO's lambda_U (TRL: 1); see the rule that the log prints
+    undesirable_weight: PositiveFloat = 1.0  # KTO's lambda_U (TRL: 1); Eq. 8: good to bad, weighted, 1 to 4/3
     gamma_beta_ratio: float = 0.5  # SimPO's target margin gamma as a share of beta (SimPO: 0.3 to 1.0)
     sft_coef: NonNegativeFloat = 0.0  # weight of the chosen answers' NLL a token (RPO, arXiv:2404.19733: 1)
 
@@ -160,9 +149,10 @@ class Args:
         self.beta = self.beta or BETAS[self.algorithm]
         if self.resume and not self.output_dir:
             fail("--resume needs --output-dir: which run should continue?")
-        no_reader = {"ref_model": REFERENCE_FREE, "sft_coef": ("orpo",), "ipo_length_average": NOT_IPO}
-        for flag in (flag for flag in no_reader if getattr(self, flag) and self.algorithm in no_reader[flag]):
-            fail(f"--{flag.replace('_', '-')} means nothing to --algorithm {self.algorithm}")
+        no_reader = {"ref_model": "simpo orpo", "sft_coef": "orpo", "ipo_length_average": "kto simpo orpo"}
+        for flag, algorithms in no_reader.items():
+            if getattr(self, flag) and self.algorithm in algorithms.split():
+                fail(f"--{flag.replace('_', '-')} means nothing to --algorithm {self.algorithm}")
         if "tiny/" not in self.model and self.learning_rate == Args.learning_rate:
             say(f"--learning-rate {self.learning_rate} suits tiny/; models of billions take 1e-6")
 
@@ -182,11 +172,10 @@ def ipo_loss(chosen: torch.Tensor, rejected: torch.Tensor, *, beta: float) -> to
 def kto_loss(log_ratio, labels, kl, *, beta: float, desirable_weight: float, undesirable_weight: float):
     """KTO of each answer, (B,), from log pi/ref, summed over its tokens, and labels, 1 if good, (B,) each.
 
-    Eq. 7 of arXiv:2402.01306: gains and losses are felt against a reference point, and both level off. The
-    point z0 is the KL of policy and reference, estimated by `kl`, a scalar: the mean of log pi/ref over
-    mismatched answers. A KL is not negative, so it is clamped at 0; it takes no gradient.
+    Eq. 7 of arXiv:2402.01306: gains and losses are felt against a reference point z0, and both level off. It
+    is the KL of policy and reference, of which `kl`, a scalar, is an estimate; no gradient goes through it.
     """
-    reference_point = kl.detach().clamp(min=0)  # scalar
+    reference_point = kl.detach().clamp(min=0)  # scalar; a KL is not negative
     desirable = desirable_weight * (1 - torch.sigmoid(beta * (log_ratio - reference_point)))  # (B,)
     undesirable = undesirable_weight * (1 - torch.sigmoid(beta * (reference_point - log_ratio)))  # (B,)
     return torch.where(labels.bool(), desirable, undesirable)
@@ -240,16 +229,13 @@ def main(args: Args) -> dict:
     if args.max_length + args.max_completion_length > tokenizer.positions:
         fail(f"--max-length and --max-completion-length exceed the model's {tokenizer.positions} positions")
     kto, with_reference = args.algorithm == "kto", args.algorithm not in REFERENCE_FREE
-    sources = [load_labelled(tokenizer, name, args.dataset_split, args) for name in args.dataset]
-    examples = [example for source in sources for example in source]
+    examples = [x for name in args.dataset for x in load_labelled(tokenizer, name, args.dataset_split, args)]
     held_out = load_labelled(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
     if kto:  # trains on single answers: pairs are taken apart
         examples = [((y,), (good,)) for answers, labels in examples for y, good in zip(answers, labels)]
         counts = [sum(labels == (good,) for _, labels in examples) for good in (1, 0)]
         if not all(counts):
             fail(f"KTO needs both labels: {counts[0]:,} answers are desirable, {counts[1]:,} are not")
-        ratio = counts[0] * args.desirable_weight / (counts[1] * args.undesirable_weight)
-        say(f"{counts[0]:,} answers are desirable, {counts[1]:,} not: {ratio:.3g} weighted, Eq. 8: 1 to 4/3")
     answers, labels = zip(*examples)
     special = {int(some[0].input_ids[-1]) for some in answers} & set(tokenizer.added_tokens_decoder)
     end_ids = sorted(special | {tokenizer.eos_token_id})  # of answers
@@ -272,13 +258,11 @@ def main(args: Args) -> dict:
     optimizer = torch.optim.AdamW([matrices, vectors], betas=args.adam_betas, fused=True)
 
     # 0. Reference: log-probs (P, K) under it, which in time are those before training
-    ref_logps = torch.zeros(labels.shape, device=device)  # read by nothing in simpo and orpo
-    held_out_logps = mismatched_logps = None
+    ref_logps, held_out_logps = torch.zeros(labels.shape, device=device), None  # where there is none
     if with_reference:
         ref_policy = load_model(args.ref_model, args, device, frozen=True) if args.ref_model else policy
-        ref_logps = pair_logps(ref_policy, answers, args, device)
-        held_out_logps = pair_logps(ref_policy, [some for some, _ in held_out], args, device)
-        mismatched_logps = pair_logps(ref_policy, mismatched, args, device)
+        read = (answers, [some for some, _ in held_out], mismatched)
+        ref_logps, held_out_logps, mismatched_logps = (pair_logps(ref_policy, x, args, device) for x in read)
         del ref_policy
         gc.collect()  # FSDP's modules refer to each other
     step = load_checkpoint(output_dir, policy, optimizer).get("step", 0) if args.resume else 0
@@ -292,7 +276,7 @@ def main(args: Args) -> dict:
         # 1. Batch: the answers of this optimizer step, packed into rows that are dealt to the processes
         step, started = step + 1, time.perf_counter()
         picks = stream[(step - 1) * args.batch_size : step * args.batch_size]
-        rows = pack(lengths[picks], args.max_tokens_per_micro_batch, multiple_of=world_size)
+        rows = common.pack(lengths[picks], args.max_tokens_per_micro_batch, multiple_of=world_size)
         num_tokens, good_tokens = int(lengths[picks].sum()), max(1, int((counts * labels)[picks].sum()))
 
         # 2. KL of policy and reference over the whole optimizer batch and all processes, before any gradient
@@ -401,8 +385,7 @@ def evaluate(policy, tokenizer, held_out, ref_logps, args, device) -> tuple[dict
     counts = torch.from_numpy(count_tokens(answers)).to(device)  # (P, K)
     logps = pair_logps(policy, answers, args, device)  # (P, K)
     rewards = args.beta * compared(logps, ref_logps, counts, args)  # (P, K)
-    chosen, rejected = rewards[good], rewards[~good]
-    is_pairs = good.shape[1] == 2
+    chosen, rejected, is_pairs = rewards[good], rewards[~good], good.shape[1] == 2
     margins = chosen - rejected if is_pairs else (chosen[:, None] - rejected).flatten()  # of every couple
     metrics = {"eval/accuracy": preferred(margins).mean().item(), "eval/margin": margins.mean().item()}
     if is_pairs:
@@ -550,7 +533,7 @@ def read_pair(row: dict) -> dict:
 
     Without a prompt it is what both answers begin with: whole messages, or whole words of texts.
     """
-    row = conversational(row)
+    row = common.conversational(row)
     if not {"chosen", "rejected"} <= row.keys():
         columns = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
         raise ValueError(f"found {columns}; accepted are {PAIR_FORMATS}")
@@ -579,7 +562,7 @@ def load_labelled(tokenizer, source: str | None, split: str, args, limit: int = 
     rows, found, dropped = load_rows(source, split, args)[: limit or None], {}, {}
     for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
         try:
-            row = conversational(row)
+            row = common.conversational(row)
             if args.algorithm == "kto" and "chosen" not in row:
                 if not {"prompt", "completion", "label"} <= row.keys() or row["label"] not in (0, 1):
                     raise ValueError(f"found {', '.join(row)}; accepted are {ANSWER_FORMATS}; {PAIR_FORMATS}")
@@ -619,7 +602,7 @@ def render(tokenizer, messages: list[dict], first: int, row: dict) -> list[list[
     conversation so far with a generation prompt. Where a template renders earlier turns anew (Qwen3 drops old
     reasoning), the sequence so far no longer begins it, and a new one does.
     """
-    apply, sequences, text = template_of(tokenizer, row), [], ""
+    apply, sequences, text = common.template_of(tokenizer, row), [], ""
     for n in (n for n, turn in enumerate(messages) if n >= first and turn["role"] == "assistant"):
         head, body = apply(messages[:n], add_generation_prompt=True), apply(messages[: n + 1])
         content = messages[n].get("content") or ""
@@ -704,7 +687,7 @@ def collate_pairs(pairs: list, args, device):
     pairs = pairs or [Pair(FILLER, FILLER)]
     sequences = [answer for answers in pairs for answer in answers]
     shared = [n for answers in pairs for n in (0, shared_prompt(answers, args))[: len(answers)]]
-    return collate(sequences, device, shared if any(shared) else None)
+    return common.collate(sequences, device, shared if any(shared) else None)
 
 
 def pair_sums(x: torch.Tensor, batch, answers: int = 2) -> torch.Tensor:
@@ -718,7 +701,7 @@ def pair_logps(model, pairs: list, args, device) -> torch.Tensor:
     model.eval()
     logps = torch.zeros(len(pairs), len(pairs[0]) if pairs else 2, device=device)
     lengths, world_size = [row_length(answers, args) for answers in pairs], dist.get_world_size()
-    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+    rows = common.pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
     for row in tqdm(rows[dist.get_rank() :: world_size], desc="log-probs", leave=False, disable=None):
         batch = collate_pairs([pairs[i] for i in row], args, device)
         logps[row] = pair_sums(token_logprobs(model, batch), batch, logps.shape[1])[: len(row)]
@@ -758,18 +741,18 @@ def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, chec
     return model
 
 
-@unsharded
+@common.unsharded
 def sample_answers(model, tokenizer, sequences, args, device) -> list[dict]:
     """Sample an answer to what each sequence asks before its last trained turn; compare final answers."""
     starts = [int(np.flatnonzero(~trained)[-1]) + 1 for _, trained in sequences]
     asked = [(ids[:start].tolist(), ids[start:]) for (ids, _), start in zip(sequences, starts) if start > 1]
     uniforms = np.random.default_rng(args.seed).random((len(asked), args.max_completion_length))
     lengths, world_size = [len(ids) + args.max_completion_length for ids, _ in asked], dist.get_world_size()
-    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
-    samples, everyones = [], [None] * world_size
+    rows = common.pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+    samples, everyones, end_ids = [], [None] * world_size, model.generation_config.eos_token_id
     for row in filter(len, rows[dist.get_rank() :: world_size] if args.max_completion_length else ()):
         prompts, numbers = [asked[i][0] for i in row], torch.tensor(uniforms[row], device=device)
-        sampled = decode(model, prompts, numbers, model.generation_config.eos_token_id, args.temperature)
+        sampled = common.decode(model, prompts, numbers, end_ids, args.temperature)
         for i, (completion_ids, _) in zip(row, sampled):
             texts = tokenizer.batch_decode([completion_ids, asked[i][1]], skip_special_tokens=True)
             finals = {text.rsplit("####", 1)[-1].strip().replace(",", "") for text in texts}

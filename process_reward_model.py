@@ -64,18 +64,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common import (
-    CHATML,
-    check_packed,
-    collate,
-    conversational,
-    decode,
-    fsdp_forward,
-    pack,
-    packed_hidden_states,
-    template_of,
-    unsharded,
-)
+import common
+from common import CHATML, check_packed
 
 HERE = Path(__file__).resolve().parent
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -174,10 +164,10 @@ def step_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return -labels * F.logsigmoid(logits) - (1 - labels) * F.logsigmoid(-logits)
 
 
-@fsdp_forward
+@common.fsdp_forward
 def head_outputs(model, batch) -> torch.Tensor:
     """Outputs (C,), float32, of the head at the marked tokens of a packed row, where rewards are read."""
-    states = packed_hidden_states(model, batch)[0, batch.completion_index]  # (C, H)
+    states = common.packed_hidden_states(model, batch)[0, batch.completion_index]  # (C, H)
     return model.score(states.float()).sum(1)  # of one output; FSDP2 hooks no view
 
 
@@ -265,14 +255,14 @@ def main(args: Args) -> dict:
         # 1. Batch: the solutions of this optimizer step, packed into rows that are dealt to the processes
         step, started = step + 1, time.perf_counter()
         picks = stream[(step - 1) * args.batch_size : step * args.batch_size]
-        rows = pack(lengths[picks], args.max_tokens_per_micro_batch, multiple_of=world_size)
+        rows = common.pack(lengths[picks], args.max_tokens_per_micro_batch, multiple_of=world_size)
         num_tokens, num_labels = int(lengths[picks].sum()), sum(len(solutions[i].labels) for i in picks)
         model.train()
         sums = torch.zeros(3, device=device)  # loss, steps judged as their label says, told to stop
         for row in rows[dist.get_rank() :: world_size]:
             # 2. Rewards: a logit at the end of every step
             mine = [solutions[picks[i]] for i in row]
-            batch = collate([solution.sequence for solution in mine] or [FILLER], device)
+            batch = common.collate([solution.sequence for solution in mine] or [FILLER], device)
             logits = head_outputs(model, batch)  # (C,)
             labels = torch.tensor([z for solution in mine for z in solution.labels], device=device)  # (C,)
 
@@ -543,7 +533,7 @@ def spell(tokenizer, row: dict, answer: str) -> tuple[str, str]:
     if isinstance(row["prompt"], str):
         bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
         return bos + row["prompt"], answer
-    apply = template_of(tokenizer, row)
+    apply = common.template_of(tokenizer, row)
     head = apply(row["prompt"], add_generation_prompt=True)
     body = apply([*row["prompt"], {"role": "assistant", "content": answer}]).rstrip()
     if not body.startswith(head) or answer not in body[len(head) :]:
@@ -581,7 +571,7 @@ def load_steps(tokenizer, source: str | None, split: str, args, limit: int = 0) 
     rows, found, dropped = load_rows(source, split, args)[: limit or None], {}, {}
     for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
         try:
-            match conversational(row):
+            match common.conversational(row):
                 case {"prompt": _, "completions": [*steps], "labels": [*labels]} as row:
                     if not steps or len(steps) != len(labels) or not all(0 <= z <= 1 for z in labels):
                         raise ValueError(f"{len(steps)} steps, and labels {labels!s:.40}")
@@ -607,7 +597,7 @@ def load_search(args, device) -> list[dict]:
     speller, found, dropped = load_tokenizer(replace(args, model=args.policy, chat_template=None)), [], {}
     for n, row in enumerate(rows, 1):
         try:
-            row = conversational(row)
+            row = common.conversational(row)
             steps = row["completions"] if args.annotate else ["?"]
             if not isinstance(steps, list) or not steps:
                 raise ValueError("completions are no list of steps")
@@ -657,7 +647,7 @@ def end_tokens(tokenizer, model) -> list[int]:
     return sorted(ends | set(behind_ids[:1]) & set(tokenizer.added_tokens_decoder))
 
 
-@unsharded
+@common.unsharded
 def complete(policy, tokenizer, prompts: list[list[int]], seed, args, device) -> tuple[list[str], list[bool]]:
     """Sample an answer to each prompt, of `seed` and its place alone: its text, and whether it is cut."""
     policy.eval()
@@ -668,7 +658,7 @@ def complete(policy, tokenizer, prompts: list[list[int]], seed, args, device) ->
     sampled, shares, size = {}, [None] * world_size, max(1, args.max_tokens_per_rollout // longest)
     for chunk in (mine[start : start + size] for start in range(0, len(mine), size)):
         numbers = torch.tensor(uniforms[chunk], device=device)
-        answers = decode(policy, [prompts[i] for i in chunk], numbers, end_ids, args.temperature)
+        answers = common.decode(policy, [prompts[i] for i in chunk], numbers, end_ids, args.temperature)
         sampled |= {i: ids for i, (ids, _) in zip(chunk, answers)}
     dist.all_gather_object(shares, sampled)
     answers = [shares[i % world_size][i] for i in range(len(prompts))]
@@ -708,7 +698,7 @@ def check_rewards(model):
         ends = [(ids, torch.arange(len(ids)) == len(ids) - 1) for ids in sequences]
         alone = [model(input_ids=ids[None].to(device), use_cache=False).logits[0] for ids in sequences]
         alone = torch.cat(alone)  # (B,)
-        error = (head_outputs(model, collate(ends, device, shared)) - alone).abs().max()
+        error = (head_outputs(model, common.collate(ends, device, shared)) - alone).abs().max()
         if not error < 1e-4 * (10 + alone.abs().max()):
             raise ValueError(f"{name}: packed rewards are {error:.2g} from the model's under --attn {attn}")
 
@@ -720,9 +710,9 @@ def step_probabilities(model, sequences: list[Sequence], args, device) -> list[t
     counts = [int(sequence.trained.sum()) for sequence in sequences]
     starts, flat = np.cumsum([0, *counts]), torch.zeros(sum(counts), device=device)
     lengths, world_size = [len(sequence.input_ids) for sequence in sequences], dist.get_world_size()
-    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+    rows = common.pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
     for row in tqdm(rows[dist.get_rank() :: world_size], desc="steps", leave=False, disable=None):
-        logits = head_outputs(model, collate([sequences[i] for i in row] or [FILLER], device))
+        logits = head_outputs(model, common.collate([sequences[i] for i in row] or [FILLER], device))
         flat[[n for i in row for n in range(starts[i], starts[i + 1])]] = torch.sigmoid(logits)
     dist.all_reduce(flat)
     return list(flat.cpu().split(counts))

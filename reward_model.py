@@ -63,17 +63,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common import (
-    CHATML,
-    check_packed,
-    collate,
-    conversational,
-    fsdp_forward,
-    pack,
-    packed_hidden_states,
-    segment_sum,
-    template_of,
-)
+import common
+from common import CHATML, check_packed, segment_sum
 
 HERE = Path(__file__).resolve().parent
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -178,10 +169,10 @@ def center_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) ->
     return (chosen_rewards + rejected_rewards).square()
 
 
-@fsdp_forward
+@common.fsdp_forward
 def head_outputs(model, batch) -> torch.Tensor:
     """Outputs (C,), float32, of the head at the marked tokens of a packed row, where rewards are read."""
-    states = packed_hidden_states(model, batch)[0, batch.completion_index]  # (C, H)
+    states = common.packed_hidden_states(model, batch)[0, batch.completion_index]  # (C, H)
     return model.score(states.float()).sum(1)  # of one output; FSDP2 hooks no view
 
 
@@ -259,7 +250,7 @@ def main(args: Args) -> dict:
         # 1. Batch: the answers of this optimizer step, packed into rows that are dealt to the processes
         step, started = step + 1, time.perf_counter()
         picks = stream[(step - 1) * args.batch_size : step * args.batch_size]
-        packed = pack(lengths[picks], args.max_tokens_per_micro_batch, multiple_of=world_size)
+        packed = common.pack(lengths[picks], args.max_tokens_per_micro_batch, multiple_of=world_size)
         num_tokens = int(lengths[picks].sum())
         model.train()
         loss_and_stop = torch.zeros(2, device=device)  # loss, processes told to stop
@@ -386,7 +377,7 @@ def score_dataset(args, device) -> dict:
     for row in load_rows(args.score, args.dataset_split, args):
         rows.append({name: value for name, value in row.items() if value is not None})
     for n, row in enumerate(rows, 1):
-        read = conversational(row)
+        read = common.conversational(row)
         completions = read["completions"] if "completions" in read else [read.get("completion")]
         if "prompt" not in read or None in completions:
             dropped.setdefault(f"found {', '.join(row)}; needed are prompt + completion(s)", []).append(n)
@@ -545,7 +536,7 @@ def read_pair(row: dict) -> dict:
 
     Without a prompt it is what both answers begin with: whole messages, or whole words of texts.
     """
-    row = conversational(row)
+    row = common.conversational(row)
     if not {"chosen", "rejected"} <= row.keys():
         columns = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
         raise ValueError(f"found {columns}; accepted are {PAIR_FORMATS}")
@@ -585,7 +576,7 @@ def render(tokenizer, messages: list[dict], first: int, row: dict) -> list[list[
     conversation so far with a generation prompt. Where a template renders earlier turns anew (Qwen3 drops old
     reasoning), the sequence so far no longer begins it, and a new one does.
     """
-    apply, sequences, text = template_of(tokenizer, row), [], ""
+    apply, sequences, text = common.template_of(tokenizer, row), [], ""
     for n in (n for n, turn in enumerate(messages) if n >= first and turn["role"] == "assistant"):
         head, body = apply(messages[:n], add_generation_prompt=True), apply(messages[: n + 1])
         content = messages[n].get("content") or ""
@@ -645,7 +636,7 @@ def collate_pairs(pairs: list, args, device):
     pairs = pairs or [Pair(FILLER, FILLER)]
     sequences = [answer for answers in pairs for answer in answers]
     shared = [n for answers in pairs for n in (0, shared_prompt(answers, args))[: len(answers)]]
-    return collate(sequences, device, shared if any(shared) else None)
+    return common.collate(sequences, device, shared if any(shared) else None)
 
 
 def load_answers(tokenizer, source: str | None, split: str, args, limit: int = 0) -> list[Labelled]:
@@ -655,7 +646,7 @@ def load_answers(tokenizer, source: str | None, split: str, args, limit: int = 0
     rows, found, dropped = load_rows(source, split, args)[: limit or None], {}, {}
     for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
         try:
-            row = conversational(row)
+            row = common.conversational(row)
             if args.objective == "outcome" and row.get("label") in (True, False):
                 names, labels = ("completion",), [int(row["label"])]
             else:
@@ -709,7 +700,7 @@ def check_rewards(model):
         ends = [(ids, torch.arange(len(ids)) == len(ids) - 1) for ids in sequences]
         alone = [model(input_ids=ids[None].to(device), use_cache=False).logits[0] for ids in sequences]
         alone = torch.cat(alone)  # (B,)
-        error = (head_outputs(model, collate(ends, device, shared)) - alone).abs().max()
+        error = (head_outputs(model, common.collate(ends, device, shared)) - alone).abs().max()
         if not error < 1e-4 * (10 + alone.abs().max()):
             raise ValueError(f"{name}: packed rewards are {error:.2g} from the model's under --attn {attn}")
 
@@ -720,7 +711,7 @@ def answer_scores(model, answers: list, args, device) -> torch.Tensor:
     model.eval()
     rewards = torch.zeros(len(answers), len(answers[0]), device=device)
     lengths, world_size = [row_length(some, args) for some in answers], dist.get_world_size()
-    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+    rows = common.pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
     for row in tqdm(rows[dist.get_rank() :: world_size], desc="rewards", leave=False, disable=None):
         batch = collate_pairs([answers[i] for i in row], args, device)
         rewards[row] = head_outputs(model, batch).view(-1, rewards.shape[1])

@@ -55,17 +55,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common import (
-    CHATML,
-    check_packed,
-    collate,
-    conversational,
-    decode,
-    pack,
-    template_of,
-    token_logprobs,
-    unsharded,
-)
+import common
+from common import CHATML, check_packed, token_logprobs
 
 HERE = Path(__file__).resolve().parent
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -202,7 +193,7 @@ def main(args: Args) -> dict:
         # 1. Batch: the sequences of this optimizer step, packed into rows that are dealt to the processes
         step, started = step + 1, time.perf_counter()
         picks = stream[(step - 1) * args.batch_size : step * args.batch_size]
-        rows = pack(lengths[picks], args.max_tokens_per_micro_batch, multiple_of=world_size)
+        rows = common.pack(lengths[picks], args.max_tokens_per_micro_batch, multiple_of=world_size)
         num_tokens = int(lengths[picks].sum())
         num_trained = sum(int(sequences[i].trained.sum()) for i in picks)
 
@@ -210,7 +201,7 @@ def main(args: Args) -> dict:
         model.train()
         sums = torch.zeros(4, device=device)  # loss, right predictions, entropy, processes told to stop
         for row in rows[dist.get_rank() :: world_size]:
-            batch = collate([sequences[picks[i]] for i in row] or [FILLER], device)
+            batch = common.collate([sequences[picks[i]] for i in row] or [FILLER], device)
             logprobs, entropy, is_top1 = token_logprobs(model, batch, return_entropy=True, return_top1=True)
             loss = sft_loss(logprobs, num_trained)
             (loss * world_size).backward()  # FSDP2 averages over processes what is to be summed
@@ -268,9 +259,9 @@ def evaluate(model, tokenizer, held_out, forgetting, args, device) -> tuple[dict
     for name, sequences in (("eval/", held_out), ("eval/forgetting_", forgetting)):
         sums = torch.zeros(3, device=device)  # negative log-likelihood, right predictions, tokens
         lengths = [len(ids) for ids, _ in sequences]
-        rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+        rows = common.pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
         for row in rows[dist.get_rank() :: world_size]:
-            batch = collate([sequences[i] for i in row] or [FILLER], device)
+            batch = common.collate([sequences[i] for i in row] or [FILLER], device)
             logprobs, is_top1 = token_logprobs(model, batch, return_top1=True)  # (C,) each
             sums += torch.stack([-logprobs.sum(), is_top1.sum(), torch.ones_like(logprobs).sum()])
         dist.all_reduce(sums)
@@ -282,18 +273,18 @@ def evaluate(model, tokenizer, held_out, forgetting, args, device) -> tuple[dict
     return metrics | {"eval/accuracy": sum(right) / len(right) if right else math.nan}, samples
 
 
-@unsharded
+@common.unsharded
 def sample_answers(model, tokenizer, sequences, args, device) -> list[dict]:
     """Sample an answer to what each sequence asks before its last trained turn; compare final answers."""
     starts = [int(np.flatnonzero(~trained)[-1]) + 1 for _, trained in sequences]
     asked = [(ids[:start].tolist(), ids[start:]) for (ids, _), start in zip(sequences, starts) if start > 1]
     uniforms = np.random.default_rng(args.seed).random((len(asked), args.max_completion_length))
     lengths, world_size = [len(ids) + args.max_completion_length for ids, _ in asked], dist.get_world_size()
-    rows = pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
-    samples, everyones = [], [None] * world_size
+    rows = common.pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
+    samples, everyones, end_ids = [], [None] * world_size, model.generation_config.eos_token_id
     for row in filter(len, rows[dist.get_rank() :: world_size] if args.max_completion_length else ()):
         prompts, numbers = [asked[i][0] for i in row], torch.tensor(uniforms[row], device=device)
-        sampled = decode(model, prompts, numbers, model.generation_config.eos_token_id, args.temperature)
+        sampled = common.decode(model, prompts, numbers, end_ids, args.temperature)
         for i, (completion_ids, _) in zip(row, sampled):
             texts = tokenizer.batch_decode([completion_ids, asked[i][1]], skip_special_tokens=True)
             finals = {text.rsplit("####", 1)[-1].strip().replace(",", "") for text in texts}
@@ -446,7 +437,7 @@ def load_sequences(tokenizer, source: str | None, split: str, args, limit: int =
 def encode(tokenizer, row: dict, args) -> list[Sequence]:
     """A row of any accepted format as sequences, each of which ends with the end token of a reply."""
     bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
-    match conversational(row):
+    match common.conversational(row):
         case {"messages": list(messages)}:
             sequences = render(tokenizer, messages, 1, row)
         case {"prompt": list(prompt), "completion": list(completion)}:
@@ -470,7 +461,7 @@ def render(tokenizer, messages: list[dict], first: int, row: dict) -> list[list[
     conversation so far with a generation prompt. Where a template renders earlier turns anew (Qwen3 drops old
     reasoning), the sequence so far no longer begins it, and a new one does.
     """
-    apply, sequences, text = template_of(tokenizer, row), [], ""
+    apply, sequences, text = common.template_of(tokenizer, row), [], ""
     for n in (n for n, turn in enumerate(messages) if n >= first and turn["role"] == "assistant"):
         head, body = apply(messages[:n], add_generation_prompt=True), apply(messages[: n + 1])
         content = messages[n].get("content") or ""

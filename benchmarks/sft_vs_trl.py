@@ -4,6 +4,7 @@ The model is Qwen3-shaped and random, with 13 million parameters; its tokenizer 
 entries, trained on GSM8K. Everything runs on the CPU. What is compared (CONTENDERS has the settings):
 
     cleanpost    sft.py as it is: `sft.main`, with its own data loading, packing, logging and saving
+    cleanpost_bf16  the same with --dtype bfloat16: weights in float32, products in bfloat16
     trl_shipped  TRL with its defaults: bfloat16 autocast, gradient checkpointing, padded batches
     trl_packed   the same, packed
     trl_tuned    packed, float32, no gradient checkpointing
@@ -39,6 +40,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -48,6 +50,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 CONTENDERS = {  # name: label, settings of SFTConfig beside those that all share (None: not TRL)
     "cleanpost": ("CleanPost", None),
+    "cleanpost_bf16": ("CleanPost bfloat16", None),
     "trl_shipped": ("TRL as shipped", {}),
     "trl_packed": ("TRL packed", {"packing": True}),
     "trl_tuned": ("TRL tuned", {"packing": True, "bf16": False, "gradient_checkpointing": False}),
@@ -59,7 +62,9 @@ TARGETS = {  # tokens per second of cleanpost over theirs, at least; peak memory
     "memory": {"trl_shipped": 0.45},
     "first_step_loss": 1e-4,
 }
-COMPARED = {name: "cleanpost" for name in CONTENDERS if name != "cleanpost"}  # with which of ours
+# With which of ours a contender is compared
+COMPARED = {name: "cleanpost" for name in CONTENDERS if name.startswith("trl")}
+COMPARED["trl_bf16"] = "cleanpost_bf16"
 MODEL = {
     "hidden_size": 256,
     "intermediate_size": 896,
@@ -529,5 +534,6 @@ def main(args: Args):
 
 if __name__ == "__main__":
     parsed = tyro.cli(Args)
-    jobs = {"prepare": prepare, "cleanpost": run_cleanpost}
+    in_bfloat16 = partial(run_cleanpost, dtype="bfloat16")
+    jobs = {"prepare": prepare, "cleanpost": run_cleanpost, "cleanpost_bf16": in_bfloat16}
     run_only(parsed, jobs.get(parsed.only, run_trl)) if parsed.only else main(parsed)

@@ -201,7 +201,7 @@ def test_rows_that_pad_a_table_are_ignored():
 def test_whole_logits_never_exist(monkeypatch):
     sizes, batch = [], collate(make_sequences())
     spy = lambda hidden, *head: sizes.append(len(hidden)) or head_logits(hidden, *head)
-    monkeypatch.setattr(distill, "head_logits", spy)
+    monkeypatch.setattr(distill.common, "head_logits", spy)
     view = view_of(build("llama"), batch)
     found = distill.token_divergences(build("llama"), batch, view, **settings_of(chunk_size=4))
     once = len(sizes)

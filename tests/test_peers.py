@@ -95,14 +95,14 @@ def our_step(models, tmp_path, monkeypatch, one_cpu):
     def run(script: str, rows: list[dict], **flags) -> Step:
         module, file, seen = importlib.import_module(script), tmp_path / "rows.jsonl", []
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        collate = module.collate
+        collate = module.common.collate
 
         def watched(sequences, *args, **kwargs):
             sequences = list(sequences)
             seen.append([(list(map(int, ids)), list(map(int, trained))) for ids, trained in sequences])
             return collate(sequences, *args, **kwargs)
 
-        monkeypatch.setattr(module, "collate", watched)
+        monkeypatch.setattr(module.common, "collate", watched)
         common = {"model": str(models[0]), "dataset": (str(file),), "output_dir": str(tmp_path / "ours")}
         common |= {"learning_rate": LEARNING_RATE, "lr_schedule": "constant", "warmup_steps": 0}
         common |= {"batch_size": len(rows), "max_steps": 1, "eval_every": 0, "save_every": 0}

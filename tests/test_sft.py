@@ -495,8 +495,8 @@ def test_saved_model_is_the_trained_one_in_the_dtype_of_its_source(train, varian
 
 @pytest.mark.parametrize("weights, counts", [((), (30, 6)), ((3.0, 1.0), (27, 9))])
 def test_shares_of_the_mixture_are_exact(train, tmp_path, monkeypatch, random_model, weights, counts):
-    seen, collate_rows = [], sft.collate
-    monkeypatch.setattr(sft, "collate", lambda rows, *rest: seen.extend(rows) or collate_rows(rows, *rest))
+    seen = []
+    monkeypatch.setattr(sft.common, "collate", lambda rows, *rest: seen.extend(rows) or collate(rows, *rest))
     colors = [{"prompt": [CHAT[0]], "completion": f"It is {i}."} for i in range(6)]
     paths = [write_rows(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate((sums(30), colors))]
     flags = {"dataset": tuple(paths), "dataset_weights": weights, "batch_size": 6, "num_epochs": 1}
@@ -507,9 +507,9 @@ def test_shares_of_the_mixture_are_exact(train, tmp_path, monkeypatch, random_mo
 
 
 def test_orders_of_an_epoch(train, monkeypatch):
-    seen, collate_rows = [], sft.collate
+    seen = []
     monkeypatch.setattr(
-        sft, "collate", lambda rows, *rest: seen.append(rows[0].input_ids) or collate_rows(rows, *rest)
+        sft.common, "collate", lambda rows, *rest: seen.append(rows[0].input_ids) or collate(rows, *rest)
     )
     rows = [{"prompt": "The sky is", "completion": " blue" * n} for n in (4, 2, 7, 1, 5)]
     orders = {}
