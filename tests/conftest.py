@@ -1,6 +1,9 @@
 """Settings, options and fixtures of the tests: offline, CPU, two threads, slow tests only when asked for."""
 
+import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +12,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported what takes seconds
+FORKS.set_forkserver_preload(["test_smoke"])
 
 # Before torch, transformers or wandb are imported, so that they and the subprocesses of the tests see them.
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    WANDB_MODE="offline",
+    TOKENIZERS_PARALLELISM="false",
+    PYTHONPATH=f"{ROOT}:{ROOT}/tests",
+)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # equal sums on any machine; two workers share two cores
 
 RANDOM_MODEL_TEXT = [
@@ -98,6 +108,33 @@ def start(*command, cwd, timeout=300, **environment) -> subprocess.CompletedProc
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+def write_rows(path, rows) -> str:
+    """Write a JSONL file."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read_lines(path) -> list[dict]:
+    """Read a JSONL file."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def fork(function, *args, cwd, **environment):
+    """Begin a call in a process of its own, which writes to `output` in `cwd`; `join` it, see `exitcode`."""
+    process = FORKS.Process(target=call_in, args=(cwd, environment, function, args))
+    process.start()
+    return process
+
+
+def call_in(cwd, environment, function, args):
+    """Call a function in a folder, with some more environment and all that it prints in a file."""
+    os.chdir(cwd)
+    os.environ.update(environment)
+    for stream in (1, 2):
+        os.dup2(os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    function(*args)
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow (minutes each)")
     parser.addoption("--gpu", action="store_true", help="let the tests see the GPU, and run those marked gpu")
@@ -113,6 +150,15 @@ def pytest_collection_modifyitems(config, items):
         for marker in ("slow", "gpu"):
             if marker in item.keywords and not config.getoption(f"--{marker}"):
                 item.add_marker(pytest.mark.skip(reason=f"needs --{marker}"))
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A run takes SIGTERM and Ctrl-C; behind it they are pytest's again."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_lines
 from safetensors.torch import load_file
 
 import dapo
@@ -102,10 +102,6 @@ def residue(completion_ids, **columns):
 def nothing(completions, **columns):
     return [None] * len(completions)
 """
-
-
-def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def trainer(script, tmp_path, **defaults):

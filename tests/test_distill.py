@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_lines, write_rows
 from test_common import HEADS, Head, assert_equal, assert_equal_gradients, build, gradients, make_sequences
 from test_grpo import Table, distance
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -264,15 +264,6 @@ def tiny_rows(name="sft_train", count=48):
     rows = map(json.loads, lines)
     one = lambda row: [m["role"] for m in row.get("messages", ())].count("assistant") < 2
     return [row for row in rows if one(row)][:count]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_lines, write_rows
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
@@ -164,11 +164,6 @@ def loop_logps(name, pairs):
     with torch.no_grad():
         found = [[sum(x.double() for x in alone(stock(name), answer)) for answer in pair] for pair in pairs]
     return torch.tensor(found, dtype=torch.float64)
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @functools.cache
@@ -388,10 +383,6 @@ def test_rows_that_are_no_pairs_cost_the_row_not_the_run_and_are_counted_by_reas
 
 
 # Runs -------------------------------------------------------------------------------------------------------
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture

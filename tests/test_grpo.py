@@ -11,11 +11,10 @@ import math
 import random
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_lines, write_rows
 from transformers import AutoModelForCausalLM
 
 import common
@@ -249,15 +248,6 @@ def tiny_tokenizer():
 def tiny_rows():
     path = ROOT / "tiny" / "data" / "prompts_train.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()[:64]]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def prompts_of(rows):

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -184,11 +185,6 @@ def tiny_rows(name="preference_train"):
 @functools.cache
 def tiny_tokenizer():
     return four.load_tokenizer(four.Args())
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture

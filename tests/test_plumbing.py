@@ -13,7 +13,7 @@ import time
 import datasets
 import pytest
 import torch
-from conftest import ROOT, start
+from conftest import ROOT, read_lines, start, write_rows
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, Gemma2Config
 
@@ -22,15 +22,6 @@ import sft
 ROWS = [
     {"question": f"What is {i} and 2?", "answer": f"{i} and 2 are {i + 2}\n#### {i + 2}"} for i in range(12)
 ]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_lines, write_rows
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -223,15 +223,6 @@ def test_step_probabilities_are_in_the_order_of_the_solutions_for_any_row_budget
 
 
 # Data -------------------------------------------------------------------------------------------------------
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 ROW = {"prompt": "a\n", "completions": ["b", "c"], "labels": [True, 0.25]}

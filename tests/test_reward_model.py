@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_lines, write_rows
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -186,15 +186,6 @@ def stock_rewards(folder, pairs):
     model = stock(folder)
     with torch.no_grad():
         return [[stock_reward(model, answer).item() for answer in pair] for pair in pairs]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import read_lines, write_rows
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -67,11 +68,6 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 # Which tokens are trained -----------------------------------------------------------------------------------
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture
@@ -255,13 +251,15 @@ def test_train_on_prompt(encode, variant):
         assert all(sequence.trained[1:].all() and not sequence.trained[0] for sequence, _, _ in found)
 
 
-def test_tokenizer_without_template_writes_chatml_with_its_own_end_token(encode, variant, capsys):
-    folder = variant(None, eos="<|endoftext|>")
+@pytest.mark.parametrize("bos", ["", "<s>"])
+def test_tokenizer_without_template_writes_chatml_with_its_own_tokens(encode, variant, capsys, bos):
+    folder = variant(None, eos="<|endoftext|>", bos=bos or None, adds=f"{bos} $A".strip())
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     _, [(_, text, spans)] = encode({"messages": CHAT}, model=folder)
     assert "has no chat template: conversations are written in ChatML" in capsys.readouterr().out
     assert spans == ["It is blue.<|endoftext|>", "It is green.<|endoftext|>"]
-    assert text.startswith("<|im_start|>user\nWhat color is the sky?<|endoftext|>\n<|im_start|>assistant\nIt")
+    asked = "<|im_start|>user\nWhat color is the sky?<|endoftext|>\n<|im_start|>assistant\nIt"
+    assert text.startswith(bos + asked)
 
 
 def test_tool_calls_are_trained_where_the_template_shows_them_and_dropped_elsewhere(encode, variant, capsys):
@@ -346,10 +344,6 @@ def train(monkeypatch, tmp_path, random_model, one_cpu):
         sft, "load_model", lambda *args: run.models.append(load_model(*args)) or run.models[-1]
     )
     return run
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def sums(n, start=0):
@@ -493,10 +487,17 @@ def test_saved_model_is_the_trained_one_in_the_dtype_of_its_source(train, varian
     assert not (folder / "model.partial").exists()
 
 
+def watch_collate(monkeypatch):
+    """The data's sequences that will have been packed, in order."""
+    seen, of_data = [], lambda rows: [row for row in rows if isinstance(row, sft.Sequence)]
+    watched = lambda rows, *rest: seen.extend(of_data(rows)) or collate(rows, *rest)
+    monkeypatch.setattr(sft.common, "collate", watched)
+    return seen
+
+
 @pytest.mark.parametrize("weights, counts", [((), (30, 6)), ((3.0, 1.0), (27, 9))])
 def test_shares_of_the_mixture_are_exact(train, tmp_path, monkeypatch, random_model, weights, counts):
-    seen = []
-    monkeypatch.setattr(sft.common, "collate", lambda rows, *rest: seen.extend(rows) or collate(rows, *rest))
+    seen = watch_collate(monkeypatch)
     colors = [{"prompt": [CHAT[0]], "completion": f"It is {i}."} for i in range(6)]
     paths = [write_rows(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate((sums(30), colors))]
     flags = {"dataset": tuple(paths), "dataset_weights": weights, "batch_size": 6, "num_epochs": 1}
@@ -507,16 +508,13 @@ def test_shares_of_the_mixture_are_exact(train, tmp_path, monkeypatch, random_mo
 
 
 def test_orders_of_an_epoch(train, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        sft.common, "collate", lambda rows, *rest: seen.append(rows[0].input_ids) or collate(rows, *rest)
-    )
+    seen = watch_collate(monkeypatch)
     rows = [{"prompt": "The sky is", "completion": " blue" * n} for n in (4, 2, 7, 1, 5)]
     orders = {}
     for order in ("given", "length", "shuffled"):
         seen.clear()
         train(rows, order=order, batch_size=1, num_epochs=2)
-        orders[order] = [len(ids) for ids in seen]
+        orders[order] = [len(ids) for ids, _ in seen]
     given, by_length, shuffled = orders["given"], orders["length"], orders["shuffled"]
     assert given[:5] == given[5:] and sorted(given[:5]) == by_length[:5] == by_length[5:] != given[:5]
     assert sorted(shuffled[:5]) == sorted(shuffled[5:]) == by_length[:5] and shuffled[:5] != shuffled[5:]

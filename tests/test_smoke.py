@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import sys
@@ -17,10 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from conftest import ROOT, start
+from conftest import ROOT, fork
 from safetensors.torch import load_file
 from sync_copies import scripts
 from sync_docs import documented_metrics, flags, metric_differences
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 SHORT = {
@@ -314,24 +316,25 @@ def test_bfloat16_is_the_same_but_for_rounding_and_continues_exactly(script, run
     assert_same_run(folder, whole, step=2)
 
 
-BOTH_DTYPES = """
-import importlib, json, sys
-from pathlib import Path
-
-script, settings = importlib.import_module(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-for dtype in ("float32", "bfloat16"):
-    script.main(script.Args(**settings | {"dtype": dtype, "output_dir": f"{settings['output_dir']}_{dtype}"}))
-"""
+def run_both_dtypes(script, settings):
+    for dtype in ("float32", "bfloat16"):
+        main(script, settings | {"dtype": dtype, "output_dir": f"{settings['output_dir']}_{dtype}"})
 
 
 @every_script
 def test_two_processes_are_one(script, run, flags_of, tmp_path):
-    (tmp_path / "program.py").write_text(BOTH_DTYPES)
     settings = flags_of(script, output_dir=str(tmp_path / "two"), **QUICK | {"save_every": 1})
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py"]
-    done = start(sys.executable, *torchrun, script.stem, "settings.json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    group["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # what torchrun sets: the store is there already
+    processes = [
+        fork(run_both_dtypes, script, settings, cwd=tmp_path, RANK=rank, LOCAL_RANK=rank, **group)
+        for rank in "01"
+    ]
+    for process in processes:
+        process.join(300)
+    codes = [process.exitcode for process in processes]
+    assert codes == [0, 0], (codes, (tmp_path / "output").read_text())
     for dtype, rel in (("float32", 1e-5), ("bfloat16", 0.05)):
         folder, whole = tmp_path / f"two_{dtype}", run(script, dtype=dtype, **QUICK | {"save_every": 1})
         keys = ("loss", "grad_norm", "grad_norm/value", "updates", "eval/loss")[: 2 if rel > 0.01 else None]
@@ -367,36 +370,33 @@ def test_sigterm_saves_and_continuing_equals_never_having_stopped(
     assert_same_run(folder, run(script), step=6)
 
 
-KILL_WITHIN_THE_SECOND_CHECKPOINT = """
-import os, runpy, signal, sys
-from torch.distributed.checkpoint import FileSystemWriter
+def run_until_the_second_checkpoint(script, words):
+    """The command line, killed when the tensors are written, and what says where they are is not."""
+    finish, calls = FileSystemWriter.finish, []
 
-finish, calls = FileSystemWriter.finish, []
+    def finish_or_die(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return finish(self, *args, **kwargs)
 
-def finish_or_die(self, *args, **kwargs):  # the tensors are written, what says where they are is not
-    calls.append(self)
-    if len(calls) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return finish(self, *args, **kwargs)
-
-FileSystemWriter.finish = finish_or_die
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+    FileSystemWriter.finish = finish_or_die
+    sys.argv = [str(script), *words]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 @every_script
 def test_kill_in_a_run_from_another_folder_loses_nothing_saved(script, run, flags_of, tmp_path):
     """The command line in a folder of the user's, killed within its second checkpoint, then continued."""
-    hooked = [sys.executable, "-c", KILL_WITHIN_THE_SECOND_CHECKPOINT, script]
-    done = start(*hooked, *command_line(flags_of(script)), cwd=tmp_path)
-    assert done.returncode == -9, done.stderr
+    process = fork(run_until_the_second_checkpoint, script, command_line(flags_of(script)), cwd=tmp_path)
+    process.join(300)
+    printed = (tmp_path / "output").read_text()
+    assert process.exitcode == -9, printed
     [folder] = (tmp_path / "runs").iterdir()  # the default output folder
     assert folder.name.startswith(f"{script.stem}_1_")
     assert checkpoints(folder) == ["partial", "step_00000002"]
     assert [line["step"] for line in read(folder)] == [0, 1, 2, 3, 4]
-    assert "step 4/6" in done.stdout and "Traceback" not in done.stderr
+    assert "step 4/6" in printed and "Traceback" not in printed
     main(script, flags_of(script, output_dir=str(folder), resume=True))
     assert_same_run(folder, run(script), step=6)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
