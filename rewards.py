@@ -31,7 +31,6 @@ import os
 import re
 import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -476,24 +475,69 @@ def code_tests(
     workers=None,
     **columns,
 ):
-    """1.0 if the program in a completion passes its tests, else 0.0; None if a row has no tests that compile.
+    """1.0 if the program in a completion passes its tests, else 0.0; None if these are not understood.
 
-    The program is the last fenced block of Python after the thought, or the whole text. `tests` is Python
-    source that is run after it, or a list of its lines: HumanEval's `test` and then `check(name)`, or MBPP's
-    `test_list`. Each program has `timeout` seconds of time, and `memory_mb`; `workers` (the number of CPUs)
-    run at once. RuntimeError unless `allow_code_execution=True`, and where the sandbox cannot be built.
+    `tests` is Python source, a list of its lines, or inputs and outputs (docs/rewards.md: which forms). Each
+    program has `timeout` seconds and `memory_mb`; `workers` (the number of CPUs) run at once. RuntimeError
+    unless `allow_code_execution=True`, and where the sandbox cannot be built.
     """
     if allow_code_execution is not True:  # a dataset's column of this name is a list
         problem = "code_tests runs on this machine what the model wrote; if that is what you want, pass "
         raise RuntimeError(problem + "--allow-code-execution, or here allow_code_execution=True")
 
-    def score(text, lines, name):
-        program = last_fence(after_thought(text), "python", "py", "python3")
-        source = "\n".join(map(str, lines)) if isinstance(lines, list) else lines
-        passed, _ = sandbox().run_tests(program, source, name, timeout=timeout, memory_mb=memory_mb)
-        return None if passed is None else float(passed)
+    def job(text, given, name):
+        try:
+            return program_of(text, given, name), *tests_of(given, name)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            return warnings.warn(f"code_tests cannot read {given!r:.80}: {error!r}", stacklevel=2)
 
-    names = entry_point or [None] * len(tests)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        verdicts = each(lambda *row: pool.submit(score, *row), completions, tests, names)
-        return [verdict and verdict.result() for verdict in verdicts]
+    jobs = each(job, completions, tests, entry_point or [None] * len(tests))
+    verdicts = iter(sandbox().run_batch(list(filter(None, jobs)), timeout, memory_mb, workers))
+    scores = [next(verdicts)[0] if job else None for job in jobs]
+    return [None if passed is None else float(passed) for passed in scores]
+
+
+def tests_of(tests, entry_point) -> tuple:
+    """Tests as `sandbox.run_batch` takes them, and the function that they call; an error of other forms."""
+    if isinstance(tests, str) and tests.lstrip().startswith(("{", "[")):
+        tests = json.loads(tests)
+    if isinstance(tests, list) and all(isinstance(line, str) for line in tests):  # MBPP
+        tests = "\n".join(tests)
+    if isinstance(tests, str):
+        return tests, entry_point
+    if isinstance(tests, dict):  # APPS, TACO
+        entry_point = tests.get("fn_name") or entry_point
+        pairs = list(zip(tests["inputs"], tests["outputs"], strict=True))
+    else:  # LiveCodeBench
+        pairs = [(case["input"], case["output"]) for case in tests]
+        if tests[0]["testtype"] == "functional":  # each argument is JSON, on a line of its own
+            pairs = [(list(map(json.loads, given.split("\n"))), json.loads(to)) for given, to in pairs]
+        else:
+            entry_point = None
+    if entry_point is None:  # standard input and output: texts, or lists of lines
+        pairs = [["\n".join(map(str, x if isinstance(x, list) else [x])) for x in pair] for pair in pairs]
+    lists = entry_point is None or all(isinstance(given, list) for given, _ in pairs)
+    if not lists or all(expected in (None, "") for _, expected in pairs):
+        raise ValueError("inputs or outputs are missing")
+    return pairs, entry_point
+
+
+def program_of(text, tests, entry_point) -> str:
+    """The fenced block of Python after the thought that defines most of what is tested; else all of it."""
+    text, fence, blocks = after_thought(text), None, []
+    for line in text.split("\n"):
+        indent, mark, info = re.match(r"(\s*)(`{3,}|~{3,}|)(.*)", line, re.DOTALL).groups()
+        if fence is None and mark and "`" not in info:
+            fence, depth, quotes = mark, len(indent), 0
+            blocks.append((re.match(r"\s*(\w*)", info)[1].lower(), []))
+        elif fence is not None:
+            quotes += line.count('"""') + line.count("'''")
+            if mark.startswith(fence) and not info.strip() and len(indent) < depth + 4 and quotes % 2 == 0:
+                fence = None
+            else:
+                blocks[-1][1].append(line[min(depth, len(indent)) :])
+    codes = ["\n".join(lines) for language, lines in blocks if language in ("python", "py", "python3")]
+    codes = codes or ["\n".join(lines) for _, lines in blocks] or [text]
+    wanted = set(re.findall(r"\w+", f"{entry_point} {tests} Solution"))
+    defined = re.compile(r"^(?:(?:async )?def|class) +(\w+)", re.MULTILINE)
+    return max(reversed(codes), key=lambda code: len(wanted.intersection(defined.findall(code))))
