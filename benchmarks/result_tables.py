@@ -92,14 +92,15 @@ def machine(result: dict) -> str:
 
 
 def seconds(result: dict) -> str:
-    return f"{result['seconds']['median']:.0f}"
+    """CPU seconds of a run, start-up included: others on the machine do not change them much."""
+    return f"{result['cpu_seconds']['median']:.0f}"
 
 
 def learning_table(result: dict) -> str:
     """One run over several seeds (benchmarks/learning.py): a row a metric."""
     count = len(result["seeds"])
     head = f"`{result['command']}`, {count} seeds{machine(result)}, float32."
-    head += f" {seconds(result)} seconds a run (median)."
+    head += f" {seconds(result)} CPU seconds a run (median)."
     rows = [["", "before", f"after (mean ± std over {count} seeds)"]]
     rows += [[f"`{key}`", cell(result["before"][key]), cell(result["after"][key])] for key in result["after"]]
     return f"{head}\n\n{as_table(rows)}"
@@ -109,18 +110,15 @@ def comparison_table(results: list[dict], root: Path) -> str:
     """Several runs: a row a run, with the metrics that all have, or with what the README says of each."""
     shared = [key for key in results[0]["after"] if all(key in result["after"] for result in results)]
     if not shared:
-        rows = [["Command", "Minutes", "What to expect"]]
+        rows = [["Command", "CPU minutes", "What to expect"]]
         for result in results:
             script = result["command"].split()[1]
-            minutes = f"{result['seconds']['median'] / 60:.1f}"
+            minutes = f"{result['cpu_seconds']['median'] / 60:.1f}"
             rows.append([f"`{result['command']}`", minutes, headline(script, root)])
         return as_table(rows)
-    rows = [["Before → after (mean ± std)", *(f"`{key}`" for key in shared), "seconds", "CPU seconds"]]
+    rows = [["Before → after (mean ± std)", *(f"`{key}`" for key in shared), "CPU seconds"]]
     for result in results:
-        cpu = f"{result['cpu_seconds']['median']:.0f}" if "cpu_seconds" in result else ""
-        rows.append(
-            [f"`{result['command']}`", *(change(result, key) for key in shared), seconds(result), cpu]
-        )
+        rows.append([f"`{result['command']}`", *(change(result, key) for key in shared), seconds(result)])
     return f"{len(results[0]['seeds'])} seeds each{machine(results[0])}, float32.\n\n{as_table(rows)}"
 
 
