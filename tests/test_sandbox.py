@@ -171,7 +171,7 @@ def test_nothing_of_one_program_reaches_the_next():
 
 
 def test_workers_share_the_memory_and_the_trainer_is_not_the_first_to_be_ended(monkeypatch):
-    module, pools = rewards.sandbox(), []
+    module, pools = rewards.module("sandbox"), []
     pool = module.ThreadPoolExecutor
     monkeypatch.setattr(module, "free_memory_mb", lambda: 5000)
     monkeypatch.setattr(module, "ThreadPoolExecutor", lambda n: pools.append(n) or pool(n))
