@@ -122,10 +122,14 @@ def flag_conflicts(paths):
 
 
 def imports(path):
-    """Local imports other than `common`, wandb before it is asked for, and a command line in common.py."""
+    """Local imports other than `common` and sandbox.py's of its judge, wandb before it is asked for, and a command line in common.py."""
     tree, problems, common = parse(path), [], path.name == "common.py"
     local = {p.stem for p in path.parent.iterdir()}
-    local = local | {"tyro", "argparse", "logging", "tqdm"} if common else local - {"common"}
+    local = (
+        local | {"tyro", "argparse", "logging", "tqdm"}
+        if common
+        else local - {"common", f"{path.stem}_judge"}
+    )
     inside = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
     for node in (n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)):
         modules = [getattr(node, "module", None) or alias.name for alias in node.names]
