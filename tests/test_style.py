@@ -122,7 +122,7 @@ def flag_conflicts(paths):
 
 
 def imports(path):
-    """Local imports but of `common` and a file's judge, wandb unasked for, and a command line in common.py."""
+    """Local imports but of `common` and a file's judge, wandb unasked for, a command line in common.py."""
     tree, problems, common = parse(path), [], path.name == "common.py"
     local = {p.stem for p in path.parent.iterdir()}
     local = (
