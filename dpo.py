@@ -20,7 +20,7 @@ Deviations from the paper, each with its reason:
     2. The mean is over the pairs of the optimizer batch, whatever `--max-tokens-per-micro-batch` is.
     3. `--loss bco` has no running mean of rewards (delta of arXiv:2404.04656, Eq. 10), as in TRL 1.16.
 
-    python dpo.py                                              # CPU, offline, 3 minutes on 2 cores
+    python dpo.py                                              # CPU, offline, 1 minute on one core
     python dpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset trl-lib/ultrafeedback_binarized \
         --eval-dataset trl-lib/ultrafeedback_binarized --beta 0.1 --learning-rate 1e-6 --batch-size 64 \
         --max-length 2048 --max-tokens-per-micro-batch 16384

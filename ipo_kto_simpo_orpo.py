@@ -24,7 +24,7 @@ Deviations from the papers, each with its reason:
     2. ORPO's NLL is that of the answer, as Eq. 6 has it; its authors' code adds the prompt's.
     3. AdamW with the schedule of sft.py throughout; the papers use RMSprop, Adam and AdamW.
 
-    python ipo_kto_simpo_orpo.py --algorithm kto                # CPU, offline, 2 minutes on 2 cores
+    python ipo_kto_simpo_orpo.py --algorithm kto                # CPU, offline, 1 minute on one core
     python ipo_kto_simpo_orpo.py --algorithm simpo --model Qwen/Qwen2.5-1.5B-Instruct --beta 2 \
         --dataset trl-lib/ultrafeedback_binarized --learning-rate 1e-6 --batch-size 128 --max-length 2048 \
         --max-tokens-per-micro-batch 16384

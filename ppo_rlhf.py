@@ -32,7 +32,7 @@ Deviations from the papers, each with its reason:
        of the very rows that are trained on. The prompts of a rollout are in random order.
     7. A completion without a score (None) is not trained on, and no mean counts it.
 
-    python ppo_rlhf.py                                         # CPU, offline, 3 minutes on two cores
+    python ppo_rlhf.py                                         # CPU, offline, 4 minutes on one core
     python ppo_rlhf.py --model Qwen/Qwen2.5-1.5B-Instruct --reward runs/my_reward_model/model \
         --dataset trl-lib/ultrafeedback-prompt --learning-rate 1e-6 --value-learning-rate 5e-6 \
         --kl-coef 0.05 --batch-size 512 --max-completion-length 512 --max-tokens-per-micro-batch 16384 \

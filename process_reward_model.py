@@ -19,7 +19,7 @@ Deviations from the papers, each with its reason:
     1. One logit a step, read at the token that ends it (the separator; behind the last step, the end token),
        where the papers predict two special tokens: nothing is added to the vocabulary.
 
-    python process_reward_model.py                             # CPU, offline, 3 minutes on 2 cores
+    python process_reward_model.py                             # CPU, offline, 1 minute on one core
     python process_reward_model.py --annotate tiny/data/steps_train.jsonl --policy tiny/sft
     python process_reward_model.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset steps.jsonl \
         --learning-rate 1e-5 --batch-size 64 --max-tokens-per-micro-batch 16384

@@ -19,7 +19,7 @@ Deviations from common practice, each with its reason:
     2. The offset that centres rewards is in the config (`reward_offset`): the head that transformers loads
        has no bias.
 
-    python reward_model.py                                     # CPU, offline, 3 minutes on 2 cores
+    python reward_model.py                                     # CPU, offline, 2 minutes on one core
     python reward_model.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset trl-lib/ultrafeedback_binarized \
         --learning-rate 1e-5 --batch-size 64 --max-length 2048 --max-tokens-per-micro-batch 16384
 

@@ -16,7 +16,7 @@ Deviations from common practice, each with its reason:
     2. Dropout is off: a sequence has the same log-probs in every script and at every stage.
     3. Nothing random has a state: each draw is seeded by the flags and the step, so a run resumes exactly.
 
-    python sft.py                                              # CPU, offline, 3 minutes on 2 cores
+    python sft.py                                              # CPU, offline, 3 minutes on one core
     python sft.py --model Qwen/Qwen2.5-1.5B --dataset openai/gsm8k --dataset-config main \
         --eval-dataset openai/gsm8k --learning-rate 1e-5 --batch-size 64 --max-tokens-per-micro-batch 16384
 
