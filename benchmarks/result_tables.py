@@ -160,7 +160,11 @@ def peer_table(names: list[str], results: list[dict]) -> str:
     used = ["torch", *(peer for peer in ("trl", "mergekit") if any(peer in name for name in names))]
     versions = ", ".join(f"{package} {known[package]}" for package in used)
     rounds = results[0]["conditions"]["rounds"]
-    head = f"Medians of {rounds} interleaved rounds (range){machine(results[0])}, {versions}."
+    machines = {}  # in words, and what was measured on each
+    for name, result in zip(names, results, strict=True):
+        machines.setdefault(machine(result), []).append(f"`{name.partition('_vs_')[0]}`")
+    where = "".join(f"{m} ({' '.join(on)})" if len(machines) > 1 else m for m, on in machines.items())
+    head = f"Medians of {rounds} interleaved rounds (range){where}, {versions}."
     return f"{head}\n\n{as_table(rows)}"
 
 
