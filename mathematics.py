@@ -47,7 +47,7 @@ def equal(pairs) -> list[bool]:
     if formulas:
         with starting:
             threads = pool()
-        verdicts |= zip(formulas, threads.map(ask, formulas))
+        verdicts |= zip(formulas, threads.map(ask_worker, formulas))
     return [verdicts[pair] for pair in pairs]
 
 
@@ -200,7 +200,7 @@ def pool() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=pool.cache_clear)  # a forked process has none of the threads
 
 
-def ask(pair) -> bool:
+def ask_worker(pair) -> bool:
     """The verdict of this thread's worker; one that was killed from outside is replaced once."""
     for _ in range(2):
         if getattr(own, "worker", None) is None:
@@ -296,13 +296,13 @@ def same_formula(gold, answer) -> bool:
     base, other = (re.fullmatch(r"(\d+)_\{?(\d+)\}?", text) for text in (gold, answer))  # 101_2
     if base or other:
         return bool(base and (answer == base[1] or other and base.groups() == other.groups()))
-    return alike(read(gold), read(answer))
+    return alike(parse_formula(gold), parse_formula(answer))
 
 
-def read(text):
+def parse_formula(text):
     """What math-verify makes of a formula: an object of SymPy. ValueError of what it reads too generously."""
     if " and " in text and re.search(r"[<>]|\\[lg]eq?\b", text):
-        return And(*map(read, text.split(" and ")))
+        return And(*map(parse_formula, text.split(" and ")))
     if r"\pm" in text and not re.search(r",|\\\{", text):
         text = ", ".join(text.replace(r"\pm", sign) for sign in "+-")
     ratio = re.fullmatch(r"(\d+) ?(?::|to) ?(\d+)", text)
