@@ -56,6 +56,7 @@ def encode(random_model, tmp_path):
 
     def run(*rows, model=random_model, **flags):
         path = write_rows(tmp_path / "rows.jsonl", rows)
+        sft.setup_distributed()  # it silences libraries, as in a run
         args = sft.Args(model=str(model), dataset=(path,), **flags)
         tokenizer = sft.load_tokenizer(args)
         found = []
