@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from conftest import ROOT, fork, read_lines, run_command
+from conftest import ROOT, fork, read_lines, run_command, write_rows
 from safetensors.torch import load_file
 from sync_copies import scripts
 from sync_docs import documented_metrics, flags, metric_differences
@@ -253,6 +253,49 @@ def test_every_trainable_parameter_changes(script, run):
     # Without a language model head only the embeddings of tokens that were read have a gradient.
     least = {name: 0.1 if "score.weight" in after and "embed" in name else 0.9 for name in moved}
     assert {name: share for name, share in moved.items() if share < least[name]} == {}
+
+
+class Downhill(torch.optim.SGD):
+    """Steps against the gradient, each as long as lowers what it is the gradient of by `drop`."""
+
+    drop = 3e-3
+
+    def __init__(self, groups, betas, fused):
+        super().__init__(groups)
+
+    def step(self):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        square = sum(grad.double().square().sum() for grad in grads)
+        for group in self.param_groups:
+            group["lr"] = self.drop / float(square)
+        super().step()
+
+
+@every_script
+def test_a_step_lowers_the_logged_loss_by_the_gradient_squared(script, flags_of, tmp_path, monkeypatch):
+    """A finite difference of every loss: it holds the sign, the normaliser and the size of the gradient."""
+    if script.stem == "ppo_rlhf":
+        return  # two losses, two models: test_ppo_rlhf.py has its step against stock models
+    online = "num_generations" in RUN[script.name]  # ratios may not leave the clip range
+    monkeypatch.setattr(Downhill, "drop", 3e-4 if online else 3e-3)
+    monkeypatch.setattr(torch.optim, "AdamW", Downhill)
+    settings = QUICK | {"max_grad_norm": math.inf, "warmup_steps": 0}
+
+    def loss_of(number, **changes):
+        folder = tmp_path / f"run_{number}"
+        main(script, flags_of(script, output_dir=str(folder), **settings | changes))
+        return [line["loss"] for line in read(folder)[1:]]
+
+    if online:  # what two and three passes over one rollout had to lose
+        two, three = (loss_of(n, num_iterations=n, max_steps=1)[0] * n for n in (2, 3))
+        drop = (two - 2 * (three - two)) / 3  # L + (L - d), and from there L - 2 d
+    else:  # two steps on the same rows; KTO's loss has a reference point that moves
+        source = flags_of(script)["dataset"][0].replace("unpaired", "preference")
+        rows = write_rows(tmp_path / "rows.jsonl", read_lines(source)[:8])
+        changes = {"algorithm": "ipo"} if script.stem.startswith("ipo") else {}
+        first, second = loss_of(0, dataset=(rows,), batch_size=8, **changes)
+        drop = first - second
+    assert drop == pytest.approx(Downhill.drop, rel=0.25)
 
 
 @every_script
