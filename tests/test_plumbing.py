@@ -149,6 +149,10 @@ def test_damaged_last_checkpoint_falls_back_to_the_one_before(train, flags, caps
     folder, lines = train()
     shutil.rmtree(folder / "model")
     last = folder / "checkpoints" / "step_00000003"
+    assert {path.name for path in last.parent.iterdir()} == {
+        "step_00000002",
+        last.name,
+    }  # of three the last two
     for path in last.glob("*.distcp"):
         path.write_bytes(path.read_bytes()[:100]) if how == "cut" else path.unlink()
     capsys.readouterr()

@@ -350,11 +350,14 @@ def test_first_pass_has_ratios_of_exactly_1_and_a_gradient(train, ratios, algori
     assert lines[0]["kl"] == 0 and lines[1]["kl"] > 1e-5
 
 
-def test_second_pass_over_a_rollout_has_other_ratios(train, ratios):
+def test_second_pass_over_a_rollout_has_the_ratios_of_both_policies(train, monkeypatch):
+    calls = calls_of(monkeypatch, rr, "reinforce_loss")
     _, [line] = train(num_iterations=2, max_steps=1, epsilon=1e-3, epsilon_high=1e-3, kl_coef=0.1)
-    found = ratios()
-    first, second = torch.cat(found[: len(found) // 2]), torch.cat(found[len(found) // 2 :])
+    passes = calls[: len(calls) // 2], calls[len(calls) // 2 :]  # a call a row: log-probs, ratios, ...
+    both = [[torch.cat([arguments[n] for arguments, _ in rows]) for n in (0, 1)] for rows in passes]
+    (before, first), (after, second) = both
     assert (first - 1).abs().max() < 1e-4 and (second - 1).abs().max() > 0.01
+    torch.testing.assert_close(second, torch.exp(after - before), rtol=1e-4, atol=1e-4)
     assert line["clip_ratio/low_mean"] > 0 and line["clip_ratio/high_mean"] > 0
 
 
