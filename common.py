@@ -18,13 +18,16 @@ import json
 import math
 import re
 from bisect import bisect_left, insort
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from types import MethodType
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -235,9 +238,30 @@ def head_settings(model) -> tuple[torch.Tensor, torch.Tensor | None, float, floa
     return head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None)
 
 
+class _ProductOnCuda(torch.autograd.Function):
+    """a @ b in float32 of two matrices in bfloat16, for which PyTorch has no derivative."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return torch.mm(a, b, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        grad = grad.to(a.dtype)
+        return grad @ b.T, a.T @ grad
+
+
+def float32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in float32: rounded to bfloat16, logits would move every ratio of two policies."""
+    return _ProductOnCuda.apply(a, b) if a.is_cuda and a.dtype != torch.float32 else a.float() @ b.float()
+
+
 def head_logits(hidden, weight, bias, scale, softcap, temperature=1.0) -> torch.Tensor:
     """Logits / temperature (c, V), float32, of states (c, H) under a head as `head_settings` describes it."""
-    logits = F.linear(hidden, weight, bias).float()
+    logits = float32_product(hidden, weight.T)
+    logits = logits if bias is None else logits + bias
     logits = logits if scale == 1 else logits * scale
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     return logits if temperature == 1 else logits / temperature
@@ -273,8 +297,8 @@ class _HeadLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets, entropy = ctx.saved_tensors
         temperature, scale, softcap, chunk_size = ctx.settings
         wanted_of_head = zip((weight, bias), ctx.needs_input_grad[1:3])  # a frozen head gets no gradient
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight, grad_bias = (torch.zeros_like(x) if wanted else None for x, wanted in wanted_of_head)
+        zeros = [torch.zeros_like(x, dtype=torch.float32) if wanted else None for x, wanted in wanted_of_head]
+        grad_hidden, (grad_weight, grad_bias) = torch.empty_like(hidden), zeros
         for start in range(0, len(targets), chunk_size):
             c = slice(start, start + chunk_size)
             logits = head_logits(hidden[c], weight, bias, scale, softcap, temperature)  # (c, V)
@@ -296,12 +320,17 @@ class _HeadLogprobs(torch.autograd.Function):
             if slope is not None:
                 grad *= slope
             grad = grad.to(weight.dtype)  # (c, V)
-            grad_hidden[c] = (grad @ weight) * factor
+            grad_hidden[c] = float32_product(grad, weight) * factor
             if grad_weight is not None:
-                grad_weight.addmm_(grad.T, (hidden[c] * factor).to(weight.dtype))
+                states = (hidden[c] * factor).to(weight.dtype)
+                if weight.dtype == torch.float32:
+                    grad_weight.addmm_(grad.T, states)
+                else:
+                    grad_weight += float32_product(grad.T, states)
             if grad_bias is not None:
                 grad_bias += (grad * factor).sum(0)
-        return grad_hidden, grad_weight, grad_bias, *[None] * 7
+        grads = (x if x is None else x.to(weight.dtype) for x in (grad_weight, grad_bias))
+        return grad_hidden, *grads, *[None] * 7
 
 
 def fsdp_forward(function):
@@ -340,6 +369,61 @@ def unsharded(function):
                 module.reshard()
 
     return inside
+
+
+def read_once(load) -> tuple:
+    """load()'s model on `meta` in every process, and its weights and buffers, for `fill`: the first calls it.
+
+    So hosts hold one copy of the weights, and a GPU nothing but its shards.
+    """
+    weights, found = {}, [None, None]
+    if dist.get_rank() == 0:
+        model = load()
+        weights, buffers = model.state_dict(), dict(model.named_buffers())
+        found = [model.to("meta"), buffers]
+    dist.broadcast_object_list(found)
+    model, buffers = found
+    model.tie_weights()  # on another device, and in another process, one tensor has become two
+    return model, weights, buffers
+
+
+def fill(model, weights: dict, buffers: dict, device) -> None:
+    """Give a model on `meta`, sharded or not, its weights from the first process, and all buffers."""
+    model.to_empty(device=device).tie_weights()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+def add_lora(model, rank: int, alpha: float, target: str, seed: int) -> None:
+    """Freeze a model; linear layers W become W + alpha / rank B A, at first B = 0 (arXiv:2106.09685, 4.1).
+
+    A and B are float32. A head of rewards is trained whole.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("--lora-rank needs peft: pip install peft==0.21.2") from error
+    torch.manual_seed(seed)  # of A
+    head = ["score"] if hasattr(model, "score") else None
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target, modules_to_save=head)
+    model.add_adapter(config)
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        parameter.data = parameter.data.float()
+
+
+@contextmanager
+def lora_off(model):
+    """Within it a model with LoRA is the one that it was made from; every other model stays as it is."""
+    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    for layer in layers:
+        layer._disable_adapters = True  # enable_adapters(False) would freeze A and B as well
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 @fsdp_forward
