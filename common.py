@@ -18,7 +18,6 @@ import json
 import math
 import re
 from bisect import bisect_left, insort
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from types import MethodType
@@ -338,6 +337,9 @@ def fsdp_forward(function):
 
     @wraps(function)
     def inside(model, *args, **kwargs):
+        if isinstance(model, WithoutLora):
+            with model:
+                return inside(model.model, *args, **kwargs)
         if not isinstance(model, FSDPModule):
             return function(model, *args, **kwargs)
         name = f"_{function.__name__}"
@@ -396,7 +398,7 @@ def fill(model, weights: dict, buffers: dict, device) -> None:
         buffer.copy_(buffers[name])
 
 
-def add_lora(model, rank: int, alpha: float, target: str, seed: int) -> None:
+def add_lora(model, rank: int, alpha: float, target: str, seed: int):
     """Freeze a model; linear layers W become W + alpha / rank B A, at first B = 0 (arXiv:2106.09685, 4.1).
 
     A and B are float32. A head of rewards is trained whole.
@@ -407,22 +409,25 @@ def add_lora(model, rank: int, alpha: float, target: str, seed: int) -> None:
         raise ImportError("--lora-rank needs peft: pip install peft==0.21.2") from error
     torch.manual_seed(seed)  # of A
     head = ["score"] if hasattr(model, "score") else None
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target, modules_to_save=head)
-    model.add_adapter(config)
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=target, modules_to_save=head))
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         parameter.data = parameter.data.float()
+    return model
 
 
-@contextmanager
-def lora_off(model):
-    """Within it a model with LoRA is the one that it was made from; every other model stays as it is."""
-    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
-    for layer in layers:
-        layer._disable_adapters = True  # enable_adapters(False) would freeze A and B as well
-    try:
-        yield
-    finally:
-        for layer in layers:
+class WithoutLora:
+    """What a model was before `add_lora`, for `token_logprobs`: a reference that takes no memory."""
+
+    def __init__(self, model):
+        self.model = model
+        self.layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+
+    def __enter__(self):
+        for layer in self.layers:
+            layer._disable_adapters = True  # peft's enable_adapters(False) would also freeze A and B
+
+    def __exit__(self, *_):
+        for layer in self.layers:
             layer._disable_adapters = False
 
 

@@ -113,6 +113,9 @@ class Args:
     dtype: Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # what is computed in
     gradient_checkpointing: bool = False  # recompute activations: about 30 % slower, far less memory
     compile: bool = False  # compile each layer with torch.compile
+    lora_rank: NonNegativeInt = 0  # train a LoRA of this rank and leave the model as it is; 0: no LoRA
+    lora_alpha: PositiveFloat = 32.0  # what a LoRA adds is multiplied by alpha / rank
+    lora_target: str = "all-linear"  # layers with a LoRA: all but the head, or a regular expression of names
 
     # Data
     dataset: tuple[str, ...] = ("tiny/data/prompts_train.jsonl",)  # hub ids, files, saved datasets
@@ -369,7 +372,9 @@ def main(args: Args) -> dict:
             peaks.append(peak)
     optimizer = torch.optim.AdamW(groups, betas=args.adam_betas, fused=True)
     kl_every = 1 if args.kl_coef or args.max_kl else args.log_every  # as a metric alone: now and then
-    if kl_every <= total_steps:
+    if args.lora_rank and not args.ref_model:
+        ref_policy = common.WithoutLora(policy)
+    elif kl_every <= total_steps:
         ref_policy = load_model(args.ref_model or args.model, args, device, frozen=True)
     progress = load_checkpoint(output_dir, models, optimizer) if args.resume else {}
     step, num_tokens = progress.get("step", 0), progress.get("num_tokens", 0)
@@ -917,11 +922,18 @@ def check_values(model):
 
 def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, check=check_packed):
     """A model without dropout that passed `check`: float32, or frozen in --dtype; FSDP2 shards and casts."""
-    compute = getattr(torch, args.dtype)
-    settings = {"dtype": compute if frozen else torch.float32, "attn_implementation": args.attn}
+    compute, trained = getattr(torch, args.dtype), not frozen
+    settings = {"dtype": torch.float32 if trained and not args.lora_rank else compute}
+    settings["attn_implementation"] = args.attn
+
+    def load():
+        model = kind.from_pretrained(located(name), **settings).requires_grad_(trained)
+        lora = args.lora_rank, args.lora_alpha, args.lora_target, args.seed
+        return common.add_lora(model, *lora) if args.lora_rank and trained else model
+
+    shards = dist.get_world_size() > 1 or (trained and compute != torch.float32)
     try:
-        model = kind.from_pretrained(located(name), **settings).to(device).requires_grad_(not frozen)
-        check(model)
+        model, *weights = common.read_once(load) if shards else [load()]
     except (ImportError, OSError, ValueError) as error:  # ImportError: an --attn that is not installed
         fail(f"{name}: {error}".splitlines()[0])
     model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
@@ -929,12 +941,10 @@ def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, chec
         for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
             if isinstance(getattr(module, rate, None), float):
                 setattr(module, rate, 0.0)
-    if args.gradient_checkpointing and not frozen:
+    if args.gradient_checkpointing and trained:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    for layer in layers if args.compile else ():
-        layer.compile()
-    if dist.get_world_size() > 1 or compute != model.dtype:
+    if shards:
         mixed = {"param_dtype": compute, "reduce_dtype": torch.float32}
         if hasattr(model, "score"):  # a reward head stays in float32
             exact = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float32)
@@ -942,6 +952,15 @@ def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, chec
         for layer in layers:
             fully_shard(layer, mp_policy=MixedPrecisionPolicy(**mixed))
         fully_shard(model, mp_policy=MixedPrecisionPolicy(**mixed, cast_forward_inputs=False))
+        common.fill(model, *weights, device)
+    try:
+        check(model.to(device))
+    except ValueError as error:
+        fail(f"{name}: {error}".splitlines()[0])
+    if shards:
+        model.reshard()  # FSDP2 leaves a root whole behind its pass
+    for layer in layers if args.compile else ():
+        layer.compile()
     size = sum(p.numel() for p in model.parameters())
     say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, {args.attn} attention")
     return model
@@ -991,6 +1010,8 @@ def save_model(folder: Path, model, tokenizer):
         with torch.device("meta"):  # a shell of the model's own class; its weights are given beside it
             shell = plain._from_config(model.config, dtype=model.stored_dtype)
         shell.generation_config = model.generation_config
+        if model._hf_peft_config_loaded:  # the LoRA alone is written, as peft does
+            shell.add_adapter(model.peft_config["default"])
         tied = shell.all_tied_weights_keys  # a tied head is stored once, as the embeddings
         weights = {name: x.to(model.stored_dtype) for name, x in weights.items() if name not in tied}
         unfinished = folder.with_name(f"{folder.name}.partial")

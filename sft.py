@@ -511,16 +511,15 @@ def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, chec
 
     def load():
         model = kind.from_pretrained(located(name), **settings).requires_grad_(trained)
-        model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
-        if args.lora_rank and trained:
-            common.add_lora(model, args.lora_rank, args.lora_alpha, args.lora_target, args.seed)
-        return model
+        lora = args.lora_rank, args.lora_alpha, args.lora_target, args.seed
+        return common.add_lora(model, *lora) if args.lora_rank and trained else model
 
     shards = dist.get_world_size() > 1 or (trained and compute != torch.float32)
     try:
         model, *weights = common.read_once(load) if shards else [load()]
     except (ImportError, OSError, ValueError) as error:  # ImportError: an --attn that is not installed
         fail(f"{name}: {error}".splitlines()[0])
+    model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
     for module in model.modules():
         for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
             if isinstance(getattr(module, rate, None), float):

@@ -48,7 +48,7 @@ RUN = {
 }
 # Flags of the runs that must come out the same for every token budget, beside the run itself.
 VARIANTS = {
-    "sft.py": (),
+    "sft.py": ({"lora_rank": 4},),
     "dpo.py": (
         {"loss": "tdpo2", "ref": "live", "sync_ref_every": 1},
         {"loss": "sigmoid_norm", "sft_coef": 1.0},
@@ -61,6 +61,7 @@ VARIANTS = {
     "grpo.py": (
         {"num_iterations": 2, "num_minibatches": 2, "beta": 0.1},
         {"importance_sampling": "sequence", "tis_cap": 2.0, "mask_truncated": True},
+        {"lora_rank": 4, "beta": 0.1},
     ),
     "dapo.py": ({"mask_truncated": True, "max_resamples": 1, "num_iterations": 2},),
     "rloo_remax.py": (
