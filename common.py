@@ -483,7 +483,7 @@ def check_packed(model) -> None:
             logps = logits.float().log_softmax(-1).gather(-1, ids[1:, None].to(device)).squeeze(-1)
             alone.append(logps[untrained - 1 :])
         alone = torch.cat(alone)  # (C,)
-        allowed = (1e-4 if model.dtype == torch.float32 else 0.03) * (10 + alone.abs().max())
+        allowed = (1e-4 if logits.dtype == torch.float32 else 0.03) * (10 + alone.abs().max())
         if not (error := (packed - alone).abs().max()) < allowed:
             raise ValueError(
                 f"{name}: {what} rows leak under --attn {attn}: log-probs are {error:.2g} nats off"

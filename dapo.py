@@ -781,6 +781,7 @@ def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, chec
     except (ImportError, OSError, ValueError) as error:  # ImportError: an --attn that is not installed
         fail(f"{name}: {error}".splitlines()[0])
     model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
+    model.compute_dtype = compute
     for module in model.modules():
         for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
             if isinstance(getattr(module, rate, None), float):
