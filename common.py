@@ -561,17 +561,17 @@ def decode(model, prompts, uniforms, end_ids, temperature: float) -> list[tuple[
     logprobs = torch.zeros(size, longest, device=device)
     ends, alive = torch.tensor(end_ids, device=device), torch.arange(size, device=device)
     rows = torch.tensor([distinct[tuple(ids)] for ids in prompts], device=device)  # (B,)
+    head = head_settings(model)
     for t in range(longest):
         now = slice(width + t - 1 if t else 0, width + t)
-        output = model(
+        output = model.get_decoder()(
             tokens[alive, t - 1, None] if t else input_ids,
             attention_mask=seen[:, : now.stop],
             position_ids=positions[:, now],
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
         )
-        logits = output.logits[:, -1]  # (B, V)
+        logits = head_logits(output.last_hidden_state[:, -1], *head)  # (B, V)
         if t == 0:  # each prompt as often as it was given
             cache.batch_select_indices(rows)
             logits, seen, positions = logits[rows], seen[rows], positions[rows]

@@ -139,6 +139,8 @@ class Args:
     max_completion_length: PositiveInt = 128  # longest sampled answer in tokens
     temperature: NonNegativeFloat = 1.0  # sampling temperature; 0 is greedy
     max_tokens_per_rollout: PositiveInt = 65536  # tokens that are sampled at once: memory, never the result
+    rollout: Literal["transformers", "vllm"] = "transformers"  # what samples, in this process
+    vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4  # share of a GPU's memory that vLLM may take
 
     # Optimization
     learning_rate: NonNegativeFloat = 2e-3  # peak of AdamW's, for tiny/; billions need 1e-5 (SFT) to 1e-6
@@ -399,8 +401,11 @@ def main(args: Args) -> dict:
         get_teacher.cache_clear()
         gc.collect()  # FSDP2's modules and hooks hold each other
 
+    engine = runpy.run_path(located("rollout_vllm.py"))["Engine"] if args.rollout == "vllm" else None
     student = load_model(args.model, args, device)
     student.generation_config = GenerationConfig(eos_token_id=end_tokens(tokenizer, student))
+    if engine:
+        student.decode = engine(located(args.model), args).decode
     matrices = {"params": [p for p in student.parameters() if p.ndim > 1], "weight_decay": args.weight_decay}
     vectors = {"params": [p for p in student.parameters() if p.ndim <= 1], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, vectors], betas=args.adam_betas, fused=True)
@@ -587,7 +592,7 @@ def setup_distributed() -> torch.device:
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)  # rollouts are waited for
-        atexit.register(lambda: (gc.collect(), dist.destroy_process_group()))  # gloo aborts what leaves later
+        atexit.register(lambda: (gc.collect(), dist.is_initialized() and dist.destroy_process_group()))
     return device
 
 
@@ -868,7 +873,8 @@ def roll_out(policy, tokenizer, prompts, group_size, temperature, seed, args) ->
     sampled = {}
     for chunk in (mine[start : start + size] for start in range(0, len(mine), size)):
         numbers = torch.tensor(uniforms[chunk], device=policy.device)
-        answers = common.decode(policy, [asked[i].input_ids for i in chunk], numbers, end_ids, temperature)
+        decode = getattr(policy, "decode", common.decode)
+        answers = decode(policy, [asked[i].input_ids for i in chunk], numbers, end_ids, temperature)
         sampled |= dict(zip(chunk, answers))
     sampled = [answer for _, answer in sorted(gather(sampled).items())]  # B, token ids and log-probs
     texts = tokenizer.batch_decode([ids for ids, _ in sampled], skip_special_tokens=True)

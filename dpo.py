@@ -540,7 +540,7 @@ def setup_distributed() -> torch.device:
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)  # rollouts are waited for
-        atexit.register(lambda: (gc.collect(), dist.destroy_process_group()))  # gloo aborts what leaves later
+        atexit.register(lambda: (gc.collect(), dist.is_initialized() and dist.destroy_process_group()))
     return device
 
 

@@ -120,6 +120,8 @@ class Args:
     max_completion_length: PositiveInt = 128  # longest sampled answer in tokens
     temperature: PositiveFloat = 1.0  # sampling temperature
     max_tokens_per_rollout: PositiveInt = 65536  # tokens that are sampled at once: memory, never the result
+    rollout: Literal["transformers", "vllm"] = "transformers"  # what samples, in this process
+    vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4  # share of a GPU's memory that vLLM may take
     mask_truncated: bool = False  # do not train on completions that --max-completion-length cut off
 
     # Loss
@@ -277,9 +279,12 @@ def main(args: Args) -> dict:
     stream = np.concatenate([rng.permutation(len(prompts)) for _ in range(num_epochs)])
     say(f"first prompt:\n{tokenizer.decode(prompts[stream[0]].input_ids)}")
 
+    engine = runpy.run_path(located("rollout_vllm.py"))["Engine"] if args.rollout == "vllm" else None
     policy = load_model(args.model, args, device)
     end_ids = end_tokens(tokenizer, policy)
     policy.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=tokenizer.pad_token_id)
+    if engine:
+        policy.decode = engine(located(args.model), args).decode
     matrices = {"params": [p for p in policy.parameters() if p.ndim > 1], "weight_decay": args.weight_decay}
     vectors = {"params": [p for p in policy.parameters() if p.ndim <= 1], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, vectors], betas=args.adam_betas, fused=True)
@@ -503,7 +508,7 @@ def setup_distributed() -> torch.device:
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)  # rollouts are waited for
-        atexit.register(lambda: (gc.collect(), dist.destroy_process_group()))  # gloo aborts what leaves later
+        atexit.register(lambda: (gc.collect(), dist.is_initialized() and dist.destroy_process_group()))
     return device
 
 
@@ -701,7 +706,8 @@ def roll_out(policy, tokenizer, prompts, group_size, temperature, seed, args) ->
     sampled = {}
     for chunk in (mine[start : start + size] for start in range(0, len(mine), size)):
         numbers = torch.tensor(uniforms[chunk], device=policy.device)
-        answers = common.decode(policy, [asked[i].input_ids for i in chunk], numbers, end_ids, temperature)
+        decode = getattr(policy, "decode", common.decode)
+        answers = decode(policy, [asked[i].input_ids for i in chunk], numbers, end_ids, temperature)
         sampled |= dict(zip(chunk, answers))
     sampled = [answer for _, answer in sorted(gather(sampled).items())]  # B, token ids and log-probs
     texts = tokenizer.batch_decode([ids for ids, _ in sampled], skip_special_tokens=True)

@@ -85,6 +85,7 @@ def run_command(script, *words):
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow (minutes each)")
+    parser.addoption("--vllm", action="store_true", help="also run the tests of --rollout vllm (3.5 GB)")
     parser.addoption("--gpu", action="store_true", help="let the tests see the GPU, and run those marked gpu")
 
 
@@ -95,7 +96,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        for marker in ("slow", "gpu"):
+        for marker in ("slow", "gpu", "vllm"):
             if marker in item.keywords and not config.getoption(f"--{marker}"):
                 item.add_marker(pytest.mark.skip(reason=f"needs --{marker}"))
 
