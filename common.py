@@ -122,6 +122,7 @@ def pack(lengths, max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
     [[1, 0], [3, 2]]  # 5 + 3 and 4 + 2 tokens
 
     The number of rows is a multiple of `multiple_of` (processes): rows are split, at last empty ones added.
+    Long sequences come first: what processes take at the same time costs alike, attention included.
     """
     rows, spaces = [], []  # spaces: sorted (free tokens, row)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -569,6 +569,13 @@ def test_packs_every_index_once_within_the_budget(multiple_of):
     assert pack([], 100) == [] and pack([3, 5, 2, 4], max_tokens=8) == [[1, 0], [3, 2]]
 
 
+def test_rows_that_run_at_the_same_time_cost_alike():
+    lengths = (np.random.default_rng(1).pareto(1.2, 400) * 100 + 20).clip(max=8192).astype(int)
+    rows = pack(lengths, 8192, multiple_of=4)
+    costs = [sum(lengths[i] * (12_288 + lengths[i]) for i in row) for row in rows]  # attention, at H = 2,048
+    assert len(rows) > 8 and costs == sorted(costs, reverse=True)
+
+
 # Chat formats -----------------------------------------------------------------------------------------------
 
 USER = {"role": "user", "content": "a"}
