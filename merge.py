@@ -13,6 +13,7 @@ what they keep of it (m_i), and in how they average:
     dare_linear, _ties a random part of the changes, scaled up: DARE, arXiv:2311.03099
     breadcrumbs        neither the smallest nor the very largest changes: arXiv:2312.06795
     model_stock        between base and average, by the angle of the task vectors: arXiv:2403.19522
+    lora               whole weights of a LoRA (arXiv:2106.09685); other methods take one as a model, too
 
 Nothing is loaded as a model. The loop goes over tensors, in the order of the output files:
 
@@ -70,7 +71,7 @@ HERE = Path(__file__).resolve().parent
 Kept = Annotated[float, Field(gt=0, le=1)]
 Dropped = Annotated[float, Field(ge=0, lt=1)]
 Size = Annotated[str, Field(pattern=r"^[1-9]\d*[KMG]B$")]
-Plain = Literal["linear", "soup", "wise_ft", "slerp", "task_arithmetic", "model_stock"]
+Plain = Literal["linear", "soup", "wise_ft", "slerp", "task_arithmetic", "model_stock", "lora"]
 Sparse = Literal["ties", "dare_linear", "dare_ties", "breadcrumbs"]
 SPARSE = get_args(Sparse)
 
@@ -137,7 +138,9 @@ class Args:
             self.base, self.models = f"{HERE}/tiny/base", (f"{HERE}/tiny/sft",)
         if self.method in METHODS_WITH["t"] and self.base is None and len(self.models) == 2:
             self.base, self.models = self.models[0], self.models[1:]
-        if self.method not in ("linear", "soup") and self.base is None:
+        if self.method == "lora" and (self.base or len(self.models) != 1):
+            fail("--method lora takes one folder of a LoRA as --models; it names its base itself")
+        if self.method not in ("linear", "soup", "lora") and self.base is None:
             fail(f"--method {self.method} needs --base, the model that --models were fine-tuned from")
         if self.method in METHODS_WITH["t"] and len(self.models) != 1:
             fail(f"--method {self.method} takes --base and one model, not {len(self.models)}")
@@ -344,7 +347,7 @@ def merge_tensors(method, base, tensors, settings: Settings, measured: dict, dra
     and `highest` (ties, breadcrumbs), `rescale` (K,) (dare; 1 / density without it). `draws`: see `dare`.
     """
     weights = torch.tensor(settings.weights)
-    if method in ("linear", "soup"):
+    if method in ("linear", "soup", "lora"):
         return linear(tensors, weights)
     if method == "wise_ft":
         return wise_ft(base, tensors[0], settings.t)
@@ -378,7 +381,8 @@ def main(args: Args) -> dict:
     with run_folder(args) as folder:
         # 1. Check
         base = Checkpoint(args.base) if args.base else None
-        models = [Checkpoint(name) for name in args.models]
+        is_lora = [(Path(name) / "adapter_config.json").exists() for name in args.models]
+        models = [Adapter(name) if lora else Checkpoint(name) for name, lora in zip(args.models, is_lora)]
         lead = check_models(base, models, args)
         rules = [read_rule(text, args) for text in args.rule]
         if args.eval_command:
@@ -667,6 +671,49 @@ class Checkpoint:
         return sum(map(math.prod, self.shapes.values()))
 
 
+class Adapter(Checkpoint):
+    """A LoRA as peft saves it, read as the model that it makes of its base: W + alpha / r B A."""
+
+    def __init__(self, name: str):
+        folder = Path(name)
+        lora = read(folder / "adapter_config.json", lambda path: {**json.loads(path.read_bytes())})
+        more = "use_dora use_rslora fan_in_fan_out rank_pattern alpha_pattern modules_to_save lora_bias"
+        if lora.get("peft_type") != "LORA" or any(map(lora.get, more.split())):
+            fail(f"{name}: an adapter of peft that is more than a plain LoRA; merge it with peft")
+        base = lora["base_model_name_or_path"]
+        super().__init__(base if Path(base).exists() or not (HERE / base).exists() else str(HERE / base))
+        self.name, self.folder, self.scale = name, folder, lora["lora_alpha"] / lora["r"]
+        self.low_rank = read(
+            folder / "adapter_model.safetensors", lambda path: safe_open(path, framework="pt")
+        )
+        layers = {re.sub(r"^base_model\.model\.|lora_[AB]\.", "", key) for key in self.low_rank.keys()}
+        if layers - self.shapes.keys():
+            fail(f"{name}: {base} has no {some(layers - self.shapes.keys())}")
+
+    def __getitem__(self, name: str):
+        flat, key = super().__getitem__(name), f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        if f"{key}A.weight" not in self.low_rank.keys():
+            return flat
+        a, b = (self.low_rank.get_tensor(f"{key}{x}.weight").float() for x in "AB")  # (r, in), (out, r)
+        return Adapted(flat, a, self.scale * b)
+
+
+class Adapted:
+    """The numbers (out x in,) of W + B A, float32, of which a slice is worked out when it is asked for."""
+
+    def __init__(self, flat: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
+        self.flat, self.a, self.b = flat, a, b  # (out x in,), (r, in), (out, r)
+
+    def __len__(self):
+        return len(self.flat)
+
+    def __getitem__(self, tile: slice) -> torch.Tensor:
+        width, (start, stop, _) = self.a.shape[1], tile.indices(len(self))
+        first = start // width  # rows of B A
+        rows = (self.b[first : -(-stop // width)] @ self.a).view(-1)
+        return self.flat[tile].float() + rows[start - first * width : stop - first * width]
+
+
 def some(names: Iterable) -> str:
     """The first five of some names, and how many there are."""
     names = sorted(map(str, names))
@@ -782,7 +829,8 @@ def sources_of(name: str, read: list, lead) -> list[tuple[torch.Tensor, torch.Te
     """(values, filler) of a tensor in each model: the one that leads fills up missing rows for tokens."""
     width = math.prod(lead.shapes[name][1:])
     ends = [model.rows * width if model.rows and OF_TOKENS.search(name) else None for model in read]
-    return [(model[name][:end], lead[name]) for model, end in zip(read, ends)]
+    found = [model[name] if end is None else model[name][:end] for model, end in zip(read, ends)]
+    return [(flat, lead[name]) for flat in found]
 
 
 def uniform(seed: int, model: int, name: str, tile: slice) -> torch.Tensor:

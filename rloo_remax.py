@@ -865,7 +865,9 @@ def save_model(folder: Path, model, tokenizer):
         if model._hf_peft_config_loaded:  # the LoRA alone is written, as peft does
             shell.add_adapter(model.peft_config["default"])
         tied = shell.all_tied_weights_keys  # a tied head is stored once, as the embeddings
-        weights = {name: x.to(model.stored_dtype) for name, x in weights.items() if name not in tied}
+        weights = {name: x for name, x in weights.items() if name not in tied}
+        for name in (name for name in weights if ".lora_" not in name):  # peft keeps a LoRA in float32
+            weights[name] = weights[name].to(model.stored_dtype)
         unfinished = folder.with_name(f"{folder.name}.partial")
         shell.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
