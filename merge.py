@@ -402,7 +402,7 @@ class Work(NamedTuple):
     """One tensor of the result, and where its values come from."""
 
     name: str
-    sources: list[tuple[torch.Tensor, torch.Tensor]]  # of the base and of each model: (n,), see `sources_of`
+    sources: list[tuple[Callable, torch.Tensor]]  # of the base and of each model, see `sources_of`
     with_base: bool  # whether there is one
     settings: Settings
     dtype: torch.dtype  # of the result
@@ -418,8 +418,8 @@ class Work(NamedTuple):
     def load(self, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """A tile as float32: base (n,), or the first model where there is none, and models (K, n)."""
         rows = torch.empty(len(self.sources), tile.stop - tile.start)
-        for row, (flat, filler) in zip(rows, self.sources):
-            own = flat[tile]
+        for row, (values, filler) in zip(rows, self.sources):
+            own = values(tile)
             row[: len(own)].copy_(own)
             row[len(own) :].copy_(filler[tile.start + len(own) : tile.stop])
         return rows[0], rows[int(self.with_base) :]
@@ -481,7 +481,7 @@ def merge_models(folder: Path, base, models: list, lead, rules: list, args: Args
 def merge_tensor(pool, work: Work, measured: dict, args: Args) -> tuple:
     """A tensor of the result, (n,), in its type, and for a report the `gram` of base and task vectors."""
     if not work.dtype.is_floating_point or not work.size:  # counters and the like: equal everywhere
-        return work.sources[0][0].to(work.dtype, copy=True), None
+        return work.sources[0][0](slice(None)).to(work.dtype, copy=True), None
     merged, limit = torch.empty(work.size, dtype=work.dtype), torch.finfo(work.dtype).max
     measured, with_report = measured or measure(pool, work, args), args.report and work.with_base
 
@@ -666,6 +666,10 @@ class Checkpoint:
         """All numbers of a tensor, (n,), not read yet."""
         return self.handles[name].get_tensor(name).view(-1)
 
+    def values(self, name: str) -> Callable:
+        """Reads a tile of a tensor."""
+        return self[name].__getitem__
+
     @property
     def num_parameters(self) -> int:
         return sum(map(math.prod, self.shapes.values()))
@@ -683,35 +687,25 @@ class Adapter(Checkpoint):
         base = lora["base_model_name_or_path"]
         super().__init__(base if Path(base).exists() or not (HERE / base).exists() else str(HERE / base))
         self.name, self.folder, self.scale = name, folder, lora["lora_alpha"] / lora["r"]
-        self.low_rank = read(
-            folder / "adapter_model.safetensors", lambda path: safe_open(path, framework="pt")
-        )
+        file = folder / "adapter_model.safetensors"
+        self.low_rank = read(file, lambda path: safe_open(path, framework="pt"))
         layers = {re.sub(r"^base_model\.model\.|lora_[AB]\.", "", key) for key in self.low_rank.keys()}
         if layers - self.shapes.keys():
             fail(f"{name}: {base} has no {some(layers - self.shapes.keys())}")
 
-    def __getitem__(self, name: str):
-        flat, key = super().__getitem__(name), f"base_model.model.{name.removesuffix('.weight')}.lora_"
+    def values(self, name: str) -> Callable:
+        flat, key = self[name], f"base_model.model.{name.removesuffix('.weight')}.lora_"
         if f"{key}A.weight" not in self.low_rank.keys():
-            return flat
+            return super().values(name)
         a, b = (self.low_rank.get_tensor(f"{key}{x}.weight").float() for x in "AB")  # (r, in), (out, r)
-        return Adapted(flat, a, self.scale * b)
 
+        def of_tile(tile: slice) -> torch.Tensor:
+            start, stop, _ = tile.indices(len(flat))
+            first = start // a.shape[1]  # of the rows of B A that the tile touches
+            rows = self.scale * (b[first : -(-stop // a.shape[1])] @ a).view(-1)
+            return flat[tile].float() + rows[start - first * a.shape[1] :][: stop - start]
 
-class Adapted:
-    """The numbers (out x in,) of W + B A, float32, of which a slice is worked out when it is asked for."""
-
-    def __init__(self, flat: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
-        self.flat, self.a, self.b = flat, a, b  # (out x in,), (r, in), (out, r)
-
-    def __len__(self):
-        return len(self.flat)
-
-    def __getitem__(self, tile: slice) -> torch.Tensor:
-        width, (start, stop, _) = self.a.shape[1], tile.indices(len(self))
-        first = start // width  # rows of B A
-        rows = (self.b[first : -(-stop // width)] @ self.a).view(-1)
-        return self.flat[tile].float() + rows[start - first * width : stop - first * width]
+        return of_tile
 
 
 def some(names: Iterable) -> str:
@@ -825,12 +819,12 @@ def settings_of_tensors(model, rules: list[Rule], args: Args, num_models: int) -
     return result
 
 
-def sources_of(name: str, read: list, lead) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(values, filler) of a tensor in each model: the one that leads fills up missing rows for tokens."""
+def sources_of(name: str, read: list, lead) -> list[tuple[Callable, torch.Tensor]]:
+    """(reader, filler) of a tensor in each model: the one that leads fills up missing rows for tokens."""
     width = math.prod(lead.shapes[name][1:])
-    ends = [model.rows * width if model.rows and OF_TOKENS.search(name) else None for model in read]
-    found = [model[name] if end is None else model[name][:end] for model, end in zip(read, ends)]
-    return [(flat, lead[name]) for flat in found]
+    short = [model.rows * width if model.rows and OF_TOKENS.search(name) else 0 for model in read]
+    values = [model[name][:n].__getitem__ if n else model.values(name) for model, n in zip(read, short)]
+    return [(reader, lead[name]) for reader in values]
 
 
 def uniform(seed: int, model: int, name: str, tile: slice) -> torch.Tensor:
