@@ -401,11 +401,11 @@ def main(args: Args) -> dict:
         get_teacher.cache_clear()
         gc.collect()  # FSDP2's modules and hooks hold each other
 
-    engine = runpy.run_path(located("rollout_vllm.py"))["Engine"] if args.rollout == "vllm" else None
+    engine = runpy.run_path(located("rollout_vllm.py"))["find_engine"]() if args.rollout == "vllm" else None
     student = load_model(args.model, args, device)
     student.generation_config = GenerationConfig(eos_token_id=end_tokens(tokenizer, student))
     if engine:
-        student.decode = engine(located(args.model), args).decode
+        student.decode = engine(located(args.model), args.vllm_memory, args).decode
     matrices = {"params": [p for p in student.parameters() if p.ndim > 1], "weight_decay": args.weight_decay}
     vectors = {"params": [p for p in student.parameters() if p.ndim <= 1], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, vectors], betas=args.adam_betas, fused=True)

