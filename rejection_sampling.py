@@ -26,8 +26,8 @@ Deviations from the papers, each with its reason:
 
     python rejection_sampling.py                               # CPU, offline, 3 minutes on 2 cores
     python rejection_sampling.py --num-rounds 0                # Best-of-N of tiny/sft
-    python rejection_sampling.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k --dataset-config \
-        main --learning-rate 1e-5 --batch-size 64 --prompts-per-round 0 --max-completion-length 512
+    python rejection_sampling.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k \
+        --dataset-config main --learning-rate 1e-5 --batch-size 64 --max-completion-length 512
 
 Shapes: P prompts, G samples of each (N of Best-of-N), B = P G, C trained tokens of a row, F rewards.
 """
@@ -109,7 +109,7 @@ class Args:
     num_generations: PositiveInt = 8  # answers sampled to each prompt, the N of Best-of-N
     filter: Filter = "all_correct"  # keep answers whose first --reward is 1, the best, or from --threshold
     threshold: float | None = None  # least reward of what is kept, under every filter; "threshold" needs it
-    max_per_prompt: PositiveInt = 4  # most answers kept of a prompt and round, the best first; top1: 1
+    max_per_prompt: PositiveInt = 1  # most answers kept of a prompt and round, the best first; top1: 1
     restart: bool = False  # train every round from --model as it was, on the newest samples (STaR)
     max_completion_length: PositiveInt = 128  # longest sampled answer in tokens
     temperature: PositiveFloat = 1.0  # sampling temperature
@@ -256,10 +256,8 @@ def best_of_k(rows: list[dict], size: int) -> list[dict]:
             best = chosen_shares(rewards, k)  # (N,)
             line = {"reward": best @ rewards, "best@k": best @ gold}
             if with_right:
-                line |= {
-                    "pass@k": chosen_shares(right, k) @ right,
-                    "maj@k": majority_right(finals[i], right, k),
-                }
+                line |= {"pass@k": chosen_shares(right, k) @ right}
+                line |= {"maj@k": majority_right(finals[i], right, k)}
             found.append(line | {"kl": best_of_n_kl(np.full(size, 1 / size), rewards, k)})
         means = {name: float(np.mean([line[name] for line in found])) for name in found[0]}
         table.append({"k": k} | means | {"kl_bound": math.log(k) - (k - 1) / k})
@@ -323,11 +321,11 @@ def main(args: Args) -> dict:
             break
         sequences = [Sequence(np.array(x + y, np.int32), np.arange(len(x + y)) >= len(x)) for x, y in kept]
         lengths = np.array([len(ids) for ids, _ in sequences])
-        size = max(1, math.ceil(args.num_epochs * len(kept) / args.batch_size))
-        ends[number:] = [args.max_steps * number // args.num_rounds or first + size]
-        size, rng = ends[number] - first, np.random.default_rng((args.seed, number))
+        passes = math.ceil(args.num_epochs * len(kept) / args.batch_size)
+        ends[number:] = [args.max_steps * number // args.num_rounds or first + passes]
+        size, rng = ends[number] - first, np.random.default_rng((args.seed, number))  # steps of the round
         num_orders = math.ceil(size * args.batch_size / len(kept))
-        order = np.concatenate([rng.permutation(len(kept)) for _ in range(num_orders)])
+        order = sum([rng.permutation(len(kept)).tolist() for _ in range(num_orders)], [])
         if logger.is_first:
             logger.bar.total = args.max_steps or ends[number] + size * (args.num_rounds - number)
         if step == first:
@@ -404,17 +402,15 @@ def sample_round(policy, tokenizer, asked, judges, number, step, output_dir, arg
     rows = [json.loads(line) for line in path.open()] if path.exists() else []
     if rows and rows[0]["step"] == step:
         return rows
+    origin = {"round": number, "step": step, "model": args.model, "seed": args.seed}
     seed = (args.seed, number)
     found = answer(policy, tokenizer, asked, count, args.temperature, seed, judges, args)  # B
     if all(row["reward"] is None for row in found):
         fail(f"--reward {', '.join(judges[0])}: None for every completion of round {number}")
-    groups, origin = (
-        [found[n : n + count] for n in range(0, len(found), count)],
-        {"round": number, "step": step},
-    )
-    origin |= {"model": args.model, "seed": args.seed, "temperature": args.temperature}
-    reasons = [reasons_against(x, args.filter, args.threshold, args.max_per_prompt) for x in groups]
-    rows = [origin | row | {"kept": not why, "reason": why} for row, why in zip(found, sum(reasons, []))]
+    reasons, settings = [], (args.filter, args.threshold, args.max_per_prompt)
+    for start in range(0, len(found), count):
+        reasons += reasons_against(found[start : start + count], *settings)
+    rows = [origin | row | {"kept": not why, "reason": why} for row, why in zip(found, reasons)]
     counts = Counter(row["reason"] or "kept" for row in rows).most_common()
     say(f"round {number}: " + ", ".join(f"{n:,} {reason}" for reason, n in counts))
     if dist.get_rank() == 0:
@@ -470,7 +466,7 @@ Prompt = namedtuple("Prompt", ["input_ids", "row", "place"])
 Completion = namedtuple("Completion", ["prompt", "token_ids", "logprobs", "text", "ended"])
 Sequence = namedtuple("Sequence", ["input_ids", "trained"])  # token ids and which of them are trained
 FILLER = Sequence(np.zeros(1, np.int32), np.zeros(1, bool))  # for a process that has no row: trains nothing
-COLUMNS = ("reward", "loss", "entropy", "sampling/kept_ratio", "grad_norm", "step_time")  # on the terminal
+COLUMNS = ("reward", "loss", "entropy", "sampling/kept_ratio", "grad_norm")  # on the terminal
 
 
 def say(message: str):

@@ -73,6 +73,7 @@ RUN = {
     "grpo.py": ONLINE,
     "dapo.py": ONLINE | {"overlong_buffer": 20},
     "rloo_remax.py": ONLINE,
+    "rejection_sampling.py": ONLINE | {"num_rounds": 2, "prompts_per_round": 8, "batch_size": 8},
     "ppo_rlhf.py": ONLINE | {"eval_reward": ("rewards.py:math_answer",)},
     "distill.py": PAIRS
     | {
@@ -100,6 +101,7 @@ VARIANTS = {
     ),
     "dapo.py": ({"mask_truncated": True, "max_resamples": 1},),
     "rloo_remax.py": ({"algorithm": "remax"}, {"algorithm": "reinforce_pp", "kl_coef": 0.1}),
+    "rejection_sampling.py": ({"filter": "top1", "restart": True},),
     "ppo_rlhf.py": ({"kl_target": 1.0, "whiten_rewards": True},),
     "distill.py": (
         {"divergence": "jsd", "cache_top_k": 4, "ce_coef": 0.5},
