@@ -309,10 +309,10 @@ def main(args: Args) -> dict:
         logger.log({"step": 0} | evaluated, samples)
     for number in range(max(1, len(ends) - 1), args.num_rounds + 1):
         # 1. Sample: answers of the policy as it is after step `first`
-        first, started = ends[number - 1], time.perf_counter()
+        first = ends[number - 1]
         asked = [prompts[i] for i in stream[(number - 1) * num_prompts : number * num_prompts]]  # P
         rows = sample_round(policy, tokenizer, asked, judges, number, first, output_dir, args)  # B
-        described = {"round": number, "time/sampling": time.perf_counter() - started} | describe_round(rows)
+        described = {"round": number} | describe_round(rows)
 
         # 2. Filter: each row says whether it is kept; the round's steps pass over what is --num-epochs times
         kept = [(row["prompt_ids"], row["completion_ids"]) for row in rows if row["kept"]]
@@ -403,7 +403,7 @@ def sample_round(policy, tokenizer, asked, judges, number, step, output_dir, arg
     if rows and rows[0]["step"] == step:
         return rows
     origin = {"round": number, "step": step, "model": args.model, "seed": args.seed}
-    seed = (args.seed, number)
+    seed, started = (args.seed, number), time.perf_counter()
     found = answer(policy, tokenizer, asked, count, args.temperature, seed, judges, args)  # B
     if all(row["reward"] is None for row in found):
         fail(f"--reward {', '.join(judges[0])}: None for every completion of round {number}")
@@ -412,7 +412,8 @@ def sample_round(policy, tokenizer, asked, judges, number, step, output_dir, arg
         reasons += reasons_against(found[start : start + count], *settings)
     rows = [origin | row | {"kept": not why, "reason": why} for row, why in zip(found, reasons)]
     counts = Counter(row["reason"] or "kept" for row in rows).most_common()
-    say(f"round {number}: " + ", ".join(f"{n:,} {reason}" for reason, n in counts))
+    told = ", ".join(f"{n:,} {reason}" for reason, n in counts)
+    say(f"round {number}, {time.perf_counter() - started:.0f} seconds: {told}")
     if dist.get_rank() == 0:
         path.with_suffix(".partial").write_text("".join(json.dumps(row) + "\n" for row in rows))
         path.with_suffix(".partial").rename(path)
