@@ -546,7 +546,7 @@ def load_tokenizer(args):
         tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
     if tokenizer.chat_template is None:
         say(f"{args.model} has no chat template: conversations are written in ChatML")
-        tokenizer.chat_template = CHATML
+        tokenizer.chat_template = CHATML if not tokenizer("").input_ids else "{{ bos_token }}" + CHATML
     tokenizer.positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     return tokenizer
 
@@ -886,7 +886,7 @@ class Logger:
         step, total = metrics["step"], self.bar.total
         for name, lines in (("metrics", [metrics]), ("samples", [{"step": step} | s for s in samples])):
             with open(self.folder / f"{name}.jsonl", "a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.writelines(json.dumps({k: v for k, v in x.items() if v == v}) + "\n" for x in lines)
         if self.args.wandb:
             self.wandb.log(metrics, step=step)
         self.bar.update(step - self.bar.n)
@@ -922,7 +922,7 @@ class Logger:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(tyro.cli(Args, description=__doc__))
     except BaseException as error:  # CheckpointException is no Exception
         if "No space left" not in str(error):
             raise

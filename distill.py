@@ -633,7 +633,7 @@ def load_tokenizer(args):
         tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
     if tokenizer.chat_template is None:
         say(f"{args.model} has no chat template: conversations are written in ChatML")
-        tokenizer.chat_template = CHATML
+        tokenizer.chat_template = CHATML if not tokenizer("").input_ids else "{{ bos_token }}" + CHATML
     tokenizer.positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     return tokenizer
 
@@ -656,7 +656,7 @@ def load_tokenizers(args) -> tuple:
             fail(f"--teacher {args.teacher} has another vocabulary than --model: use --mode seq_kd")
         teacher_tokenizer.chat_template = template or CHATML
         return tokenizer, teacher_tokenizer
-    if template and tokenizer.chat_template == CHATML:
+    if template and tokenizer.chat_template.endswith(CHATML):
         say("the chat template is the teacher's")
         tokenizer.chat_template = template
     return tokenizer, tokenizer
@@ -1145,7 +1145,7 @@ class Logger:
         step, total = metrics["step"], self.bar.total
         for name, lines in (("metrics", [metrics]), ("samples", [{"step": step} | s for s in samples])):
             with open(self.folder / f"{name}.jsonl", "a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.writelines(json.dumps({k: v for k, v in x.items() if v == v}) + "\n" for x in lines)
         if self.args.wandb:
             self.wandb.log(metrics, step=step)
         self.bar.update(step - self.bar.n)
@@ -1181,7 +1181,7 @@ class Logger:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(tyro.cli(Args, description=__doc__))
     except BaseException as error:  # CheckpointException is no Exception
         if "No space left" not in str(error):
             raise

@@ -24,7 +24,7 @@ Deviations from the papers, each with its reason:
     2. ORPO's NLL is that of the answer, as Eq. 6 has it; its authors' code adds the prompt's.
     3. AdamW with the schedule of sft.py throughout; the papers use RMSprop, Adam and AdamW.
 
-    python ipo_kto_simpo_orpo.py --algorithm kto                # CPU, offline, 2 minutes on 2 cores
+    python ipo_kto_simpo_orpo.py --algorithm kto                # CPU, offline, 1 minute on one core
     python ipo_kto_simpo_orpo.py --algorithm simpo --model Qwen/Qwen2.5-1.5B-Instruct --beta 2 \
         --dataset trl-lib/ultrafeedback_binarized --learning-rate 1e-6 --batch-size 128 --max-length 2048 \
         --max-tokens-per-micro-batch 16384
@@ -492,7 +492,7 @@ def load_tokenizer(args):
         tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
     if tokenizer.chat_template is None:
         say(f"{args.model} has no chat template: conversations are written in ChatML")
-        tokenizer.chat_template = CHATML
+        tokenizer.chat_template = CHATML if not tokenizer("").input_ids else "{{ bos_token }}" + CHATML
     tokenizer.positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     return tokenizer
 
@@ -857,7 +857,7 @@ class Logger:
         step, total = metrics["step"], self.bar.total
         for name, lines in (("metrics", [metrics]), ("samples", [{"step": step} | s for s in samples])):
             with open(self.folder / f"{name}.jsonl", "a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.writelines(json.dumps({k: v for k, v in x.items() if v == v}) + "\n" for x in lines)
         if self.args.wandb:
             self.wandb.log(metrics, step=step)
         self.bar.update(step - self.bar.n)
@@ -893,7 +893,7 @@ class Logger:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(tyro.cli(Args, description=__doc__))
     except BaseException as error:  # CheckpointException is no Exception
         if "No space left" not in str(error):
             raise

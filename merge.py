@@ -874,4 +874,4 @@ def write_report(folder: Path, grams: dict[str, torch.Tensor], base, models: lis
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

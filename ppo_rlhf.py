@@ -32,7 +32,7 @@ Deviations from the papers, each with its reason:
        of the very rows that are trained on. The prompts of a rollout are in random order.
     7. A completion without a score (None) is not trained on, and no mean counts it.
 
-    python ppo_rlhf.py                                         # CPU, offline, 3 minutes on two cores
+    python ppo_rlhf.py                                         # CPU, offline, 4 minutes on one core
     python ppo_rlhf.py --model Qwen/Qwen2.5-1.5B-Instruct --reward runs/my_reward_model/model \
         --dataset trl-lib/ultrafeedback-prompt --learning-rate 1e-6 --value-learning-rate 5e-6 \
         --kl-coef 0.05 --batch-size 512 --max-completion-length 512 --max-tokens-per-micro-batch 16384 \
@@ -658,7 +658,7 @@ def load_tokenizer(args):
         tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
     if tokenizer.chat_template is None:
         say(f"{args.model} has no chat template: conversations are written in ChatML")
-        tokenizer.chat_template = CHATML
+        tokenizer.chat_template = CHATML if not tokenizer("").input_ids else "{{ bos_token }}" + CHATML
     tokenizer.positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     return tokenizer
 
@@ -1042,7 +1042,7 @@ class Logger:
         step, total = metrics["step"], self.bar.total
         for name, lines in (("metrics", [metrics]), ("samples", [{"step": step} | s for s in samples])):
             with open(self.folder / f"{name}.jsonl", "a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.writelines(json.dumps({k: v for k, v in x.items() if v == v}) + "\n" for x in lines)
         if self.args.wandb:
             self.wandb.log(metrics, step=step)
         self.bar.update(step - self.bar.n)
@@ -1078,7 +1078,7 @@ class Logger:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(tyro.cli(Args, description=__doc__))
     except BaseException as error:  # CheckpointException is no Exception
         if "No space left" not in str(error):
             raise

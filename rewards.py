@@ -21,7 +21,7 @@ a file of your own does as well as this one, and so does a reward model, by its 
 
 `reward_model` makes such a function of a reward model, and `final_answer` is what a majority votes on.
 Keyword-only parameters are settings: functools.partial changes them, in a file of your own (docs/rewards.md).
-Only reward models need more than the standard library: torch and transformers.
+Beside the standard library, formulas need math-verify, and reward models torch and transformers.
 """
 
 import functools
@@ -29,11 +29,20 @@ import importlib.util
 import json
 import os
 import re
-import threading
+import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from pathlib import Path
+
+
+@functools.cache
+def module(name):
+    """The module that stands beside this file under that name, whatever folders Python looks in."""
+    path = Path(__file__).resolve().with_name(f"{name}.py")
+    if str(path) not in sys.modules:  # one, with its workers, however often this file is loaded
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[str(path)] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[str(path)])
+    return sys.modules[str(path)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -71,30 +80,22 @@ def last_fence(text, *languages) -> str:
 # ------------------------------------------------------------------------------------------------------------
 # Mathematics
 # ------------------------------------------------------------------------------------------------------------
-DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-# A number as it is written in an answer: -$1,234.50, 3/4, 1 1/2, 5e-3, 12%, 5 km/h, 3 million dollars
-NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)\s*[$€£¥]?\s*(?P<sign2>[-+]?)"
-    rf"(?:(?P<whole>\d+)\s+(?=\d+\s*/))?(?P<top>{DIGITS})(?:e(?P<exponent>[-+]?\d{{1,3}})\b)?"
-    rf"(?:\s*/\s*(?P<bottom>{DIGITS}))?(?:\s*(?P<percent>%|percent\b))?"
-    rf"(?:\s*(?P<scale>hundred|thousand|million|billion|trillion)\b)?(?P<unit>.*)",
-    re.IGNORECASE | re.DOTALL,
+FORMATS = {  # what each mark looks like; all are found in time linear in the text
+    "hash": r"^[^\n]*####([^\n]*)",  # GSM8K's #### 18
+    "boxed": r"\\(?:boxed|fbox)\s*+\{",  # its end is where the braces balance
+    "tag": r"<answer>((?:(?!</?answer>).)*)</answer>",
+    "line": r"^[ \t*_]*+(?:A|(?i:(?:final )?answer))[ \t*_]*+:([^\n]*)",  # A: 18
+    "says": r"(?i:\bthe (?:\w{1,20} )?answer is\b)((?:(?!\.(?:\s|$)| because\b| since\b|the answer)[^\n])*)",
+}
+OPTIONS = re.compile(r"^[ \t*_(]*+B[ \t*_]*+[:.)]", re.MULTILINE)  # beside which A: 18 is no answer
+HEADING = re.compile(r"Step\b|\d+[.)] |.*:$|$")  # of Markdown: #### Step 1, #### 2. Add them, #### Answer:
+# Words and signs beside a text's last number that make something else of it
+BESIDE = (
+    "not no or than between least most over under to times plus minus negative dozen squared cubed mod choose"
 )
-LAST_NUMBER = re.compile(
-    rf"(?:(?<![\w)\].])[-+])?(?:\\[dt]?frac\{{\d+\}}\{{\d+\}}|[$€£¥]?(?<![\d.]){DIGITS}(?:/{DIGITS})?(?:\s?%)?)"
-)
-LETTER_UNITS = frozenset("mgshlLCFKVWJN")  # other single letters are variables
-NO_UNIT = re.compile("(?:pi|or|and|to|times|plus|minus|over|mod|sqrt|sin|cos|tan|log|ln|exp)", re.IGNORECASE)
-MATHEMATICS = re.compile(r"[\\^_=+*/()\[\]{}]|\d\s*[A-Za-z]\b")
-SENTENCE = r"(?:(?!\.(?:\s|$)|\\boxed|<answer>|####)[^\n])"  # one character of it, before another mark
-FORMATS = {
-    # GSM8K's #### 18; Markdown's headings begin alike: #### Step 1, #### 2. Add them, #### Answer:
-    "hash": r"####[ \t]*+(?P<hash>(?!Step\b|\d+[.)][ \t])[^\n]*[^\s:])[ \t]*$",
-    "boxed": r"\\boxed\s*(?P<boxed>\{)",  # its end is where the braces balance
-    "tag": r"<answer>(?P<tag>(?:(?!<answer>).)*?)</answer>",
-    "line": r"^[ \t*_]*(?:A|(?i:(?:final )?answer))[ \t*_]*:[ \t*_]*(?P<line>[^\n]+)",  # A: 18
-    "says": rf"(?i:\bthe (?:\w+ )?answer is\b)(?:{SENTENCE}*=)?[ \t:*_=]*(?P<says>{SENTENCE}*[\w)}}\]%]\$?)",
+BESIDE = {
+    *BESIDE.split(),
+    *"halves thirds quarters fourths fifths tenths hundredths factorial + - * / x ^ < >".split(),
 }
 
 
@@ -104,20 +105,17 @@ def math_answer(prompts, completions, answer, *, formats=tuple(FORMATS), last_nu
     `answer` is bare, or a solution with its answer marked (GSM8K). `formats` says which marks count in a
     completion, of `hash` (#### 18), `boxed` (\boxed{18}), `tag` (<answer>18</answer>), `line` (A: 18, or
     Answer: 18, on a line of its own) and `says` (the answer is 18); the last mark counts, after the thought
-    if there is one. With `last_number` a completion without a mark answers with its last number. Equality is
-    that of `same_answer`. None where the gold answer is empty, or needs math-verify and it is not installed.
+    if there is one. With `last_number` a completion without a mark answers with its last number. What is
+    equal, mathematics.py says. None where the gold answer is empty. RuntimeError without math-verify.
     """
 
-    def score(text, gold):
-        gold = "" if gold is None else str(gold)
-        gold = plain(marked_answer(gold) or gold)
-        is_number = number(gold)[0] is not None
-        if not gold or (not is_number and MATHEMATICS.search(gold) and math_verify() is None):
-            return None
-        found = found_answer(text, formats, last_number, is_number)
-        return float(found is not None and same_answer(gold, found))
+    def pair(text, gold):
+        gold = "" if gold is None else str(gold).strip()
+        return (marked_answer(gold) or gold, found_answer(text, formats, last_number) or "") if gold else None
 
-    return each(score, completions, answer)
+    pairs = each(pair, completions, answer)
+    verdicts = iter(module("mathematics").equal([pair for pair in pairs if pair]))
+    return [float(next(verdicts)) if pair else None for pair in pairs]
 
 
 # Answers without a mark that a prompt asks for are worth 0.0.
@@ -128,137 +126,70 @@ def final_answer(completion) -> str:
     """The answer that `math_answer` finds in a completion, written so that equal answers are equal texts.
 
     Numbers are integers or fractions in lowest terms, without unit and percent sign; other marked answers are
-    without case, spaces and what only typesets them. A completion without an answer is its own.
+    without spaces and what only typesets them, words in lower case. One without an answer is its own.
     """
     text = text_of(completion) or ""
     found = found_answer(text)
     if found is None:
         return text.strip()
-    value, _ = number(found)
-    return letters(found) if value is None else str(value)
+    value, _ = module("mathematics").number(found)
+    return module("mathematics").letters(found) if value is None else str(value)
 
 
-def found_answer(text, formats=tuple(FORMATS), last_number=True, is_number=True) -> str | None:
-    """What the last mark after the thought gives for an answer, or None.
-
-    With `last_number` it is the last number where there is no mark, and in a marked sentence (<answer>That is
-    18 dollars in all</answer>) if the answer `is_number`.
-    """
+def found_answer(text, formats=tuple(FORMATS), last_number=True) -> str | None:
+    """What the last mark after the thought gives ; without a mark, if wanted, the last number."""
     text = after_thought(text)
     found = marked_answer(text, formats)
-    if last_number and found is None:
+    if found is None and last_number and not OPTIONS.search(text):
         return final_number(text)
-    if last_number and is_number and number(found)[0] is None and not MATHEMATICS.search(found):
-        return final_number(found) or found
     return found
 
 
 def marked_answer(text, formats=tuple(FORMATS)) -> str | None:
     """What the last mark in a text gives for its answer, or None; a box within another mark is opened."""
-    pattern = "|".join(FORMATS[name] for name in formats)
-    for match in reversed(list(re.finditer(pattern, text, re.MULTILINE | re.DOTALL))):
-        boxed = match.lastgroup == "boxed"
-        found = braced(text, match.start("boxed")) if boxed else match[match.lastgroup]
-        if found and r"\boxed" in found:
-            found = marked_answer(found, ("boxed",))
-        if found is not None:  # else an unclosed box
-            return found.strip()
-    return None
+    marks, options = boxes(text) if "boxed" in formats else [], OPTIONS.search(text)
+    for name in {*formats} - {"boxed"}:
+        for match in re.finditer(FORMATS[name], text, re.MULTILINE | re.DOTALL):
+            one_of_many = (
+                options and name == "line" and "nswer" not in match[0][: match.start(1) - match.start()]
+            )
+            answer = match[1].strip().lstrip(":*_ \t").rstrip("*_, \t")
+            if not one_of_many and not HEADING.match(answer):
+                marks.append((match.start(1), answer))
+    found = max(marks)[1] if marks else None
+    if found and r"\boxed" in found and "boxed" not in formats:
+        return marked_answer(found, ("boxed",))
+    return found
 
 
-def braced(text, start, longest=1000) -> str | None:
-    """What stands between the brace at `start` and the one that closes it, or None."""
-    depth = 0
-    for i in range(start, min(start + longest, len(text))):
-        if text[i] in "{}" and text[i - 1] != "\\":
-            depth += 1 if text[i] == "{" else -1
-            if depth == 0:
-                return text[start + 1 : i]
-    return None
+def boxes(text, longest=1000) -> list[tuple[int, str]]:
+    r"""Where closed boxes begin and what they hold; with the one before, if `or` or a comma is between."""
+    found, opened, end, answer = [], [], 0, ""
+    for match in re.finditer(rf"{FORMATS['boxed']}|\\.|[{{}}]", text, re.DOTALL):
+        if match[0] != "}":
+            opened += [match] * (match[0][-1] == "{" and match[0] != r"\{")
+        elif opened and len((box := opened.pop())[0]) > 1 and match.start() - box.end() <= longest:
+            between = re.fullmatch(r"[\s$]*,?[\s$]*(?:or|and|,)[\s$]*", text[end : box.start()][:20])
+            joined = f"{answer}, " if end and between and len(answer) <= longest else ""
+            answer, end = joined + text[box.end() : match.start()].strip(), match.end()
+            found.append((box.end(), answer))
+    return found
 
 
 def final_number(text) -> str | None:
-    """The last number in a text, with its fraction and percent sign; the minus of 16-3 is no sign."""
-    found = LAST_NUMBER.findall(plain(text))
-    return found[-1] if found else None
-
-
-def same_answer(gold, answer) -> bool:
-    r"""Whether two bare answers are equal.
-
-    Numbers are compared exactly, as fractions, with signs, thousands, decimals, currencies and units read;
-    where one alone has a percent sign, 50% is both 50 and 1/2. Other answers are equal if their letters are;
-    and mathematics, such as \sqrt{8} and 2\sqrt{2}, if math-verify (which computes to 6 decimals) says so.
-    """
-    (x, x_percent), (y, y_percent) = number(gold), number(answer)
-    if x is not None and y is not None:
-        return x == y or x / 100**x_percent == y / 100**y_percent
-    gold, answer = plain(gold), plain(answer)
-    if letters(gold) == letters(answer):
-        return True
-    if not MATHEMATICS.search(gold if x is None else answer) or math_verify() is None:
-        return False
-    # Its time limit is an alarm signal, which only the main thread may set.
-    seconds = 5 if threading.current_thread() is threading.main_thread() else None
-    try:
-        parsed = [math_verify().parse(f"${text}$", parsing_timeout=seconds) for text in (gold, answer)]
-        return bool(math_verify().verify(*parsed, timeout_seconds=seconds))
-    except Exception:  # it reports what it cannot read in many ways
-        return False
-
-
-def number(text) -> tuple[Fraction | None, bool]:
-    """An amount as an exact fraction, None if the text is none, and whether it has a percent sign."""
-    text = re.sub(r"(\d)\s*\\[dt]?frac", r"\1 \\frac", plain(text))  # 1\frac{1}{2} is one and a half
-    text = re.sub(r"\\[dt]?frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))", r"\1\2/\3\4", text)
-    text = re.sub(r"^[A-Za-z]\w*\s*=\s*", "", text)  # x = 5
-    match = NUMBER.fullmatch(text)
-    if len(text) > 1000 or not match or not is_unit(match["unit"]):  # Python refuses 4,300 digits
-        return None, False
-    parts = [(match[name] or "0").replace(",", "") for name in ("top", "bottom", "whole")]
-    top, bottom, whole = map(Fraction, parts)
-    if match["bottom"] and bottom == 0:
-        return None, False
-    value = (whole + top / (bottom or 1)) * Fraction(10) ** int(match["exponent"] or 0)
-    value *= SCALES[match["scale"].lower()] if match["scale"] else 1
-    return -value if "-" in match["sign"] + match["sign2"] else value, bool(match["percent"])
-
-
-def is_unit(text) -> bool:
-    """Whether what follows a number is words, as dollars, km/h, m^2; in 2x and 2 pi it is mathematics."""
-    words = re.findall(r"[^\W\d_]+", text)
-    rest = re.sub(r"[^\W\d_]+(?:\^?[23]\b)?|[\s/°.'$€£¥-]", "", text)
-    if rest or re.match(r"[^\W\d_](?![^\W\d_])", text):  # another number or sign; a letter next to the digit
-        return False
-    return all(word in LETTER_UNITS if len(word) == 1 else not NO_UNIT.fullmatch(word) for word in words)
-
-
-def plain(text) -> str:
-    r"""`text` without what only typesets it: $...$, \text{}, thin spaces, unicode signs, a final dot."""
-    text = text.translate({0x2212: "-", 0x2013: "-", 0xFF0D: "-", 0xA0: " ", 0x202F: " "})
-    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1", text)
-    text = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[()\[\]]|\\[!,;: ]|\^\{?\\circ\}?|\*\*", "", text)
-    text = text.replace("{,}", ",").replace(r"\%", "%").replace(r"\$", "$").strip()
-    if text[:1] == text[-1:] == "$":
-        text = text.strip("$")
-    return text.rstrip(".").strip()
-
-
-def letters(text) -> str:
-    """What `plain` leaves of an answer, without case and spaces."""
-    return re.sub(r"\s", "", plain(text)).casefold()
-
-
-@functools.cache
-def math_verify():
-    """The module math_verify, or None after one warning."""
-    try:
-        import math_verify as module
-    except ImportError:
-        problem = "math-verify is not installed (pip install math-verify)"
-        warnings.warn(f"{problem}: rows whose gold answer needs it get no reward", stacklevel=2)
+    """The last number in a text, with what belongs to it; None where it is part of something else."""
+    last = max(map(text.rfind, "0123456789"))
+    words = module("mathematics").plain(text[max(0, last - 200) : last + 40]).split() if last >= 0 else []
+    at = max((n for n, word in enumerate(words) if re.search(r"\d", word)), default=None)
+    if at is None:
         return None
-    return module
+    before, word, *behind = words[:at], *(word.strip("()*_\"'`.,;:!?#") for word in words[at:])
+    if before and before[-1].isdecimal() and "/" in word:
+        word = f"{before.pop()} {word}"  # 1 1/2
+    if behind and behind[0] in ("%", "percent", "hundred", "thousand", "million", "billion"):
+        word = f"{word} {behind.pop(0)}"
+    beside = {*before[-1:], *behind[:1], *({"between"} & {*before[-3:]})}
+    return word if module("mathematics").number(word)[0] is not None and not beside & BESIDE else None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -455,15 +386,6 @@ def conversation_ids(tokenizer, prompt, completion, truncated, tools, chat_templ
 # ------------------------------------------------------------------------------------------------------------
 # Programs
 # ------------------------------------------------------------------------------------------------------------
-@functools.cache
-def sandbox():
-    """The module sandbox.py, which stands beside this file, whatever folders Python looks in."""
-    spec = importlib.util.spec_from_file_location("sandbox", Path(__file__).resolve().with_name("sandbox.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def code_tests(
     prompts,
     completions,
@@ -476,24 +398,69 @@ def code_tests(
     workers=None,
     **columns,
 ):
-    """1.0 if the program in a completion passes its tests, else 0.0; None if a row has no tests that compile.
+    """1.0 if the program in a completion passes its tests, else 0.0; None if these are not understood.
 
-    The program is the last fenced block of Python after the thought, or the whole text. `tests` is Python
-    source that is run after it, or a list of its lines: HumanEval's `test` and then `check(name)`, or MBPP's
-    `test_list`. Each program has `timeout` seconds of time, and `memory_mb`; `workers` (the number of CPUs)
-    run at once. RuntimeError unless `allow_code_execution=True`, and where the sandbox cannot be built.
+    `tests` is Python source, a list of its lines, or inputs and outputs (docs/rewards.md: which forms). Each
+    program has `timeout` seconds and `memory_mb`; `workers` (the number of CPUs) run at once. RuntimeError
+    unless `allow_code_execution=True`, and where the sandbox cannot be built.
     """
     if allow_code_execution is not True:  # a dataset's column of this name is a list
         problem = "code_tests runs on this machine what the model wrote; if that is what you want, pass "
         raise RuntimeError(problem + "--allow-code-execution, or here allow_code_execution=True")
 
-    def score(text, lines, name):
-        program = last_fence(after_thought(text), "python", "py", "python3")
-        source = "\n".join(map(str, lines)) if isinstance(lines, list) else lines
-        passed, _ = sandbox().run_tests(program, source, name, timeout=timeout, memory_mb=memory_mb)
-        return None if passed is None else float(passed)
+    def job(text, given, name):
+        try:
+            return program_of(text, given, name), *tests_of(given, name)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            return warnings.warn(f"code_tests cannot read {given!r:.80}: {error!r}", stacklevel=2)
 
-    names = entry_point or [None] * len(tests)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        verdicts = each(lambda *row: pool.submit(score, *row), completions, tests, names)
-        return [verdict and verdict.result() for verdict in verdicts]
+    jobs = each(job, completions, tests, entry_point or [None] * len(tests))
+    verdicts = iter(module("sandbox").run_batch(list(filter(None, jobs)), timeout, memory_mb, workers))
+    scores = [next(verdicts)[0] if job else None for job in jobs]
+    return [None if passed is None else float(passed) for passed in scores]
+
+
+def tests_of(tests, entry_point) -> tuple:
+    """Tests as `sandbox.run_batch` takes them, and the function that they call; an error of other forms."""
+    if isinstance(tests, str) and tests.lstrip().startswith(("{", "[")):
+        tests = json.loads(tests)
+    if isinstance(tests, list) and all(isinstance(line, str) for line in tests):  # MBPP
+        tests = "\n".join(tests)
+    if isinstance(tests, str):
+        return tests, entry_point
+    if isinstance(tests, dict):  # APPS, TACO
+        entry_point = tests.get("fn_name") or entry_point
+        pairs = list(zip(tests["inputs"], tests["outputs"], strict=True))
+    else:  # LiveCodeBench
+        pairs = [(case["input"], case["output"]) for case in tests]
+        if tests[0]["testtype"] == "functional":  # each argument is JSON, on a line of its own
+            pairs = [(list(map(json.loads, given.split("\n"))), json.loads(to)) for given, to in pairs]
+        else:
+            entry_point = None
+    if entry_point is None:  # standard input and output: texts, or lists of lines
+        pairs = [["\n".join(map(str, x if isinstance(x, list) else [x])) for x in pair] for pair in pairs]
+    lists = entry_point is None or all(isinstance(given, list) for given, _ in pairs)
+    if not lists or all(expected in (None, "") for _, expected in pairs):
+        raise ValueError("inputs or outputs are missing")
+    return pairs, entry_point
+
+
+def program_of(text, tests, entry_point) -> str:
+    """The fenced block of Python after the thought that defines most of what is tested; else all of it."""
+    text, fence, blocks = after_thought(text), None, []
+    for line in text.split("\n"):
+        indent, mark, info = re.match(r"(\s*)(`{3,}|~{3,}|)(.*)", line, re.DOTALL).groups()
+        if fence is None and mark and "`" not in info:
+            fence, depth, quotes = mark, len(indent), 0
+            blocks.append((re.match(r"\s*(\w*)", info)[1].lower(), []))
+        elif fence is not None:
+            quotes += line.count('"""') + line.count("'''")
+            if mark.startswith(fence) and not info.strip() and len(indent) < depth + 4 and quotes % 2 == 0:
+                fence = None
+            else:
+                blocks[-1][1].append(line[min(depth, len(indent)) :])
+    codes = ["\n".join(lines) for language, lines in blocks if language in ("python", "py", "python3")]
+    codes = codes or ["\n".join(lines) for _, lines in blocks] or [text]
+    wanted = set(re.findall(r"\w+", f"{entry_point} {tests} Solution"))
+    defined = re.compile(r"^(?:(?:async )?def|class) +(\w+)", re.MULTILINE)
+    return max(reversed(codes), key=lambda code: len(wanted.intersection(defined.findall(code))))

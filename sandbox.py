@@ -2,413 +2,177 @@
 
     run_tests("def f(x): return 2 * x", "assert f(2) == 4")  # (True, "passed")
 
-The *player*, a process, runs the program. The *judge*, another, runs the tests, in which the program's names
-stand for `Remote` objects that ask the player over a socket. The player never holds the tests, a secret, or
-the judge's channel to the trainer; what it prints, patches or exits with proves nothing. A program passes
-when the judge has run the last statement of the tests. Plain values (numbers, texts, lists, ...) are compared
-in the judge, so that a returned object whose `__eq__` is always true equals no number.
-
-Both processes can read the files of Python and write none, start neither processes nor threads, open no
-socket, signal nobody, and die with the trainer; they hold no other files and no environment. docs/rewards.md
-says what this does not protect against, and which honest programs fail. Only the standard library is used.
+The *player*, a process, runs the program; the *judge*, another, runs the tests and asks the player over a
+socket (sandbox_judge.py). Both are forked from the *nursery*, which holds neither programs nor tests, so that
+nothing of one reaches the next. Both can read the files of Python and write none, start neither processes nor
+threads, open no connection, signal nobody, and die with the trainer; they hold no other files and no
+environment. docs/rewards.md says what this does not protect against, and which honest programs fail. Only the
+standard library is used.
 """
 
-import ast
-import builtins
-import collections
+import contextlib
 import ctypes
-import decimal
-import itertools
+import functools
 import json
 import math
-import operator
 import os
 import platform
 import re
 import resource
+import signal
+import socket
 import struct
 import subprocess
 import sys
-import types
-from fractions import Fraction
-from socket import socketpair
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+UNBUILT = "the sandbox could not be built"
+FILE_LIMIT = 2**24  # bytes of a file, as of what a program prints
+PRELOADED = "bisect copy dataclasses datetime heapq random string traceback typing"  # by the nursery
 
 
 def run_tests(program, tests, entry_point=None, timeout=10.0, memory_mb=1024) -> tuple[bool | None, str]:
-    """Whether a program passes its tests (None: there are none), and the reason. It executes the program.
+    """Whether a program passes its tests (None: they cannot be read), and why; `run_batch` of one."""
+    return run_batch([(program, tests, entry_point)], timeout, memory_mb)[0]
 
-    `tests` is Python source. A name of a builtin (a function called `sum`) is taken from the program only if
-    `entry_point` is that name. RuntimeError where the sandbox cannot be built.
+
+def run_batch(jobs, timeout=10.0, memory_mb=1024, workers=None) -> list[tuple[bool | None, str]]:
+    """Whether each program passes its tests (None: it cannot be said), and why. It executes the programs.
+
+    A job is (program, tests, entry_point). Tests are Python source, or a list of [input, output]: arguments
+    and result of the function `entry_point`, or without one what the program reads and prints. In source, a
+    name of a builtin (a function called `sum`) is taken from the program only if it is `entry_point`.
+    `workers` (the number of CPUs) run at once, fewer where memory is short. RuntimeError where no sandbox can
+    be built.
     """
     if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
         raise RuntimeError(f"code_tests needs Linux on {' or '.join(ARCHITECTURES)}")
-    if not isinstance(tests, str) or not tests.strip():
-        return None, "no tests"
-    job = json.dumps({"program": program, "tests": tests, "entry_point": entry_point}, default=str).encode()
-    ends, processes = socketpair(), []
-    try:
-        for role, end in zip(("player", "judge"), ends):
-            processes.append(start(role, end.fileno(), math.ceil(timeout) + 1, memory_mb))
-            end.close()  # so that each side sees when the other has ended
-        output, _ = processes[1].communicate(job, timeout)
-    except subprocess.TimeoutExpired:
-        return False, f"more than {timeout} seconds"
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-            for pipe in filter(None, (process.stdin, process.stdout)):
-                pipe.close()
-        for end in ends:
-            end.close()
-    started, _, verdict = output.partition(b"\n")
-    if started != b"null":
-        problem = started.decode() or "no word of it"
-        raise RuntimeError(f"the sandbox of code_tests could not be built: {problem}")
-    passed, reason = json.loads(verdict) if verdict else (False, "the judge ended: memory or CPU limit")
-    return passed, reason
-
-
-def start(role, fd, seconds, memory_mb) -> subprocess.Popen:
-    """Start the player or the judge, without an environment; `fd` is its end of the line between the two."""
-    pipe = subprocess.PIPE if role == "judge" else subprocess.DEVNULL
-    command = [sys.executable, "-I", "-X", "utf8", os.path.abspath(__file__)]
-    return subprocess.Popen(
-        command + [role, str(fd), str(seconds), str(memory_mb)],
-        stdin=pipe,
-        stdout=pipe,
-        stderr=subprocess.DEVNULL,
-        pass_fds=[fd],
+    workers = max(1, min(workers or os.cpu_count(), free_memory_mb() // (2 * memory_mb)))
+    control, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    settings = [str(other.fileno()), str(math.ceil(timeout) + 1), str(memory_mb)]
+    process = subprocess.Popen(
+        [sys.executable, "-IB", "-X", "utf8", os.path.abspath(__file__), *settings],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL),
+        pass_fds=[other.fileno()],
         env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         cwd="/",
         start_new_session=True,  # out of reach of the terminal's signals
     )
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Judge and player: the two processes of a program under test
-# ------------------------------------------------------------------------------------------------------------
-MESSAGE_LIMIT = 2**24  # bytes of one message
-TEST_MODULES = (math, re, collections, itertools)  # what tests of MBPP take for imported
-OPERATORS = (
-    "eq ne lt le gt ge add sub mul matmul truediv floordiv mod pow and_ or_ xor"
-    " getitem setitem delitem index neg pos invert"
-)
-BUILTINS = (
-    "len iter next bool str repr hash abs int float complex round"
-    " getattr setattr delattr isinstance issubclass"
-)
-
-
-def new_slice(limits) -> slice:
-    """The slice of a list of its start, stop and step."""
-    return slice(*limits)
-
-
-# Types that travel by value: to JSON, and back
-CODECS = {
-    "int": (int, hex, lambda text: int(text, 16)),  # decimal texts end at 4,300 digits
-    "bytes": (bytes, bytes.hex, bytes.fromhex),
-    "bytearray": (bytearray, bytearray.hex, bytearray.fromhex),
-    "dict": (dict, dict.items, dict),
-    "range": (range, lambda r: [r.start, r.stop, r.step], lambda limits: range(*limits)),
-    "slice": (slice, lambda s: [s.start, s.stop, s.step], new_slice),
-    **{kind.__name__: (kind, list, kind) for kind in (list, tuple, set, frozenset, collections.deque)},
-    **{kind.__name__: (kind, str, kind) for kind in (complex, Fraction, decimal.Decimal)},
-}
-MUTABLE = (list, dict, set, bytearray, collections.deque)
-UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-
-
-class NOTHING:
-    """Stands for the plain value that an object has not."""
-
-
-class Ended(BaseException):
-    """The other side has ended, or does not keep to the protocol; no `except Exception` stops it."""
-
-
-class Link:
-    """One end of the line between judge and player: JSON lines, in which own objects are named by numbers."""
-
-    def __init__(self, fd, operations):
-        self.fd, self.reader = fd, open(fd, "rb", closefd=False)
-        self.operations = operations  # by name: what the other side may ask for
-        self.objects, self.numbers, self.remotes = [], {}, {}
-        self.gives_objects = False  # the player does; the judge lets its functions be called, no more
-        self.ended = False
-
-    def send(self, *message):
-        """Send one message: its kind, then what belongs to it."""
-        line = json.dumps(message).encode() + b"\n"
-        try:
-            while line:
-                line = line[os.write(self.fd, line) :]
-        except OSError as error:
-            self.ended = True
-            raise Ended("the program ended") from error
-
-    def receive(self):
-        """The kind of the next message, and what belongs to it."""
-        try:
-            line = self.reader.readline(MESSAGE_LIMIT)
-            if not line.endswith(b"\n"):
-                raise ValueError("the program ended, or said too much at once")
-            kind, *rest = json.loads(line)
-            return kind, rest
-        except (OSError, *UNREADABLE) as error:
-            self.ended = True
-            raise Ended(str(error)) from error
-
-    def ask(self, operation, /, *args, **kwargs):
-        """Let the other side apply an operation; its changes to mutable arguments are made here, too."""
-        named = {name: self.encode(value) for name, value in kwargs.items()}
-        self.send("ask", operation, [self.encode(value) for value in args], named)
-        while True:
-            kind, rest = self.receive()
-            try:
-                if kind == "ask":  # it calls a function that was among the arguments
-                    self.answer(*rest)
-                    continue
-                if kind == "value":
-                    value, changed = self.decode(rest[0]), [self.decode(c) for c in rest[1]]
-                elif kind == "error":
-                    error = as_exception(*rest)
-                else:
-                    raise ValueError(f"unknown message {kind!r}")
-            except UNREADABLE as error:
-                self.ended = True
-                raise Ended(f"a message that cannot be read: {error}") from error
-            if kind == "error":
-                raise error
-            for mine, theirs in zip(args, changed):
-                if type(mine) in MUTABLE and type(mine) is type(theirs) and mine != theirs:
-                    mine.clear()
-                    (mine.update if isinstance(mine, dict | set) else mine.extend)(theirs)
-            return value
-
-    def answer(self, operation, args, kwargs):
-        """Apply an operation that the other side asks for, and send what came of it."""
-        try:
-            values = [self.decode(a) for a in args]
-            result = self.operations[operation](*values, **{k: self.decode(v) for k, v in kwargs.items()})
-            changed = [self.encode(v) if type(v) in MUTABLE else None for v in values]
-            self.send("value", self.encode(result), changed)
-        except Exception as error:
-            self.send("error", [t.__name__ for t in type(error).__mro__], [str(a)[:1000] for a in error.args])
-        except (SystemExit, KeyboardInterrupt) as error:
-            self.send("error", [], [repr(error)])
-
-    def encode(self, value):
-        """JSON of a plain value; else of the number under which the other side may ask for the object."""
-        kind = type(value)
-        if value is None or kind in (bool, float, str) or (kind is int and abs(value) < 2**53):
-            return value
-        if kind.__module__ == "numpy" and hasattr(value, "tolist"):
-            return self.encode(value.tolist())
-        if kind.__name__ in CODECS and kind is CODECS[kind.__name__][0]:
-            payload = CODECS[kind.__name__][1](value)
-            if kind is dict:
-                payload = [[self.encode(key), self.encode(item)] for key, item in payload]
-            elif kind in (list, tuple, set, frozenset, collections.deque):
-                payload = [self.encode(item) for item in payload]
-            return [kind.__name__, payload]
-        if kind is Remote:
-            return ["yours", value._number]
-        if not (self.gives_objects or callable(value)):
-            raise TypeError(f"a {kind.__name__} of the tests cannot be passed to the program")
-        number = self.numbers.setdefault(id(value), len(self.objects))
-        if number == len(self.objects):
-            self.objects.append(value)  # kept, or another object might get its id
-        return ["mine", number, plain_type(value) is not None]
-
-    def decode(self, message):
-        """The value of what `encode` made on the other side."""
-        if not isinstance(message, list):
-            return message
-        kind, *rest = message
-        if kind == "yours":
-            return self.objects[rest[0]]
-        if kind == "mine":
-            return self.remotes.setdefault(rest[0], Remote(self, *rest))
-        payload = rest[0]
-        if kind == "dict":
-            payload = [(self.decode(key), self.decode(value)) for key, value in payload]
-        elif isinstance(payload, list):
-            payload = [self.decode(item) for item in payload]
-        return CODECS[kind][2](payload)
-
-
-def plain_type(value) -> type | None:
-    """The plain type of whose subclass an object is: of an IntEnum int, of a named tuple tuple."""
-    kinds = (str, float, *(kind for kind, _, _ in CODECS.values()))
-    return next((kind for kind in kinds if isinstance(value, kind)), None)
-
-
-def plain_value(value):
-    """The plain value of an object of the other process, NOTHING if it has none; other values as they are."""
-    if type(value) is not Remote:
-        return value
-    return value._link.ask("plain", value) if value._has_plain else NOTHING
-
-
-def as_exception(names, args) -> Exception:
-    """The builtin exception nearest to one of another process, given by the names of its classes."""
-    for name in names:
-        kind = getattr(builtins, name, None)
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            try:
-                return kind(*args)
-            except TypeError:  # a UnicodeDecodeError wants five arguments of their types; its base takes any
-                continue
-    return RuntimeError(*args)
-
-
-def forward(name):
-    """A method of `Remote` that the other side applies."""
-    return lambda self, /, *args, **kwargs: self._link.ask(name, self, *args, **kwargs)
-
-
-def compare(name):
-    """A binary operator of `Remote`: between two objects of the program its own, else that of plain values.
-
-    An object without a plain value does not go together with a plain one: it would be shown what the test
-    expects, and could answer that.
-    """
-
-    def apply(self, other):
-        mine, theirs = plain_value(self), plain_value(other)
-        if type(other) is Remote and (mine is NOTHING or theirs is NOTHING):
-            return self._link.ask(name, self, other)
-        return NotImplemented if mine is NOTHING else getattr(operator, name)(mine, theirs)
-
-    return apply
-
-
-class Remote:
-    """An object of the other process; `_has_plain` if it is of a subclass of a plain type."""
-
-    __slots__ = ("_link", "_number", "_has_plain")
-
-    def __init__(self, link, number, has_plain):
-        for name, value in zip(self.__slots__, (link, number, has_plain)):
-            object.__setattr__(self, name, value)  # __setattr__ below is that of the object itself
-
-    __eq__, __ne__ = compare("eq"), compare("ne")
-    __lt__, __le__, __gt__, __ge__ = compare("lt"), compare("le"), compare("gt"), compare("ge")
-    __add__, __sub__, __mul__, __matmul__ = compare("add"), compare("sub"), compare("mul"), compare("matmul")
-    __truediv__, __floordiv__ = compare("truediv"), compare("floordiv")
-    __mod__, __pow__ = compare("mod"), compare("pow")
-    __and__, __or__, __xor__ = compare("and_"), compare("or_"), compare("xor")
-    __call__, __getattr__, __setattr__, __delattr__ = map(forward, ("call", "getattr", "setattr", "delattr"))
-    __getitem__, __setitem__, __delitem__ = map(forward, ("getitem", "setitem", "delitem"))
-    __len__, __iter__, __next__, __bool__ = map(forward, ("len", "iter", "next", "bool"))
-    __str__, __repr__, __int__, __float__ = map(forward, ("str", "repr", "int", "float"))
-    __complex__, __index__, __round__ = map(forward, ("complex", "index", "round"))
-    __abs__, __neg__, __pos__, __invert__ = map(forward, ("abs", "neg", "pos", "invert"))
-    __enter__ = forward("enter")
-
-    def __exit__(self, *error):
-        self._link.ask("exit", self)
-
-    def __hash__(self):
-        return hash(plain_value(self)) if self._has_plain else self._link.ask("hash", self)
-
-    def __contains__(self, item):
-        return any(item is other or item == other for other in self)
-
-    def __instancecheck__(self, instance):
-        return self._link.ask("isinstance", instance, self)
-
-    def __subclasscheck__(self, subclass):
-        return self._link.ask("issubclass", subclass, self)
-
-
-def player(link):
-    """Run the program that the judge sends, and then what it asks of the program's objects."""
-    module = types.ModuleType("program")
-    sys.modules["program"] = module  # dataclasses and pickle look their module up
-
-    def run(program):
-        exec(compile(program, "<program>", "exec", dont_inherit=True), module.__dict__)
-        return list(module.__dict__)
-
-    link.gives_objects = True
-    link.operations |= {name: getattr(operator, name) for name in OPERATORS.split()}
-    link.operations |= {name: getattr(builtins, name) for name in BUILTINS.split()}
-    link.operations |= {
-        "run": run,
-        "get": lambda name: module.__dict__[name],
-        "plain": lambda value: plain_type(value)(value),
-        "enter": lambda context: type(context).__enter__(context),
-        "exit": lambda context: type(context).__exit__(context, None, None, None),
-    }
-    while True:
-        link.answer(*link.receive()[1])
-
-
-def judge(link, program, tests, entry_point) -> tuple[bool | None, str]:
-    """Run the tests on the program's names: whether it passes (None: the tests do not compile), and why."""
+    other.close()
+    pool = ThreadPoolExecutor(workers)
     try:
-        statements = ast.parse(tests)
-        code = compile(statements, "<tests>", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        return None, f"the tests do not compile: {error}"
-    if not statements.body:
-        return None, "no tests"
-    namespace = {"__name__": "tests"} | {module.__name__: module for module in TEST_MODULES}
+        results = list(pool.map(lambda row: run_job(control, row, jobs[row], timeout), range(len(jobs))))
+    finally:
+        with contextlib.suppress(OSError):
+            control.shutdown(socket.SHUT_RDWR)  # the nursery ends what it forked, and itself
+        pool.shutdown(cancel_futures=True)
+        process.wait()
+        control.close()
+    for (_, tests, _), (passed, reason) in zip(jobs, results):
+        if passed is None:  # Python shows the same warning once
+            warnings.warn(f"code_tests gives None: {reason}; tests: {tests!r:.80}", stacklevel=2)
+    if jobs and all(reason.startswith(UNBUILT) and passed is None for passed, reason in results):
+        raise RuntimeError(f"code_tests: {results[0][1]}")
+    return results
+
+
+def run_job(control, row, job, timeout) -> tuple[bool | None, str]:
+    """The verdict of one job, and why; the nursery forks what it needs."""
+    name, output, deadline = str(row).encode(), b"", time.monotonic() + timeout
+    mine, other = socket.socketpair()
     try:
-        names = set(link.ask("run", program))
-        for name in dict.fromkeys(re.findall(r"[^\W\d]\w*", tests)):
-            own = not hasattr(builtins, name) and name not in namespace and not name.startswith("__")
-            if (own or name == entry_point) and name in names:
-                namespace[name] = link.ask("get", name)
-        exec(code, namespace)
-    except BaseException as error:
-        return False, f"{type(error).__name__}: {error}"[:1000]
-    # A test may have caught that the program ended, by an `except` without a class.
-    return (False, "the program ended") if link.ended else (True, "passed")
+        line = json.dumps(job, default=str, skipkeys=True).encode() + b"\n"
+        with other:
+            socket.send_fds(control, [name], [other.fileno()])
+        mine.settimeout(timeout)
+        mine.sendall(line)
+        while len(output) < 2**16 and (piece := mine.recv(2**16)):  # a judge has less to say
+            output += piece
+            mine.settimeout(max(deadline - time.monotonic(), 0.001))
+    except TimeoutError:
+        return False, f"more than {timeout} seconds"
+    except (ValueError, RecursionError) as error:
+        return None, f"the tests cannot be read: {error}"
+    except OSError as error:
+        return None, f"{UNBUILT}: {error}"
+    finally:
+        mine.close()
+        with contextlib.suppress(OSError):
+            control.send(name)  # the nursery ends both processes
+    started, _, verdict = output.partition(b"\n")
+    problem, missing = json.loads(started or b'["no word of it", []]')  # written before the tests are run
+    if problem:
+        return None, f"{UNBUILT}: {problem}"
+    for protection in missing:
+        warnings.warn(f"code_tests runs without {protection}, which this kernel does not grant", stacklevel=2)
+    try:  # the judge of tests that evaluate an answer may have been made to say anything
+        passed, reason = json.loads(verdict or b'[false, "the judge ended: memory or CPU limit"]')
+        return (passed if passed in (True, None) else False), str(reason)[:1000]
+    except (ValueError, TypeError, RecursionError):
+        return False, "the judge cannot be understood"
+
+
+def free_memory_mb() -> int:
+    """MiB that this machine has left, and its control group if that has a limit."""
+    free = int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1]) // 1024
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or its limit is "max"
+        used = re.search(r"^anon (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)[1]
+        free = min(free, (int((group / "memory.max").read_text()) - int(used)) // 2**20)
+    return free
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The sandbox
 # ------------------------------------------------------------------------------------------------------------
-# What neither process may do, as name:number on x86-64:number on ARM64 (none where it does not exist there)
-DENIED_CALLS = """
-    fork:57: vfork:58: clone:56:220 clone3:435:435 execve:59:221 execveat:322:281 setsid:112:157
-    setpgid:109:154 kill:62:129 tkill:200:130 tgkill:234:131 rt_sigqueueinfo:129:138
-    rt_tgsigqueueinfo:297:240 pidfd_open:434:434 pidfd_send_signal:424:424 pidfd_getfd:438:438
-    process_madvise:440:440 ptrace:101:117 process_vm_readv:310:270 process_vm_writev:311:271
-    process_mrelease:448:448 kcmp:312:272 prctl:157:167 setpriority:141:140 ioprio_set:251:30
-    sched_setaffinity:203:122 sched_setscheduler:144:119 sched_setparam:142:118 sched_setattr:314:274
-    migrate_pages:256:238 move_pages:279:239 socket:41:198 connect:42:203 bind:49:200 listen:50:201
-    sendmsg:46:211 sendmmsg:307:269 io_uring_setup:425:425 unshare:272:97 setns:308:268 bpf:321:280
-    perf_event_open:298:241 userfaultfd:323:282 keyctl:250:219 add_key:248:217 request_key:249:218
-    shmget:29:194 msgget:68:186 semget:64:190 mq_open:240:180 shmat:30:196 shmctl:31:195 semop:65:193
-    semtimedop:220:192 semctl:66:191 msgsnd:69:189 msgrcv:70:188 msgctl:71:187 mq_unlink:241:181
-    memfd_create:319:279 memfd_secret:447:447 creat:85: openat2:437:437 open_by_handle_at:304:265
-    truncate:76:45 mkdir:83: mkdirat:258:34 mknod:133: mknodat:259:33 rmdir:84: unlink:87: unlinkat:263:35
-    rename:82: renameat:264:38 renameat2:316:276 link:86: linkat:265:37 symlink:88: symlinkat:266:36
-    chmod:90: fchmod:91:52 fchmodat:268:53 fchmodat2:452:452 chown:92: fchown:93:55 lchown:94:
-    fchownat:260:54 utime:132: utimes:235: futimesat:261: utimensat:280:88 setxattr:188:5 lsetxattr:189:6
-    fsetxattr:190:7 setxattrat:463:463 removexattr:197:14 lremovexattr:198:15 fremovexattr:199:16
-    removexattrat:466:466
+# What both processes may do, as name:number on x86-64:number on ARM64 (none where it does not exist there)
+CALLS = """
+    read:0:63 write:1:64 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 close:3:57 lseek:8:62
+    ftruncate:77:46 stat:4: fstat:5:80 lstat:6: newfstatat:262:79 statx:332:291 statfs:137:43 fstatfs:138:44
+    access:21: faccessat:269:48 faccessat2:439:439 readlink:89: readlinkat:267:78 getcwd:79:17 getdents:78:
+    getdents64:217:61 fadvise64:221:223 dup:32:23 dup2:33: dup3:292:24 pipe:22: pipe2:293:59 select:23:
+    pselect6:270:72 poll:7: ppoll:271:73 epoll_create:213: epoll_create1:291:20 epoll_ctl:233:21
+    epoll_wait:232: epoll_pwait:281:22 epoll_pwait2:441:441 eventfd2:290:19 socketpair:53:199 recvfrom:45:207
+    shutdown:48:210 getsockopt:55:209 getsockname:51:204 getpeername:52:205 mmap:9:222 munmap:11:215
+    mprotect:10:226 mremap:25:216 madvise:28:233 mincore:27:232 brk:12:214 rt_sigaction:13:134
+    rt_sigprocmask:14:135 rt_sigreturn:15:139 rt_sigpending:127:136 rt_sigtimedwait:128:137
+    rt_sigsuspend:130:133 sigaltstack:131:132 pause:34: alarm:37: getitimer:36:102 setitimer:38:103
+    restart_syscall:219:128 nanosleep:35:101 clock_nanosleep:230:115 clock_gettime:228:113
+    clock_getres:229:114 gettimeofday:96:169 time:201: times:100:153 getrusage:98:165 getrlimit:97:163
+    setrlimit:160:164 sysinfo:99:179 uname:63:160 umask:95:166 getrandom:318:278 getcpu:309:168
+    sched_yield:24:124 sched_getaffinity:204:123 sched_getparam:143:121 sched_getscheduler:145:120
+    sched_get_priority_max:146:125 sched_get_priority_min:147:126 getpriority:140:141 getpid:39:172
+    getppid:110:173 gettid:186:178 getpgrp:111: getpgid:121:155 getsid:124:156 getuid:102:174
+    geteuid:107:175 getgid:104:176 getegid:108:177 getresuid:118:148 getresgid:120:150 getgroups:115:158
+    futex:202:98 set_robust_list:273:99 get_robust_list:274:100 set_tid_address:218:96 rseq:334:293
+    membarrier:324:283 exit:60:93 exit_group:231:94
 """
-# Calls denied for some arguments: name, numbers, which argument, and the bits that it must not have
-DENIED_ARGUMENTS = (
-    ("open", (2, None), 1, os.O_ACCMODE | os.O_CREAT | os.O_TRUNC),  # opening to write
+# Calls allowed for some arguments: name, numbers, which argument, its values or the bits that it may not have
+CALLS_WITH = (
+    ("open", (2, None), 1, os.O_ACCMODE | os.O_CREAT | os.O_TRUNC),  # to read
     ("openat", (257, 56), 2, os.O_ACCMODE | os.O_CREAT | os.O_TRUNC),
-    ("prlimit64", (302, 261), 0, 0xFFFFFFFF),  # limits of a process other than itself, which is 0
-    ("fcntl", (72, 25), 1, 8),  # F_SETOWN, F_SETSIG: the kernel would signal another process for it
-    ("ioctl", (16, 29), 1, 0x8000),  # FIOSETOWN, SIOCSPGRP: the same, of sockets
-    ("sendto", (44, 206), 5, 0xFFFFFFFF),  # with an address, which a socketpair of datagrams may take
+    ("prlimit64", (302, 261), 0, (0,)),  # limits of itself
+    ("sendto", (44, 206), 5, (0,)),  # without an address, which a socketpair of datagrams may take
+    ("fcntl", (72, 25), 1, (0, 1, 2, 3, 4, 5, 1030)),  # copies of a descriptor, its flags, a lock's state
+    (
+        "ioctl",
+        (16, 29),
+        1,
+        (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451),
+    ),  # a terminal? waiting? blocking?
 )
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_...
 
 
-def lock_down(seconds, memory_mb):
-    """Give up, for this process and for good, what running a program does not need; OSError if refused."""
-    libc = ctypes.CDLL(None, use_errno=True)
+def lock_down(seconds, memory_mb) -> list[str]:
+    """Give up, for this process and for good, what running a program does not need; OSError if refused.
+
+    Returns which protections the kernel does not grant.
+    """
+    libc, missing = ctypes.CDLL(None, use_errno=True), []
 
     def call(function, *args):  # a call that must not fail
         if (result := function(*args)) < 0:
@@ -416,11 +180,12 @@ def lock_down(seconds, memory_mb):
             raise OSError(code, f"{os.strerror(code)} ({function.__name__}{args[:2]})")
         return result
 
-    limits = {"CPU": seconds, "AS": memory_mb * 2**20, "FSIZE": 0, "CORE": 0, "NOFILE": 64}
+    limits = {"CPU": seconds, "AS": memory_mb * 2**20, "FSIZE": FILE_LIMIT, "CORE": 0, "NOFILE": 64}
     for name, limit in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
-    # A user namespace of its own, where the kernel grants one, bars it from the memory and /proc of others.
-    libc.unshare(0x10000000)  # CLONE_NEWUSER
+    # A user namespace of its own bars it from the memory and /proc of others.
+    if not libc.unshare(0x10000000) == 0:  # CLONE_NEWUSER
+        missing.append("a user namespace")
     call(libc.capset, struct.pack("Ii", 0x20080522, 0), bytes(24))  # version 3, itself: no capability is left
     call(libc.prctl, 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     call(libc.prctl, 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: its memory is closed to other processes
@@ -436,60 +201,102 @@ def lock_down(seconds, memory_mb):
                 os.close(below)
         call(libc.syscall, 446, rights, 0)
         os.close(rights)
+    else:
+        missing.append("Landlock")
 
     program = seccomp_filter(platform.machine())
     instructions = ctypes.create_string_buffer(program)
     header = struct.pack("HP", len(program) // 8, ctypes.addressof(instructions))
     call(libc.prctl, 22, 2, header, 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    return missing
 
 
+@functools.cache
 def seccomp_filter(machine) -> bytes:
     """The filter of system calls as classic BPF: instructions of code, two jumps, and a number."""
     column, architecture = ARCHITECTURES[machine]
-    load, equal, at_least, any_bit, leave = 0x20, 0x15, 0x35, 0x45, 0x06
+    load, equal, any_bit, leave = 0x20, 0x15, 0x45, 0x06
     kill, deny, allow = 0x80000000, 0x00050001, 0x7FFF0000  # the process; with EPERM; the call
     # The number of the call stands at byte 0, the architecture at 4, the arguments, of 8 bytes each, from 16.
+    # Calls of a second set of numbers (x32), from 0x40000000, are none of the list.
     steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (leave, 0, 0, kill), (load, 0, 0, 0)]
-    if machine == "x86_64":
-        steps += [(at_least, 0, 1, 0x40000000), (leave, 0, 0, kill)]  # a second set of numbers (x32)
-    for name in DENIED_CALLS.split():
+    for name in CALLS.split():
         if number := name.split(":")[1 + column]:
-            steps += [(equal, 0, 1, int(number)), (leave, 0, 0, deny)]
-    for _, numbers, argument, bits in DENIED_ARGUMENTS:
-        if numbers[column] is not None:
-            steps += [(equal, 0, 4, numbers[column]), (load, 0, 0, 16 + 8 * argument)]
-            steps += [(any_bit, 0, 1, bits), (leave, 0, 0, deny), (leave, 0, 0, allow)]
-    steps += [(leave, 0, 0, allow)]
+            steps += [(equal, 0, 1, int(number)), (leave, 0, 0, allow)]
+    for _, numbers, argument, test in CALLS_WITH:
+        if numbers[column] is None:
+            continue
+        if isinstance(test, int):
+            tests = [(any_bit, 0, 1, test), (leave, 0, 0, deny), (leave, 0, 0, allow)]
+        else:
+            tests = [step for value in test for step in ((equal, 0, 1, value), (leave, 0, 0, allow))]
+            tests += [(leave, 0, 0, deny)]
+        steps += [(equal, 0, 1 + len(tests), numbers[column]), (load, 0, 0, 16 + 8 * argument), *tests]
+    steps += [(leave, 0, 0, deny)]
     return b"".join(struct.pack("HBBI", *step) for step in steps)
 
 
-def main(role, fd, seconds, memory_mb):
-    """What `run_tests` starts, once as the player and once as the judge."""
-    verdict = os.dup(1)
+def nursery(fd, seconds, memory_mb):
+    """Fork the two processes of each job whose name comes over `fd` with the trainer's line to the judge.
+
+    A name that comes again ends them. When the line closes, all end.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(
+            "1000"
+        )  # where memory is short, the kernel ends these first
+    for option, value in ((1, 9), (4, 0)):  # as in lock_down
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+    for module in PRELOADED.split():
+        __import__(module)
+    control, children = socket.socket(fileno=fd), {}
+    while True:
+        name, lines, _, _ = socket.recv_fds(control, 64, 1)
+        for pid in children.pop(name, ()):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        if lines:
+            ends = [end.detach() for end in socket.socketpair()]
+            arguments = ("player", ends[0], None), ("judge", ends[1], lines[0])
+            children[name] = [fork(*given, seconds, memory_mb) for given in arguments]
+            for end in (*ends, *lines):
+                os.close(end)
+        elif not name:
+            break
+
+
+def fork(role, fd, trainer, seconds, memory_mb) -> int:
+    """Fork the player or the judge, with its end `fd` of their line, and the judge's line to the trainer."""
+    if pid := os.fork():
+        return pid
     try:
-        if role == "judge":
-            job = json.load(sys.stdin)
-            null = os.open(os.devnull, os.O_RDWR)
-            for standard in range(3):  # the tests may print
-                os.dup2(null, standard)
-        lock_down(int(seconds), int(memory_mb))
-        problem = None
-    except (OSError, MemoryError) as error:
-        problem = repr(error)
-    link = Link(int(fd), {"call": lambda function, /, *args, **kwargs: function(*args, **kwargs)})
-    if role == "player":
-        os.close(verdict)
-        link.send("ready", problem)
-        return player(link)
-    try:
-        problem = problem or link.receive()[1][0]  # sent before the program
-    except Ended as error:
-        problem = str(error)
-    os.write(verdict, json.dumps(problem).encode() + b"\n")
-    if not problem:
-        os.write(verdict, json.dumps(judge(link, **job)).encode())
-    os._exit(0)  # whatever the tests have registered to be done at the end
+        for other in {*range(3, 64)} - {fd, trainer}:
+            with contextlib.suppress(OSError):
+                os.close(other)
+        files = [os.memfd_create("standard") for _ in range(2)]
+        try:
+            problem, missing = None, lock_down(seconds, memory_mb)
+        except (OSError, MemoryError) as error:
+            problem, missing = repr(error), []
+        link = Link(fd, {"call": lambda function, /, *args, **kwargs: function(*args, **kwargs)})
+        if role == "player":
+            link.send("ready", problem)
+            player(link, files)
+        job = json.loads(open(trainer, "rb", closefd=False).readline())
+        try:
+            problem = problem or link.receive()[1][0]  # sent before the program
+        except Ended as error:
+            problem = str(error)
+        os.write(trainer, json.dumps([problem, missing]).encode() + b"\n")
+        if not problem:
+            os.write(trainer, json.dumps(run_judge(link, *job)).encode())
+    finally:
+        os._exit(0)  # whatever the tests have registered to be done at the end
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    from sandbox_judge import Ended, Link, player, run_judge
+
+    del sys.path[0]
+    nursery(*map(int, sys.argv[1:]))

@@ -16,7 +16,7 @@ Deviations from common practice, each with its reason:
     2. Dropout is off: a sequence has the same log-probs in every script and at every stage.
     3. Nothing random has a state: each draw is seeded by the flags and the step, so a run resumes exactly.
 
-    python sft.py                                              # CPU, offline, 3 minutes on 2 cores
+    python sft.py                                              # CPU, offline, 3 minutes on one core
     python sft.py --model Qwen/Qwen2.5-1.5B --dataset openai/gsm8k --dataset-config main \
         --eval-dataset openai/gsm8k --learning-rate 1e-5 --batch-size 64 --max-tokens-per-micro-batch 16384
 
@@ -382,7 +382,7 @@ def load_tokenizer(args):
         tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
     if tokenizer.chat_template is None:
         say(f"{args.model} has no chat template: conversations are written in ChatML")
-        tokenizer.chat_template = CHATML
+        tokenizer.chat_template = CHATML if not tokenizer("").input_ids else "{{ bos_token }}" + CHATML
     tokenizer.positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     return tokenizer
 
@@ -627,7 +627,7 @@ class Logger:
         step, total = metrics["step"], self.bar.total
         for name, lines in (("metrics", [metrics]), ("samples", [{"step": step} | s for s in samples])):
             with open(self.folder / f"{name}.jsonl", "a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.writelines(json.dumps({k: v for k, v in x.items() if v == v}) + "\n" for x in lines)
         if self.args.wandb:
             self.wandb.log(metrics, step=step)
         self.bar.update(step - self.bar.n)
@@ -663,7 +663,7 @@ class Logger:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(tyro.cli(Args, description=__doc__))
     except BaseException as error:  # CheckpointException is no Exception
         if "No space left" not in str(error):
             raise

@@ -7,6 +7,7 @@ letter e, and it does not stop before the 64 new tokens, except by chance (1 tok
 What is compared (CONTENDERS has the settings):
 
     cleanpost    grpo.py as it is, without the KL as a metric (--log-every): TRL does not measure it, either
+    cleanpost_bf16  the same with --dtype bfloat16
     trl_shipped  TRL with its defaults: bfloat16 autocast, gradient checkpointing, 8 completions at a time;
                  8 such batches make one update, and one generation is for all of them
     trl_tuned    the same, float32, no gradient checkpointing
@@ -41,6 +42,7 @@ GROUP, NEW_TOKENS = 8, 64  # completions of a prompt, tokens of a completion
 TRAINED_AT_ONCE = 8  # completions: TRL's default
 CONTENDERS = {  # name: label, settings of GRPOConfig beside those that all share
     "cleanpost": ("CleanPost", {}),
+    "cleanpost_bf16": ("CleanPost bfloat16", {}),
     "trl_shipped": ("TRL as shipped", {}),
     "trl_tuned": ("TRL tuned", {"bf16": False, "gradient_checkpointing": False}),
     "trl_at_once": (
@@ -129,6 +131,7 @@ def run_cleanpost(args: Args, folder: Path) -> dict:
     grpo.load_model = load_and_look
     flags = grpo.Args(
         model=str(folder / "model"),
+        dtype="bfloat16" if args.only == "cleanpost_bf16" else "float32",
         dataset=(str(path),),
         reward=(f"{Path(__file__).resolve()}:letters_e",),
         num_generations=GROUP,

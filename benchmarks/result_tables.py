@@ -93,14 +93,15 @@ def machine(result: dict) -> str:
 
 
 def seconds(result: dict) -> str:
-    return f"{result['seconds']['median']:.0f}"
+    """CPU seconds of a run, start-up included: others on the machine do not change them much."""
+    return f"{result['cpu_seconds']['median']:.0f}"
 
 
 def learning_table(result: dict) -> str:
     """One run over several seeds (benchmarks/learning.py): a row a metric."""
     count = len(result["seeds"])
     head = f"`{result['command']}`, {count} seeds{machine(result)}, float32."
-    head += f" {seconds(result)} seconds a run (median)."
+    head += f" {seconds(result)} CPU seconds a run (median)."
     rows = [["", "before", f"after (mean ± std over {count} seeds)"]]
     rows += [[f"`{key}`", cell(result["before"][key]), cell(result["after"][key])] for key in result["after"]]
     return f"{head}\n\n{as_table(rows)}"
@@ -110,18 +111,15 @@ def comparison_table(results: list[dict], root: Path) -> str:
     """Several runs: a row a run, with the metrics that all have, or with what the README says of each."""
     shared = [key for key in results[0]["after"] if all(key in result["after"] for result in results)]
     if not shared:
-        rows = [["Command", "Minutes", "What to expect"]]
+        rows = [["Command", "CPU minutes", "What to expect"]]
         for result in results:
             script = result["command"].split()[1]
-            minutes = f"{result['seconds']['median'] / 60:.1f}"
+            minutes = f"{result['cpu_seconds']['median'] / 60:.1f}"
             rows.append([f"`{result['command']}`", minutes, headline(script, root)])
         return as_table(rows)
-    rows = [["Before → after (mean ± std)", *(f"`{key}`" for key in shared), "seconds", "CPU seconds"]]
+    rows = [["Before → after (mean ± std)", *(f"`{key}`" for key in shared), "CPU seconds"]]
     for result in results:
-        cpu = f"{result['cpu_seconds']['median']:.0f}" if "cpu_seconds" in result else ""
-        rows.append(
-            [f"`{result['command']}`", *(change(result, key) for key in shared), seconds(result), cpu]
-        )
+        rows.append([f"`{result['command']}`", *(change(result, key) for key in shared), seconds(result)])
     return f"{len(results[0]['seeds'])} seeds each{machine(results[0])}, float32.\n\n{as_table(rows)}"
 
 
@@ -163,7 +161,11 @@ def peer_table(names: list[str], results: list[dict]) -> str:
     used = ["torch", *(peer for peer in ("trl", "mergekit") if any(peer in name for name in names))]
     versions = ", ".join(f"{package} {known[package]}" for package in used)
     rounds = results[0]["conditions"]["rounds"]
-    head = f"Medians of {rounds} interleaved rounds (range){machine(results[0])}, {versions}."
+    machines = {}  # in words, and what was measured on each
+    for name, result in zip(names, results, strict=True):
+        machines.setdefault(machine(result), []).append(f"`{name.partition('_vs_')[0]}`")
+    where = "".join(f"{m} ({' '.join(on)})" if len(machines) > 1 else m for m, on in machines.items())
+    head = f"Medians of {rounds} interleaved rounds (range){where}, {versions}."
     return f"{head}\n\n{as_table(rows)}"
 
 

@@ -1,6 +1,10 @@
 """Settings, options and fixtures of the tests: offline, CPU, two threads, slow tests only when asked for."""
 
+import json
+import multiprocessing
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +12,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(__file__).with_name("data")
 sys.path.insert(0, str(ROOT))
+FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported what takes seconds
+FORKS.set_forkserver_preload(["test_smoke", "sft"])
 
 # Before torch, transformers or wandb are imported, so that they and the subprocesses of the tests see them.
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    WANDB_MODE="offline",
+    TOKENIZERS_PARALLELISM="false",
+    PYTHONPATH=f"{ROOT}:{ROOT}/tests",
+)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # equal sums on any machine; two workers share two cores
 
 RANDOM_MODEL_TEXT = [
@@ -21,67 +33,6 @@ RANDOM_MODEL_TEXT = [
     "You are a helpful assistant. Be brief. Thank you, that is right.",
     "Nora has 12 apples and gives away 5. How many apples does Nora have left? 12 - 5 = 7",
 ]
-BANNER = "\n".join(("# " + "-" * 108, "# {}", "# " + "-" * 108))
-FAKE = f'''"""Fits one number by gradient descent.
-
-    python fake.py --rate 0.5
-"""
-
-import pydantic
-import tyro
-from pydantic import PositiveInt
-
-
-{BANNER.format("Arguments")}
-@pydantic.dataclasses.dataclass
-class Args:
-    # Optimization
-    rate: float = 0.1  # step size, in units of the target
-    # number of steps,
-    # over the whole run
-    num_steps: PositiveInt = 4
-
-    # Output
-    verbose: bool = False  # print the loss
-    folder: str | None = None  # folder of the run; by default run
-
-    def __post_init__(self):
-        self.folder = self.folder or "run"
-        if self.rate <= 0:
-            raise ValueError("--rate must be positive")
-
-
-{BANNER.format("Algorithm")}
-def square_loss(x, target):
-    """Half the squared distance of the numbers `x` and `target`."""
-    return 0.5 * (x - target) ** 2
-
-
-{BANNER.format("Training")}
-def main(args):
-    x = 0.0
-    for _ in range(args.num_steps):
-        x = descend(x, 1.0, args.rate)
-    if args.verbose:
-        print(args.folder, square_loss(x, 1.0))
-    return {{"loss": square_loss(x, 1.0)}}
-
-
-{BANNER.format("Plumbing")}
-# No momentum.
-def descend(x, target, rate):
-    """One step of gradient descent."""
-    gradient = x - target
-    step = rate * gradient
-    if abs(step) > 1:
-        step = step / abs(step)
-    new = x - step
-    return new
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Args))
-'''
 
 
 def start(*command, cwd, timeout=300, **environment) -> subprocess.CompletedProcess:
@@ -96,6 +47,40 @@ def start(*command, cwd, timeout=300, **environment) -> subprocess.CompletedProc
         process.communicate(timeout=60)
         raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def write_rows(path, rows) -> str:
+    """Write a JSONL file."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read_lines(path) -> list[dict]:
+    """Read a JSONL file."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def fork(function, *args, cwd, **environment):
+    """Begin a call in a process of its own, which writes to `output` in `cwd`; `join` it, see `exitcode`."""
+    process = FORKS.Process(target=call_in, args=(cwd, environment, function, args))
+    process.start()
+    return process
+
+
+def call_in(cwd, environment, function, args):
+    """Call a function in a folder, with some more environment and all that it prints in a file."""
+    os.chdir(cwd)
+    os.environ.update(environment)
+    for stream in (1, 2):
+        os.dup2(os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    function(*args)
+
+
+def run_command(script, *words):
+    """What `python script words` does, in a process of its own that has imported most of it: see `fork`."""
+    sys.argv = [str(script), *map(str, words)]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def pytest_addoption(parser):
@@ -113,6 +98,27 @@ def pytest_collection_modifyitems(config, items):
         for marker in ("slow", "gpu"):
             if marker in item.keywords and not config.getoption(f"--{marker}"):
                 item.add_marker(pytest.mark.skip(reason=f"needs --{marker}"))
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A run takes SIGTERM and Ctrl-C; behind it they are pytest's again."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def no_figures(request, monkeypatch):
+    """Runs draw no curves, which takes half the time of a short one, but where a test asks for `figures`."""
+    if "figures" not in request.fixturenames:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: Path(path).touch())
+
+
+@pytest.fixture
+def figures():
+    """Runs draw their curves, as they do for a user."""
 
 
 @pytest.fixture(scope="session")
@@ -159,6 +165,16 @@ def one_cpu(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def process_group():
+    """A group of one process, as every script begins with."""
+    import sft
+
+    interrupt = signal.getsignal(signal.SIGINT)
+    sft.setup_distributed()
+    signal.signal(signal.SIGINT, interrupt)
+
+
+@pytest.fixture(scope="session")
 def random_model(tmp_path_factory) -> Path:
     """A folder with a random model (Qwen3, 2 layers, tied, bfloat16) and its tokenizer.
 
@@ -179,13 +195,7 @@ def random_model(tmp_path_factory) -> Path:
     marks = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     marks["additional_special_tokens"] = ["<|im_start|>"]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **marks)
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
-        "{% if message.role == 'assistant' %}"
-        "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
-        "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
+    tokenizer.chat_template = (DATA / "marked.jinja").read_text()
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -199,12 +209,36 @@ def random_model(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def random_classifiers(tmp_path_factory) -> dict[str, str]:
+    """Folders of small random float32 models with tiny's tokenizer: classifiers and a language model."""
+    import torch
+    import transformers as hf
+
+    sizes = {"vocab_size": 768, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_labels": 1}
+    sizes |= {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    sizes |= {"max_position_embeddings": 2048, "initializer_range": 0.2}
+    kinds = {"qwen3": (hf.Qwen3ForSequenceClassification, hf.Qwen3Config)}
+    kinds |= {"llama": (hf.LlamaForSequenceClassification, hf.LlamaConfig)}
+    kinds |= {"causal": (hf.Qwen3ForCausalLM, hf.Qwen3Config)}
+    found = {}
+    for name, (model_class, config_class) in kinds.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            model = model_class(config_class(**sizes))
+        found[name] = str(tmp_path_factory.mktemp(name))
+        model.save_pretrained(found[name])
+        hf.AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft").save_pretrained(found[name])
+    return found
+
+
 @pytest.fixture
 def fake(tmp_path):
     """fake("a.py", (old, new), ...) writes a small script that obeys every house rule, then edits it."""
 
     def write(name="fake.py", *edits):
-        text = FAKE
+        text = (DATA / "fake_script.py").read_text()
         for old, new in edits:
             assert old in text, f"the fake script has no {old!r}"
             text = text.replace(old, new)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from conftest import DATA, read_lines
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -569,32 +570,12 @@ def test_packs_every_index_once_within_the_budget(multiple_of):
 
 # Chat formats -----------------------------------------------------------------------------------------------
 
-USER, REPLY = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-ASKED, TALK = {"prompt": [USER], "completion": [REPLY]}, {"messages": [USER, REPLY]}
-TURNS = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-TEXT, HH = {"prompt": "a", "completion": "b", "label": True}, "\n\nHuman: a\n\nAssistant:"
-ROWS = [
-    ({"question": "a", "answer": "b"}, ASKED),
-    ({"question": 1, "answer": 2}, {"prompt": [USER | {"content": "1"}]}),
-    ({"question": "a", "chosen": "b", "rejected": 3}, {"prompt": [USER], "chosen": [REPLY]}),
-    ({"conversations": TURNS}, TALK),
-    ({"conversations": [USER, REPLY]}, TALK),
-    ({"instruction": "a", "input": "", "output": "b"}, ASKED),
-    ({"instruction": "a", "input": "x", "output": "b"}, {"prompt": [USER | {"content": "a\n\nx"}]}),
-    ({"chosen": f"{HH} b", "rejected": HH}, {"rejected": [USER, REPLY | {"content": ""}]}),
-    ({"prompt": HH, "completion": "b"}, ASKED),
-    ({"text": f"{HH} b"}, TALK),
-    ({"prompt": "a", "chosen": [REPLY], "rejected": "b"}, {"prompt": [USER], "rejected": [REPLY]}),
-    (TEXT, TEXT),
-    ({"prompt": "a", "completion": 4.5}, {"completion": "4.5"}),
-    ({"prompt": None, "text": "t"}, {"text": "t"}),
-    ({"messages": [USER], "tools": None}, {"messages": [USER]}),
-]
+USER = {"role": "user", "content": "a"}
 
 
-@pytest.mark.parametrize("row, expected", ROWS)
-def test_rows_of_all_formats_say_the_same(row, expected):
-    read = conversational(row)
+@pytest.mark.parametrize("case", read_lines(DATA / "chat_rows.jsonl"))
+def test_rows_of_all_formats_say_the_same(case):
+    read, expected = conversational(case["row"]), case["read"]
     assert {name: read[name] for name in expected} == expected and None not in read.values()
 
 

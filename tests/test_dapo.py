@@ -7,26 +7,17 @@ text in grpo.py are tested with grpo.py.
 import json
 import math
 import random
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from helpers import END, assert_continues, calls_of, error_of, float64, trainer
 from safetensors.torch import load_file
+from test_grpo import loss_and_slope
 
 import dapo
 
-END = 2  # <|im_end|> of tiny's tokenizer
-
-
-@pytest.fixture(autouse=True, scope="module")
-def process_group():
-    dapo.setup_distributed()
-
-
-def float64(*values):
-    return torch.tensor(values, dtype=torch.float64)
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 # Loss and punishment ----------------------------------------------------------------------------------------
@@ -48,11 +39,8 @@ def float64(*values):
 )
 def test_clip_is_higher_above_than_below(ratio, advantage, loss, slope):
     args = dapo.Args()  # the paper's 0.2 and 0.28
-    logprobs = float64(-1.3).requires_grad_()
-    ratios = torch.exp(logprobs - logprobs.detach() + math.log(ratio))
-    found = dapo.dapo_loss(ratios, float64(advantage), args.epsilon, args.epsilon_high)
-    assert found.item() == pytest.approx(loss)
-    assert torch.autograd.grad(found.sum(), logprobs)[0].item() == pytest.approx(slope)
+    loss_of = lambda rho, _: dapo.dapo_loss(rho, float64(advantage), args.epsilon, args.epsilon_high)
+    assert loss_and_slope(loss_of, ratio) == pytest.approx((loss, slope))
 
 
 def test_punishment_of_length_by_hand():
@@ -90,70 +78,12 @@ def test_groups_without_a_signal_are_those_that_have_no_advantage():
 
 # Dynamic sampling -------------------------------------------------------------------------------------------
 
-REWARDS = """
-def rare(completion_ids, **columns):
-    return [float(sum(ids) % 3 == 0) for ids in completion_ids]
-
-
-def residue(completion_ids, **columns):
-    return [sum(ids) % 7 / 3 for ids in completion_ids]
-
-
-def nothing(completions, **columns):
-    return [None] * len(completions)
-"""
-
-
-def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def trainer(script, tmp_path, **defaults):
-    """train(rows, **flags) -> output folder, lines of metrics.jsonl; 2 steps of 4 prompts on tiny/sft.
-
-    `reward` is the name of a function in REWARDS.
-    """
-    (tmp_path / "rewards.py").write_text(REWARDS)
-    defaults |= {"batch_size": 16, "num_generations": 4, "max_completion_length": 12, "max_steps": 2}
-    defaults |= {"eval_every": 0, "save_every": 0, "warmup_steps": 0, "log_every": 1}
-
-    def train(rows=None, **flags):
-        number = len([*tmp_path.glob("*.jsonl")])
-        folder, path = tmp_path / f"run_{number}", tmp_path / f"prompts_{number}.jsonl"
-        rows = rows or read_lines(ROOT / "tiny" / "data" / "prompts_train.jsonl")[:64]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        flags = defaults | {"dataset": (str(path),), "output_dir": str(folder)} | flags
-        flags["reward"] = (f"{tmp_path / 'rewards.py'}:{flags['reward']}",)
-        script.main(script.Args(**flags))
-        lines = read_lines(Path(flags["output_dir"]) / "metrics.jsonl")
-        return folder, [line for line in lines if len(line) > 1]  # without step 0 where nothing was evaluated
-
-    return train
-
 
 @pytest.fixture
 def train(tmp_path, one_cpu):
-    return trainer(dapo, tmp_path, reward="rare", overlong_buffer=2)
-
-
-def assert_continues(train, **flags):
-    """A run that goes on from its checkpoint before the last equals one that never stopped."""
-    folder, wanted = train(**flags)
-    copy, dataset = folder.with_name("continued"), json.loads((folder / "args.json").read_text())["dataset"]
-    shutil.copytree(folder, copy)
-    shutil.rmtree(copy / "model")
-    shutil.rmtree(max((copy / "checkpoints").iterdir()))
-    _, found = train(output_dir=str(copy), resume=True, dataset=tuple(dataset), **flags)
-    assert_same_metrics(found, wanted, 0, 0)
-    one, other = (load_file(x / "model" / "model.safetensors") for x in (folder, copy))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def assert_same_metrics(one, other, rel=1e-5, abs_=1e-6):
-    for line, wanted in zip(one, other, strict=True):
-        assert line.keys() == wanted.keys()
-        for key in wanted.keys() - {"tokens_per_second", "step_time"}:
-            assert line[key] == pytest.approx(wanted[key], rel=rel, abs=abs_), (key, wanted["step"])
+    """As `trainer` says: 2 steps of 4 prompts on tiny/sft."""
+    flags = {"batch_size": 16, "num_generations": 4, "max_completion_length": 12, "max_steps": 2}
+    return trainer(dapo, tmp_path, reward="rare", overlong_buffer=2, **flags)
 
 
 @pytest.fixture
@@ -172,10 +102,8 @@ def scripted(monkeypatch):
             for n, prompt in enumerate(prompts, first):
                 for i, reward in enumerate(groups[n % len(groups)]):
                     ids = [*range(10, 9 + lengths[i]), 9 if i in cut else END]
-                    logprobs, text = (
-                        torch.full((len(ids),), -1.0),
-                        str(math.nan if reward is None else reward),
-                    )
+                    logprobs = torch.full((len(ids),), -1.0)
+                    text = str(math.nan if reward is None else reward)
                     found.append(dapo.Completion(prompt, ids, logprobs, text, i not in cut))
             asked.append(len(prompts))
             return found
@@ -267,22 +195,17 @@ def test_groups_without_rewards_are_dropped(train, scripted):
 
 
 def test_rewards_of_none_end_the_run_after_the_first_rollout(train, capsys, monkeypatch):
-    rollouts, roll_out = [], dapo.roll_out
-    monkeypatch.setattr(dapo, "roll_out", lambda *args: rollouts.append(roll_out(*args)) or rollouts[-1])
-    with pytest.raises(SystemExit) as stop:
-        train(reward="nothing", max_completion_length=4)
-    assert stop.value.code == 2 and len(rollouts) == 1
-    assert "nothing: None for every completion of the first rollout" in capsys.readouterr().err
+    rollouts = calls_of(monkeypatch, dapo, "roll_out")
+    line = error_of(lambda: train(reward="nothing", max_completion_length=4), capsys)
+    assert "nothing: None for every completion of the first rollout" in line and len(rollouts) == 1
 
 
 def test_what_is_carried_over_has_the_policy_that_sampled_it_as_its_old_one(train, monkeypatch):
-    ratios, dapo_loss = [], dapo.dapo_loss
-    spy = lambda ratio, *rest: ratios.append(ratio.detach()) or dapo_loss(ratio, *rest)
-    monkeypatch.setattr(dapo, "dapo_loss", spy)
+    calls = calls_of(monkeypatch, dapo, "dapo_loss")
     monkeypatch.setattr(dapo, "with_signal", lambda rewards: torch.full((len(rewards),), len(rewards) != 4))
     flags = {"max_tokens_per_micro_batch": 4096, "learning_rate": 1e-3, "max_completion_length": 6}
     train(reward="residue", **flags)
-    first, second = ratios  # a row a step; half of the second is carried over
+    first, second = (ratio for (ratio, *_), _ in calls)  # a row a step; half of the second is carried over
     assert (first == 1).all() and (second - 1).abs().max() > 0.01
     assert len(second) / 4 < (second == 1).sum() < len(second) * 3 / 4
 
@@ -301,18 +224,6 @@ def test_cut_off_completions_are_in_the_loss_or_out_of_it_and_of_its_normaliser(
     assert line["loss"] == pytest.approx(wanted, abs=1e-6)
     assert line["sampling/generated_per_trained"] == pytest.approx(2 if masked else 1)
     assert line["completions/clipped_ratio"] == 0.25
-
-
-MASKED = {"num_iterations": 2, "mask_truncated": True, "max_resamples": 1, "max_completion_length": 24}
-
-
-@pytest.mark.parametrize("flags", [{}, MASKED])
-def test_memory_flags_change_nothing(train, flags):
-    _, wanted = train(**flags)
-    _, found = train(max_tokens_per_micro_batch=64, max_tokens_per_rollout=200, **flags)
-    assert_same_metrics(found[:1], wanted[:1])
-    assert_same_metrics(found[1:], wanted[1:], 1e-3, 1e-5)  # after steps of Adam
-    assert wanted[1]["grad_norm"] > 0.1 and wanted[0]["sampling/kept_ratio"] < 1
 
 
 def test_continued_run_equals_one_that_never_stopped_and_has_its_surplus(train, monkeypatch):

@@ -5,33 +5,36 @@ formulas, finite differences and autograd over whole logits, sampled losses agai
 small vocabulary has (see test_grpo.py).
 """
 
-import json
 import math
-import weakref
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import read_lines, write_rows
+from helpers import (
+    assert_same_metrics,
+    calls_of,
+    float64,
+    gradient_norm,
+    models_of,
+    said,
+    stock,
+    tiny_rows,
+    tiny_tokenizer,
+    trainer,
+)
 from test_common import HEADS, Head, assert_equal, assert_equal_gradients, build, gradients, make_sequences
 from test_grpo import Table, distance
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import distill
 from common import collate, completion_states, head_logits, head_settings
 
-CLOCK = {"tokens_per_second", "step_time", "time/rollout"}  # what no two runs share
 KINDS = {
     "forward_kl": distill.forward_kl,
     "reverse_kl": distill.reverse_kl,
     "jsd": partial(distill.jsd, beta=0.3),
 }
-
-
-def float64(*values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def random_logits(*shape, seed=0, size=2.0):
@@ -74,13 +77,6 @@ def test_divergences_are_the_sums_over_the_vocabulary(kind):
     assert KINDS[kind](student, student).abs().max() < 1e-12
     swapped = KINDS[kind](teacher, student)
     assert (found - swapped).abs().min() > 1e-3, "the two sides are told apart"
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_the_slopes_of_the_values(kind):
-    student, teacher = random_logits(3, 5, seed=1).requires_grad_(), random_logits(3, 5, seed=2)
-    of_logits = lambda logits: KINDS[kind](logits.log_softmax(-1), teacher.log_softmax(-1))
-    assert torch.autograd.gradcheck(of_logits, student)
 
 
 def test_jsd_vanishes_at_its_end_points_like_the_two_kls():
@@ -258,78 +254,45 @@ def test_advantages_by_hand():
 # Short runs -------------------------------------------------------------------------------------------------
 
 
-def tiny_rows(name="sft_train", count=48):
-    """The first rows of a data set of tiny/, of conversations those with a single answer."""
-    lines = (ROOT / "tiny" / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = map(json.loads, lines)
-    one = lambda row: [m["role"] for m in row.get("messages", ())].count("assistant") < 2
-    return [row for row in rows if one(row)][:count]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+def answered_rows(name="sft_train", count=48):
+    """The first conversations of a data set of tiny/ with a single answer."""
+    answers = lambda row: [m["role"] for m in row["messages"]].count("assistant")
+    return [row for row in tiny_rows(name) if answers(row) == 1][:count]
 
 
 @pytest.fixture
-def flags_of(tmp_path):
-    """flags_of(**changes): flags of 2 steps on 48 rows of tiny/; tiny/base is the student of tiny/sft."""
-    prompts = write_rows(tmp_path / "prompts.jsonl", tiny_rows("prompts_train"))
-    rows, held_out = tiny_rows(), tiny_rows("sft_eval", 4)
-    defaults = {"dataset": (write_rows(tmp_path / "train.jsonl", rows),), "prompt_dataset": prompts}
-    defaults |= {"eval_dataset": write_rows(tmp_path / "eval.jsonl", held_out), "model": "tiny/base"}
-    defaults |= {"cache_dir": str(tmp_path / "cache"), "max_completion_length": 12, "batch_size": 8}
-    defaults |= {"max_steps": 2, "eval_every": 0, "save_every": 0, "warmup_steps": 0}
-    defaults |= {"lr_schedule": "constant", "output_dir": str(tmp_path / "run")}
-    return lambda **changes: defaults | changes
-
-
-@pytest.fixture
-def train(tmp_path, flags_of, one_cpu):
-    """train(**flags) -> output folder, lines of metrics.jsonl behind step 0, which is train.start."""
+def train(tmp_path, one_cpu):
+    """As `trainer` says, of 2 steps on 48 rows; tiny/base is the student of tiny/sft. train.start: step 0."""
+    prompts = write_rows(tmp_path / "prompts.jsonl", tiny_rows("prompts_train")[:48])
+    flags = {"model": "tiny/base", "prompt_dataset": prompts, "cache_dir": str(tmp_path / "cache")}
+    flags |= {"max_completion_length": 12, "batch_size": 8, "max_steps": 2, "lr_schedule": "constant"}
+    short = trainer(distill, tmp_path, **flags)
 
     def run(**flags):
-        folder = Path(flags.setdefault("output_dir", str(tmp_path / f"run_{run.count}")))
-        run.count += 1
-        distill.main(distill.Args(**flags_of(**flags)))
-        run.start, *lines = read_lines(folder / "metrics.jsonl")
+        folder, lines = short(answered_rows(), answered_rows("sft_eval", 4), **flags)
+        run.start = lines.pop(0) if lines[0]["step"] == 0 else None
         return folder, lines
 
-    run.count = 0
     return run
 
 
-def assert_same_metrics(one, other, rel=1e-5, abs_=1e-6, without=()):
-    assert len(one) == len(other)
-    for line, wanted in zip(one, other, strict=True):
-        assert line.keys() == wanted.keys()
-        for key in wanted.keys() - CLOCK - {"packing/fill"} - set(without):
-            assert line[key] == pytest.approx(wanted[key], rel=rel, abs=abs_), (key, wanted["step"])
-
-
-def stock_step(tokens, flags, divergence=distill.forward_kl):
+def stock_step(tokens, measure=distill.forward_kl, **flags):
     """Loss and gradient norm of the sequences `tokens` (ids, trained) under the stock models, token mean."""
     args, losses = distill.Args(**flags), []
-    names, temperature = (args.model, args.teacher), args.kd_temperature
-    models = [AutoModelForCausalLM.from_pretrained(ROOT / name, dtype=torch.float32).eval() for name in names]
+    temperature, models = args.kd_temperature, [stock("tiny/base"), stock("tiny/sft")]
     for ids, trained in tokens:
         ids, kept = torch.tensor(ids), torch.tensor(trained)[1:].bool()
         logits, others = (model(input_ids=ids[None]).logits[0, :-1].double()[kept] for model in models)
-        terms = plain_terms(logits, others.detach(), ids[1:][kept], divergence, temperature)
+        terms = plain_terms(logits, others.detach(), ids[1:][kept], measure, temperature)
         losses.append(terms.divergences * temperature**2 + args.ce_coef * terms.ce)
     loss = torch.cat(losses).mean()
     loss.backward()
-    gradient = torch.cat([p.grad.flatten() for p in models[0].parameters() if p.grad is not None])
-    return loss.item(), gradient.norm().item()
+    return loss.item(), gradient_norm(models[0])
 
 
 def encoded(rows):
     """Messages as tiny's template lays them out: token ids, and which of them are trained."""
-    tokenizer, found = AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft"), []
+    tokenizer, found = tiny_tokenizer(), []
     for row in rows:
         *prompt, answer = row["messages"]
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
@@ -340,7 +303,7 @@ def encoded(rows):
 
 def rows_of_step_1(count, rows=None, seed=1):
     """Those of the data that the first step takes."""
-    rows = rows or tiny_rows()
+    rows = rows or answered_rows()
     return [rows[i] for i in distill.training_order(len(rows), count, seed)]
 
 
@@ -353,20 +316,19 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_loss_and_gradient_of_a_step_are_those_of_the_stock_models(train, flags_of, name):
+def test_loss_and_gradient_of_a_step_are_those_of_the_stock_models(train, name):
     flags, divergence = STEPS[name]
     _, [line] = train(max_steps=1, eval_dataset=None, **flags)
-    loss, grad_norm = stock_step(encoded(rows_of_step_1(8)), flags_of(**flags), divergence)
+    loss, grad_norm = stock_step(encoded(rows_of_step_1(8)), divergence, **flags)
     assert line["loss"] == pytest.approx(loss, rel=1e-4)
     assert line["grad_norm"] == pytest.approx(grad_norm, rel=1e-3)
 
 
-def test_held_out_metrics_are_those_of_the_stock_models(train, flags_of):
+def test_held_out_metrics_are_those_of_the_stock_models(train):
     train(max_steps=1)
-    held_out = encoded(tiny_rows("sft_eval", 4))
+    held_out = encoded(answered_rows("sft_eval", 4))
     for key, divergence in {"kl_forward": distill.forward_kl, "kl_reverse": distill.reverse_kl}.items():
-        loss, _ = stock_step(held_out, flags_of(), divergence)
-        assert train.start[f"eval/{key}"] == pytest.approx(loss, rel=1e-4)
+        assert train.start[f"eval/{key}"] == pytest.approx(stock_step(held_out, divergence)[0], rel=1e-4)
     assert train.start["eval/ce"] > 0.9 > 0.3 > train.start["eval/teacher_ce"] > 0
 
 
@@ -384,25 +346,20 @@ def test_epochs_are_passes_over_what_a_mode_goes_through(train):
 
 
 def test_cached_teacher_is_not_rounded_on_its_way_through_fsdp(train, monkeypatch):
-    kinds, divergence = set(), distill.forward_kl
-
-    def spy(student, teacher):
-        kinds.update((student.dtype, teacher.dtype))
-        return divergence(student, teacher)
-
-    monkeypatch.setitem(distill.DIVERGENCES, "forward_kl", spy)
+    calls = calls_of(monkeypatch, distill, "forward_kl")
+    monkeypatch.setitem(distill.DIVERGENCES, "forward_kl", distill.forward_kl)
     flags = {"dtype": "bfloat16", "max_steps": 1}
     _, live = train(**flags)
     _, cached = train(**flags, cache_top_k=768)
-    assert kinds == {torch.float32}
-    assert_same_metrics(cached, live, rel=2e-3, abs_=2e-3)
+    assert {x.dtype for arguments, _ in calls for x in arguments} == {torch.float32}
+    assert_same_metrics(cached, live, rel=2e-3, abs_=2e-3, without=["packing/fill"])
 
 
 # The cache --------------------------------------------------------------------------------------------------
 
 
 def test_cache_of_all_tokens_equals_the_live_teacher(train, capsys):
-    flags = {"max_steps": 4, "eval_every": 2, "kd_temperature": 1.5, "ce_coef": 0.3, "divergence": "jsd"}
+    flags = {"kd_temperature": 1.5, "ce_coef": 0.3, "divergence": "jsd"}
     _, live = train(**flags)
     start_line = train.start
     _, cached = train(**flags, cache_top_k=768)
@@ -410,32 +367,26 @@ def test_cache_of_all_tokens_equals_the_live_teacher(train, capsys):
     # The cache adds up the vocabulary in another order, the likeliest first. The gradient's norm, of a sum in
     # which much cancels out, shows more of that rounding than the loss does.
     lines = [start_line, *live]
-    assert_same_metrics([train.start, *cached], lines, rel=1e-6, abs_=1e-6, without=["grad_norm"])
+    assert_same_metrics(
+        [train.start, *cached], lines, rel=1e-6, abs_=1e-6, without=["grad_norm", "packing/fill"]
+    )
     norms = [[line["grad_norm"] for line in lines] for lines in (cached, live)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def calls_of(monkeypatch, name):
-    """The calls of a function of distill.py from now on."""
-    calls, function = [], getattr(distill, name)
-    spy = lambda *arguments, **options: calls.append(arguments) or function(*arguments, **options)
-    monkeypatch.setattr(distill, name, spy)
-    return calls
-
-
 def test_cache_is_written_once_and_found_by_what_it_depends_on(train, monkeypatch, tmp_path):
     flags = {"cache_top_k": 5, "eval_dataset": None, "max_tokens_per_micro_batch": 8192}
-    asked, loaded = calls_of(monkeypatch, "live_view"), calls_of(monkeypatch, "load_model")
+    asked, loaded = (calls_of(monkeypatch, distill, name) for name in ("live_view", "load_model"))
     _, lines = train(**flags)
     [folder] = (tmp_path / "cache").iterdir()
     assert len(asked) == 1 and len(list(folder.iterdir())) == 16
     _, again = train(**flags)
-    assert len(asked) == 1 and [name for name, *_ in loaded] == ["tiny/sft", "tiny/base", "tiny/base"]
+    assert len(asked) == 1 and [names[0] for names, _ in loaded] == ["tiny/sft", "tiny/base", "tiny/base"]
     assert_same_metrics(again, lines, rel=0, abs_=0)
     lost, *_ = folder.iterdir()
     lost.rename(lost.with_suffix(".partial_1"))  # as a killed run leaves it
     train(**flags, max_steps=6)  # the other sequences of the data, too
-    [*_, (_, _, _, members)] = asked
+    [*_, ((_, _, _, members), _)] = asked
     assert len(members) == 33 and len(list(folder.glob("*"))) == 49
     depends = {"cache_top_k": 6}, {"kd_temperature": 2.0}, {"teacher": "tiny/base"}, {"dtype": "bfloat16"}
     for count, changes in enumerate(depends, 2):
@@ -448,20 +399,17 @@ def test_cache_is_written_once_and_found_by_what_it_depends_on(train, monkeypatc
 
 @pytest.mark.parametrize("mask", [False, True])
 def test_loss_of_a_step_on_samples_is_that_of_the_stock_models(train, monkeypatch, mask):
-    rolled, roll_out = [], distill.roll_out
-    spy = lambda *args: rolled.append((args, roll_out(*args))) or rolled[-1][1]
-    monkeypatch.setattr(distill, "roll_out", spy)
+    rolled = calls_of(monkeypatch, distill, "roll_out")
     flags = {"mode": "on_policy", "on_policy_fraction": 0.5, "on_policy_loss": "policy_gradient"}
     flags |= {"kl_discount": 0.5, "ce_coef": 0.5, "learning_rate": 0.0, "mask_truncated": mask}
     flags |= {"model": "tiny/sft", "teacher": "tiny/base", "max_completion_length": 22}
     _, lines = train(**flags, eval_dataset=None)
     ((policy, _, asked, *_, seed, _), sampled), (others, _) = rolled
     assert any(p.requires_grad for p in policy.parameters()) and seed != others[-2]
-    prompts = tiny_rows("prompts_train")
+    prompts = tiny_rows("prompts_train")[:48]
     wanted = [prompts[i]["prompt"] for i in distill.training_order(len(prompts), 4, 1)]
     assert [prompt.row["prompt"] for prompt in asked] == wanted and len(sampled) == 4
-    names = "tiny/sft", "tiny/base"
-    models = [AutoModelForCausalLM.from_pretrained(ROOT / name, dtype=torch.float32).eval() for name in names]
+    models = [stock("tiny/sft"), stock("tiny/base")]
 
     def logprobs_of(ids, trained):
         """Of all tokens (C, V) under student and teacher, and of those that are there (C,)."""
@@ -503,12 +451,12 @@ SEQ_KD = {"mode": "seq_kd", "max_completion_length": 40, "max_steps": 1, "eval_d
 
 
 def test_right_answers_are_kept_and_what_is_sampled_is_found_again(train, monkeypatch):
-    rolled, roll_out = [], distill.roll_out
-    monkeypatch.setattr(distill, "roll_out", lambda *args: rolled.append(roll_out(*args)) or rolled[-1])
+    rolled = calls_of(monkeypatch, distill, "roll_out")
     flags = SEQ_KD | {"answers_per_prompt": 3}
     sampled = read_lines(train(**flags)[0] / "answers.jsonl")
-    ended = [c for c in rolled[0] if c.ended]  # what was cut off is not learnt
-    assert len(rolled[0]) == 3 * 48 > len(ended) + 2 and len({c.text for c in ended[:3]}) > 1
+    completions = rolled[0][1]
+    ended = [c for c in completions if c.ended]  # what was cut off is not learnt
+    assert len(completions) == 3 * 48 > len(ended) + 2 and len({c.text for c in ended[:3]}) > 1
     assert sampled == [c.prompt.row | {"completion": c.text} for c in ended]
     folder, [line] = train(**flags, reward=("rewards.py:math_answer",))
     kept = read_lines(folder / "answers.jsonl")
@@ -519,16 +467,15 @@ def test_right_answers_are_kept_and_what_is_sampled_is_found_again(train, monkey
     for count, changes in enumerate(({"seed": 2}, {"temperature": 0.0}, {"max_completion_length": 30}), 2):
         train(**(flags | changes))
         assert len(rolled) == count, changes
-    assert len(rolled[2]) == 48  # greedy answers are all the same
+    assert len(rolled[2][1]) == 48  # greedy answers are all the same
 
 
 def test_loss_of_seq_kd_is_the_likelihood_of_the_answers(train):
     folder, [line] = train(**SEQ_KD, answers_per_prompt=1)
     rows = read_lines(folder / "answers.jsonl")
     for row in rows:
-        row["messages"] = [*row["prompt"], {"role": "assistant", "content": row["completion"]}]
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "tiny" / "base", dtype=torch.float32).eval()
-    losses = []
+        row["messages"] = [*row["prompt"], *said(row["completion"])]
+    model, losses = stock("tiny/base"), []
     for ids, trained in encoded(rows_of_step_1(8, rows)):
         logprobs = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         losses += [-logprobs[t - 1, ids[t]].item() for t in range(1, len(ids)) if trained[t]]
@@ -539,18 +486,12 @@ def test_loss_of_seq_kd_is_the_likelihood_of_the_answers(train):
     "flags, stays", [({}, True), ({"cache_top_k": 4}, False), ({"mode": "seq_kd"}, False)], ids=str
 )
 def test_teacher_leaves_the_memory_unless_steps_ask_it(train, monkeypatch, flags, stays):
-    alive, loaded, load_model, lr_factor = [], [], distill.load_model, distill.lr_factor
-
-    def load(*arguments, **options):
-        model = load_model(*arguments, **options)
-        loaded.append(weakref.ref(model))
-        return model
+    loaded, alive, lr_factor = models_of(monkeypatch, distill), [], distill.lr_factor
 
     def spy(*arguments):
         alive.append(loaded[0]() is not None)
         return lr_factor(*arguments)
 
-    monkeypatch.setattr(distill, "load_model", load)
     monkeypatch.setattr(distill, "lr_factor", spy)
     train(max_completion_length=40, max_steps=1, answers_per_prompt=1, **flags)
     assert len(loaded) == 2 and set(alive) == {stays}
@@ -561,60 +502,3 @@ def test_seq_kd_works_across_tokenizers(train, random_model):
     flags = {"mode": "seq_kd", "model": str(random_model), "max_completion_length": 40, "max_steps": 3}
     _, lines = train(**flags, learning_rate=3e-3)
     assert lines[-1]["loss"] < lines[0]["loss"] and "eval/kl_forward" not in lines[-1]
-
-
-# Tokens, templates, mistakes --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["token_kd", "on_policy"])
-def test_other_tokens_are_an_error_that_names_seq_kd(monkeypatch, capsys, flags_of, random_model, mode):
-    monkeypatch.setattr(distill, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
-    with pytest.raises(SystemExit) as stop:
-        distill.main(distill.Args(**flags_of(model=str(random_model), mode=mode)))
-    [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and "another vocabulary than --model: use --mode seq_kd" in line
-
-
-MISTAKES = [
-    ("--temperature 0: --mode on_policy trains on samples", {"temperature": 0.0, "mode": "on_policy"}),
-    ("--on-policy-fraction: no sequence", {"on_policy_fraction": 0.05, "mode": "on_policy"}),
-    ("--kl-discount is for --on-policy-loss policy_gradient", {"kl_discount": 0.5}),
-    ("--ce-coef: no data beside it", {"ce_coef": 0.5, "mode": "on_policy", "on_policy_fraction": 1.0}),
-    ("--cache-top-k: a cache knows nothing", {"cache_top_k": 5, "mode": "on_policy"}),
-    ("--cache-dir TRAIN: no folder can be made", {"cache_dir": "TRAIN", "cache_top_k": 4}),
-]
-
-
-@pytest.mark.parametrize("message, flags", MISTAKES)
-def test_mistakes_end_the_run_with_one_line_before_a_model_is_loaded(
-    monkeypatch, capsys, flags_of, tmp_path, message, flags
-):
-    monkeypatch.setattr(distill, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
-    path = str(tmp_path / "train.jsonl")
-    flags = {name: path if value == "TRAIN" else value for name, value in flags.items()}
-    with pytest.raises(SystemExit) as stop:
-        distill.main(distill.Args(**flags_of(**flags)))
-    [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and line.startswith(f"error: {message.replace('TRAIN', path)}"), line
-
-
-# Beside TRL -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_divergences_are_those_of_trls_gkd(temperature):
-    # Its beta 0 and 1 stand for the two KLs; it has no factor of the squared temperature.
-    if not pytest.importorskip("trl").__version__.startswith("1.16."):
-        pytest.skip("compares with TRL 1.16")
-    from trl.experimental.gkd import GKDTrainer
-
-    student, teacher = random_logits(6, 9, seed=1), random_logits(6, 9, seed=2)
-    kinds = {0: distill.forward_kl, 1: distill.reverse_kl}
-    kinds |= {beta: partial(distill.jsd, beta=beta) for beta in (0.1, 0.5, 0.9)}
-    for beta, kind in kinds.items():
-        theirs = GKDTrainer.generalized_jsd_loss(
-            student, teacher, beta=beta, temperature=temperature, reduction="none"
-        ).sum(-1)
-        ours = kind(*((x / temperature).log_softmax(-1) for x in (student, teacher)))
-        assert torch.allclose(ours, theirs, atol=1e-12), beta

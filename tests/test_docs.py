@@ -218,7 +218,7 @@ def project(fake, tmp_path):
     head = "# P\n\n<!-- scripts:begin -->\n| Script | Lines | Result | Status |\n|---|---|---|---|\n"
     readme = head + ROW.format("a") + ROW.format("b") + "<!-- scripts:end -->\n\n## Second part\n"
     (tmp_path / "README.md").write_text(readme)
-    result = {"command": "python a.py", "seeds": [1, 2], "seconds": {"median": 61.2}, "curves": {}}
+    result = {"command": "python a.py", "seeds": [1, 2], "cpu_seconds": {"median": 61.2}, "curves": {}}
     result |= {"before": {"acc": {"mean": 0.1, "std": 0.0}}, "after": {"acc": {"mean": 0.62449, "std": 0.0}}}
     (tmp_path / "benchmarks" / "results" / "r.json").write_text(json.dumps(result))
     for path, text in outdated(tmp_path).items():
@@ -235,7 +235,7 @@ def edit(path, old, new):
 def test_generated_parts_say_what_the_files_say_and_are_found_outdated(project):
     page, lines = project / "docs" / "a.md", len((project / "a.py").read_text().splitlines())
     text = page.read_text()
-    assert "| `acc` | 0.100 ± 0.000 | 0.624 ± 0.000 |" in text and "61 seconds" in text
+    assert "| `acc` | 0.100 ± 0.000 | 0.624 ± 0.000 |" in text and "61 CPU seconds" in text
     assert "| `--num-steps` | `PositiveInt` | `4` | number of steps, over the whole run |" in text
     assert "| **Output** |" in text and "`--verbose`, `--no-verbose`" in text
     assert not outdated(project) and f"| {lines} |" in (project / "README.md").read_text()

@@ -6,57 +6,47 @@ the stock model on one sequence at a time; only a setting that changes nothing i
 
 import functools
 import itertools
-import json
 import math
 import re
 import shutil
-import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import DATA, ROOT, read_lines, write_rows
+from helpers import (
+    CPU,
+    asked,
+    assert_continues,
+    assert_same_metrics,
+    calls_of,
+    error_of,
+    models_of,
+    said,
+    stock,
+    tiny_rows,
+    tiny_tokenizer,
+    trainer,
+)
+from test_common import assert_equal_gradients, build
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import dpo
 from common import completion_states, head_settings
 
-LN2, CPU = math.log(2), torch.device("cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def process_group():
-    dpo.setup_distributed()
+LN2, ROWS = math.log(2), tiny_rows("preference_train")
+cached = functools.cache(stock)  # for tests that leave the model as it is
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 # Losses -----------------------------------------------------------------------------------------------------
-# beta 0.1; the log-ratios of chosen and rejected are (0, 0), (2, -3), (-4, -1), so the margins 0, 0.5, -0.3.
-BY_HAND = {
-    ("sigmoid",): (0.693147, 0.474077, 0.854355),
-    ("sigmoid", ("label_smoothing", 0.1)): (0.693147, 0.524077, 0.824355),
-    ("robust", ("label_smoothing", 0.1)): (0.693147, 0.411577, 0.891855),
-    ("hinge",): (1, 0.5, 1.3),
-    ("exo", ("label_smoothing", 1e-3)): (2.761231, 1.945734, 3.286512),
-    ("exo", ("label_smoothing", 0.1)): (0.510826, 0.272055, 0.685517),
-    ("nca",): (1.386294, 1.274386, 1.491721),
-    ("bco",): (1.386294, 1.152494, 1.557412),
-    ("sppo",): (50, 13, 97),
-    ("apo_zero",): (1, 0.875723, 1.073708),
-    ("apo_down",): (1, 0.927375, 0.975755),
-    ("discopop", ("discopop_tau", 0.05)): (0.846574, 0.606525, 0.855580),
-    ("discopop", ("discopop_tau", 0.5)): (0.846574, 0.570908, 1.029934),
-    ("sigmoid_norm",): (0.693147, 0.474077, 0.854355),
-    ("dpop", ("dpop_lambda", 50.0)): (0.693147, 0.474077, 20.3),
-    ("dpop", ("dpop_lambda", 5.0)): (0.693147, 0.474077, 2.395545),
-    ("tdpo2", ("tdpo_alpha", 1.0)): (0.798139, 0.554355, 0.974077),  # the KLs are 1 (chosen), 3 (rejected)
-    ("tdpo2", ("tdpo_alpha", 0.5)): (0.744397, 0.513015, 0.913015),
-    ("tdpo2", ("tdpo_alpha", 0.25)): (0.718460, 0.493249, 0.883382),
-    ("step_dpo",): (0.693147, 0.474077, 0.854355),
-}
-CASES = [pytest.param(*key, id="-".join(map(str, (key[0], *dict(key[1:]).values())))) for key in BY_HAND]
-CASES = [pytest.param(case.values[0], dict(case.values[1:]), id=case.id) for case in CASES]
+# data/dpo_losses.jsonl: beta 0.1; the log-ratios of chosen and rejected are (0, 0), (2, -3), (-4, -1), so the
+# margins 0, 0.5, -0.3; of TDPO the KLs are 1 (chosen) and 3 (rejected).
+BY_HAND = read_lines(DATA / "dpo_losses.jsonl")
+every_loss = pytest.mark.parametrize(
+    "case", BY_HAND, ids=lambda case: " ".join(map(str, [case["loss"], *case["settings"].values()]))
+)
 
 
 def kls_of(name, chosen=1.0, rejected=3.0, size=1):
@@ -75,10 +65,10 @@ def loss_of(name, points, **settings):
     return dpo.LOSSES[name](*ratios_of(points), beta=settings.pop("beta", 0.1), **kls, **settings)
 
 
-@pytest.mark.parametrize("name, settings", CASES)
-def test_losses_by_hand_at_the_reference_and_beside_it(name, settings):
-    values = loss_of(name, [(0, 0), (2, -3), (-4, -1)], **settings)
-    assert values.tolist() == pytest.approx(BY_HAND[(name, *settings.items())], abs=2e-6)
+@every_loss
+def test_losses_by_hand_at_the_reference_and_beside_it(case):
+    values = loss_of(case["loss"], [(0, 0), (2, -3), (-4, -1)], **case["settings"])
+    assert values.tolist() == pytest.approx(case["values"], abs=2e-6)
 
 
 def test_tdpo2_has_gradient_into_the_kl_of_the_rejected_answer_only():
@@ -122,12 +112,12 @@ def test_exo_of_swapped_labels_is_exo_with_the_smoothing_turned_round():
     assert loss_of("exo", zero, label_smoothing=0.2).item() == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("name, settings", CASES)
-def test_losses_of_the_margin_alone_ignore_a_shift_of_both_and_the_others_do_not(name, settings):
-    shifted = loss_of(name, [(c + 40, r + 40) for c, r in POINTS], **settings)
-    same = torch.allclose(loss_of(name, POINTS, **settings), shifted)
+@every_loss
+def test_losses_of_the_margin_alone_ignore_a_shift_of_both_and_the_others_do_not(case):
+    shifted = loss_of(case["loss"], [(c + 40, r + 40) for c, r in POINTS], **case["settings"])
+    same = torch.allclose(loss_of(case["loss"], POINTS, **case["settings"]), shifted)
     margin_alone = "sigmoid robust hinge exo discopop sigmoid_norm tdpo2 step_dpo".split()
-    assert same == (name in margin_alone)
+    assert same == (case["loss"] in margin_alone)
 
 
 def test_sppo_is_0_at_its_targets_for_any_beta():
@@ -143,14 +133,6 @@ def test_preferred_counts_ties_half():
 # Models and pairs -------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def stock(name):
-    """A model of tiny/ as plain transformers loads it: nothing in here knows of packed rows."""
-    folder = Path(dpo.__file__).parent / name
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-
-
 def alone(model, sequence):
     """Log-probs (list of scalars) of the trained tokens of one sequence, the shift written out."""
     logits = model(input_ids=torch.tensor(sequence.input_ids[None]).long(), use_cache=False).logits[0]
@@ -162,24 +144,8 @@ def alone(model, sequence):
 def loop_logps(name, pairs):
     """(P, 2) summed log-probs by `alone`, float64."""
     with torch.no_grad():
-        found = [[sum(x.double() for x in alone(stock(name), answer)) for answer in pair] for pair in pairs]
+        found = [[sum(x.double() for x in alone(cached(name), answer)) for answer in pair] for pair in pairs]
     return torch.tensor(found, dtype=torch.float64)
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-@functools.cache
-def tiny_rows():
-    path = Path(dpo.__file__).parent / "tiny" / "data" / "preference_train.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()[:200]]
-
-
-@functools.cache
-def tiny_tokenizer():
-    return dpo.load_tokenizer(dpo.Args())
 
 
 SHARED = dpo.Args()  # a pair's prompt stands in a row once
@@ -204,34 +170,11 @@ def random_pairs(seed, count=3, vocab_size=61):
     return pairs
 
 
-def small_model(config_class, seed, attn, **changes):
-    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = config_class(**sizes, **heads, **changes)
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attn).eval()
-
-
-def grads_of(model):
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-def assert_close_grads(one, other, rtol=1e-4):
-    assert one.keys() == other.keys()
-    for name in one:
-        scale = other[name].abs().max().item()
-        assert scale > 0 and (one[name] - other[name]).abs().max().item() <= rtol * scale, name
-
-
 @pytest.mark.parametrize("chunk_size", [1, 4, 512])
 def test_logprobs_and_kls_are_those_of_a_plain_loop_and_so_are_the_gradients(one_cpu, chunk_size):
     pairs = random_pairs(0)
-    kinds = {"policy": (Qwen3Config, 0, {"tie_word_embeddings": True}), "ref": (LlamaConfig, 1, {})}
-    build = lambda kind, attn: small_model(*kinds[kind][:2], attn, **kinds[kind][2])
-    policy, ref, plain, plain_ref = (
-        build(kind, attn) for attn in ("packed", "eager") for kind in ("policy", "ref")
-    )
+    policy, plain = (build("qwen3", attn, tie_word_embeddings=True) for attn in ("packed", "eager"))
+    ref, plain_ref = (build("llama", attn) for attn in ("packed", "eager"))
     batch = dpo.collate_pairs(pairs, SHARED, CPU)
     with torch.no_grad():
         states = completion_states(ref, batch)
@@ -254,7 +197,7 @@ def test_logprobs_and_kls_are_those_of_a_plain_loop_and_so_are_the_gradients(one
     weights = torch.randn(2, len(found[0]), generator=torch.Generator().manual_seed(2))
     for logprobs, kls in ((found[0], found[2]), (expected[0], expected[2])):
         (weights[0] * logprobs + weights[1] * kls).sum().backward()
-    assert_close_grads(grads_of(policy), grads_of(plain))
+    assert_equal_gradients(*({n: p.grad for n, p in m.named_parameters()} for m in (policy, plain)))
 
 
 def test_only_what_both_prompts_begin_with_and_neither_answer_trains_is_shared():
@@ -271,65 +214,33 @@ def test_only_what_both_prompts_begin_with_and_neither_answer_trains_is_shared()
 
 # Data -------------------------------------------------------------------------------------------------------
 
-ASK = [{"role": "user", "content": "What is 1 and 2?"}]
-
-
-def say_so(text):
-    return [{"role": "assistant", "content": text}]
+ASK = asked("What is 1 and 2?")
+HH = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: What is 1 and 2?\n\nAssistant:"
 
 
 def read(row, reader=dpo.read_pair):
     row = reader(row)
-    return row["prompt"], row["chosen"], row["rejected"]
+    return [row["prompt"], row["chosen"], row["rejected"]]
 
 
-HH = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: What is 1 and 2?\n\nAssistant:"
-TALK = [{"role": "user", "content": "Hi."}, *say_so("Hello."), *ASK]
-TWO = {"chosen": say_so("3"), "rejected": say_so("4")}
-WHOLE = {"chosen": [*ASK, *say_so("3")], "rejected": [*ASK, *say_so("4")]}
-
-
-@pytest.mark.parametrize(
-    "row, expected",
-    [
-        ({"prompt": "1 and 2 are", "chosen": " 3", "rejected": " 30"}, ("1 and 2 are", " 3", " 30")),
-        ({"prompt": ASK, **TWO}, (ASK, *TWO.values())),
-        ({"prompt": ASK, "chosen": "3", "rejected": say_so("4")}, (ASK, *TWO.values())),
-        ({"prompt": "1 and 2?", "chosen": 3, "rejected": 4}, ("1 and 2?", "3", "4")),
-        ({"question": "What is 1 and 2?", "chosen": "3", "rejected": "4"}, (ASK, *TWO.values())),
-        # Without a prompt: whole words of texts, whole messages of conversations.
-        ({"chosen": "2? It is three.", "rejected": "2? It is thirty."}, ("2? It is", " three.", " thirty.")),
-        ({"chosen": "2? It is", "rejected": "2? It is 3."}, ("2? It", " is", " is 3.")),
-        ({"chosen": "2? It is it.", "rejected": "2? It isn't."}, ("2? It", " is it.", " isn't.")),
-        ({"chosen": "2?\nThree.", "rejected": "2?\nThirty."}, ("2?", "\nThree.", "\nThirty.")),
-        (WHOLE, (ASK, *TWO.values())),
-        ({"prompt": "What is 1 and 2?", **WHOLE}, (ASK, *TWO.values())),  # UltraFeedback
-        # Anthropic's HH: the prompt ends at the last "Assistant:", though the replies begin alike.
-        (
-            {"chosen": f"{HH} It is three.", "rejected": f"{HH} It is thirty."},
-            (TALK, say_so("It is three."), say_so("It is thirty.")),
-        ),
-    ],
-    ids=str,
-)
-def test_prompt_and_answers_of_a_row(row, expected):
-    assert read(row) == expected
+# Without a prompt: whole words of texts, whole messages of conversations; Anthropic's HH up to the last
+# "Assistant:", though the replies begin alike.
+@pytest.mark.parametrize("case", read_lines(DATA / "preference_rows.jsonl"))
+def test_prompt_and_answers_of_a_row(case):
+    assert read(case["row"]) == case["read"]
 
 
 def test_columns_that_are_not_understood_are_named_beside_those_that_are(tmp_path, capsys):
     for bad in ({"foo": 1, "bar": 2}, {"prompt": "a", "chosen": "b"}):
-        with pytest.raises(SystemExit) as stop:
-            pairs_of(tmp_path, [bad])
-        [line] = capsys.readouterr().err.splitlines()
-        assert stop.value.code == 2 and all(name in line for name in bad)
-        assert "prompt + chosen + rejected" in line
+        line = error_of(lambda bad=bad: pairs_of(tmp_path, [bad]), capsys)
+        assert all(name in line for name in bad) and "prompt + chosen + rejected" in line
 
 
 def test_answers_are_cut_behind_the_first_step_that_differs():
     texts = {"prompt": "p", "chosen": "a\nb\nc", "rejected": "a\nx"}
-    talks = {"prompt": ASK, "chosen": say_so("a\nb\nc"), "rejected": say_so("a\nx\nc")}
-    assert read(texts, dpo.read_step) == ("p", "a\nb", "a\nx")
-    assert read(talks, dpo.read_step) == (ASK, say_so("a\nb"), say_so("a\nx"))
+    talks = {"prompt": ASK, "chosen": said("a\nb\nc"), "rejected": said("a\nx\nc")}
+    assert read(texts, dpo.read_step) == ["p", "a\nb", "a\nx"]
+    assert read(talks, dpo.read_step) == [ASK, said("a\nb"), said("a\nx")]
     with pytest.raises(ValueError, match="begin the other"):
         dpo.read_step({"prompt": "p", "chosen": "a\nb\nc", "rejected": "a\nb"})
 
@@ -344,7 +255,7 @@ def spans(sequence):
 @pytest.mark.parametrize("kind", ["messages", "texts"])
 def test_step_dpo_trains_the_first_step_that_differs_and_no_end_token(tmp_path, kind):
     chosen, rejected = "17 + 46 = 63\n63 - 5 = 58\n#### 58", "17 + 46 = 63\n5 + 46 = 51\n#### 51"
-    row = {"prompt": ASK, "chosen": say_so(chosen), "rejected": say_so(rejected)}
+    row = {"prompt": ASK, "chosen": said(chosen), "rejected": said(rejected)}
     if kind == "texts":
         row = {"prompt": "17 and 46?\n", "chosen": chosen, "rejected": rejected}
     [pair] = pairs_of(tmp_path, [row], loss="step_dpo")
@@ -390,69 +301,29 @@ def test_rows_that_are_no_pairs_cost_the_row_not_the_run_and_are_counted_by_reas
 # Runs -------------------------------------------------------------------------------------------------------
 
 
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.fixture
-def train(monkeypatch, tmp_path, one_cpu):
-    """train(rows, **flags) -> output folder, lines of metrics.jsonl; train.models: weakly, as loaded."""
-    load_model = dpo.load_model
-
-    def loaded(*rest, **more):
-        model = load_model(*rest, **more)
-        run.models.append(weakref.ref(model))
-        run.kept += [model] * run.keep
-        return model
-
-    def run(rows, held_out=None, **flags):
-        folder = tmp_path / f"run_{run.count}"
-        run.count += 1
-        path = write_rows(tmp_path / f"train_{run.count}.jsonl", rows)
-        defaults = {"dataset": (path,), "output_dir": str(folder), "beta": 0.1, "learning_rate": 1e-4}
-        defaults |= {"batch_size": 4, "max_steps": 2, "eval_every": 0, "num_eval": 0, "save_every": 0}
-        defaults |= {"max_completion_length": 0, "warmup_steps": 0, "lr_schedule": "constant"}
-        if held_out:
-            defaults["eval_dataset"] = write_rows(tmp_path / "held_out.jsonl", held_out)
-        run.models.clear(), run.kept.clear()
-        args = dpo.Args(**(defaults | flags))
-        dpo.main(args)
-        return Path(args.output_dir), read_lines(Path(args.output_dir) / "metrics.jsonl")
-
-    run.models, run.kept, run.count, run.keep = [], [], 0, False
-    monkeypatch.setattr(dpo, "load_model", loaded)
-    return run
-
-
-TIMES = ("tokens_per_second", "step_time")
-PACKING = ("num_tokens", "packing/fill")
-
-
-def assert_same_metrics(one, other, *, without=TIMES, tolerance=1e-4):
-    assert len(one) == len(other)
-    for line, wanted in zip(one, other, strict=True):
-        assert line.keys() == wanted.keys()
-        keys = [key for key in wanted if key not in without]
-        values = [wanted[key] for key in keys]
-        assert [line[key] for key in keys] == pytest.approx(values, rel=1e-4, abs=tolerance)
+def train(tmp_path, one_cpu):
+    """As `trainer` says: 2 steps of 4 pairs."""
+    flags = {"beta": 0.1, "learning_rate": 1e-4, "lr_schedule": "constant", "batch_size": 4, "max_steps": 2}
+    return trainer(dpo, tmp_path, num_eval=0, max_completion_length=0, **flags)
 
 
 def test_settings_of_memory_and_speed_do_not_change_the_metrics(train):
-    rows, held_out = tiny_rows()[:10], tiny_rows()[20:24]
+    rows, held_out = ROWS[:10], ROWS[20:24]
     flags = {"max_steps": 3, "learning_rate": 1e-3}
     _, plain = train(rows, held_out, **flags)
     losses = [line["loss"] for line in plain[1:]]
     assert losses[0] == pytest.approx(LN2, abs=1e-4) and len(set(losses)) == 3
     for changes in ({"ref": "live"}, {"attn": "eager"}):
         _, lines = train(rows, held_out, **flags, **changes)
-        assert_same_metrics(lines, plain, without=(*TIMES, *PACKING))
+        assert_same_metrics(lines, plain, 1e-4, 1e-4, without=("num_tokens", "packing/fill"))
         more = lines[-1]["num_tokens"] / plain[-1]["num_tokens"]  # a prompt stands in a packed row once
         assert more > 1.25 if "attn" in changes else more == 1
 
 
 @pytest.mark.parametrize("ref", ["cached", "live"])
 def test_other_reference_gives_the_rewards_of_both_models_log_probs(train, tmp_path, ref):
-    rows, held_out = tiny_rows()[:6], tiny_rows()[20:28]
+    rows, held_out = ROWS[:6], ROWS[20:28]
     pairs, others = pairs_of(tmp_path, rows), pairs_of(tmp_path, held_out)
     flags = {"ref_model": "tiny/base", "batch_size": 6, "learning_rate": 1e-3, "ref": ref}
     folder, lines = train(rows, held_out, max_completion_length=8, **flags)
@@ -496,17 +367,17 @@ def test_nothing_is_said_of_pairs_of_equal_length_where_there_are_none_nor_of_sa
     train,
 ):
     held_out = [{"prompt": ASK, "chosen": "3", "rejected": "It is 4 5 6 7 8."}]
-    _, lines = train(tiny_rows()[:4], held_out, max_steps=1)
+    _, lines = train(ROWS[:4], held_out, max_steps=1)
     assert lines[0].keys() == {"step", "eval/accuracy", "eval/margin", "eval/chosen_log_ratio"}
 
 
 def test_tdpo_run_takes_the_kls_of_its_answers(train, tmp_path):
-    rows = tiny_rows()[:4]
+    rows = ROWS[:4]
     pairs, kls = pairs_of(tmp_path, rows), []
     with torch.no_grad():
         for sequence in itertools.chain(*pairs):
             ids = torch.tensor(sequence.input_ids).long()[None]
-            models = [stock(name) for name in ("tiny/sft", "tiny/base")]
+            models = [cached(name) for name in ("tiny/sft", "tiny/base")]
             log_p, log_q = (model(input_ids=ids).logits[0].double().log_softmax(-1) for model in models)
             at = [position - 1 for position in np.flatnonzero(sequence.trained)]
             kls.append((log_q[at].exp() * (log_q[at] - log_p[at])).sum().item())
@@ -515,7 +386,7 @@ def test_tdpo_run_takes_the_kls_of_its_answers(train, tmp_path):
         margin = 0.1 * float(chosen - rejected) - 0.25 * 0.1 * (kls[2 * k + 1] - kls[2 * k])
         losses.append(math.log1p(math.exp(-margin)))
     flags = {"ref": "live", "ref_model": "tiny/base", "max_steps": 1, "loss": "tdpo2", "tdpo_alpha": 0.25}
-    assert train(rows, **flags)[1][1]["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
+    assert train(rows, **flags)[1][0]["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -531,84 +402,46 @@ def test_tdpo_run_takes_the_kls_of_its_answers(train, tmp_path):
 def test_reference_has_left_the_memory_before_training_unless_it_is_live(
     train, monkeypatch, flags, loads, alive
 ):
-    counts, clip = [], torch.nn.utils.clip_grad_norm_
+    models, counts, clip = models_of(monkeypatch, dpo), [], torch.nn.utils.clip_grad_norm_
 
     def counted(*rest):
-        counts.append((len(train.models), sum(model() is not None for model in train.models)))
+        counts.append((len(models), sum(model() is not None for model in models)))
         return clip(*rest)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", counted)
-    train(tiny_rows()[:4], tiny_rows()[20:24], **flags)
+    train(ROWS[:4], ROWS[20:24], **flags)
     assert set(counts) == {(loads, alive)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sync_moves_the_live_reference_every_so_many_steps(train, dtype):
-    train.keep = True
+def test_sync_moves_the_live_reference_every_so_many_steps(train, monkeypatch, dtype):
+    loaded = calls_of(monkeypatch, dpo, "load_model")
     flags = {"ref": "live", "learning_rate": 1e-3, "sync_ref_every": 2, "sync_ref_alpha": 0.5, "dtype": dtype}
-    train(tiny_rows()[:4], max_steps=2, **flags)
-    assert isinstance(train.kept[0], FSDPModule) == (dtype == "bfloat16")
+    train(ROWS[:4], max_steps=2, **flags)
+    assert isinstance(loaded[0][1], FSDPModule) == (dtype == "bfloat16")
     whole = lambda p: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach()
-    policy, ref = ({n: whole(p) for n, p in model.named_parameters()} for model in train.kept)
-    for name, start_weight in stock("tiny/sft").named_parameters():
+    policy, ref = ({n: whole(p) for n, p in model.named_parameters()} for _, model in loaded)
+    for name, start_weight in cached("tiny/sft").named_parameters():
         before = start_weight.to(ref[name].dtype).float()  # in which the reference is kept
         expected = ((before + policy[name]) / 2).to(ref[name].dtype)
         assert torch.allclose(ref[name], expected, atol=1e-7, rtol=1e-2 if dtype == "bfloat16" else 1e-5)
         assert not torch.equal(policy[name], start_weight)
-    train(tiny_rows()[:4], max_steps=1, **flags)
-    ref = dict(train.kept[1].named_parameters())
-    assert all(torch.equal(ref[n], p.to(ref[n].dtype)) for n, p in stock("tiny/sft").named_parameters())
+    train(ROWS[:4], max_steps=1, **flags)
+    ref = dict(loaded[3][1].named_parameters())
+    assert all(torch.equal(ref[n], p.to(ref[n].dtype)) for n, p in cached("tiny/sft").named_parameters())
 
 
 def test_continued_run_with_a_moving_reference_is_the_uninterrupted_one(train):
-    flags = {
-        "ref": "live",
-        "sync_ref_every": 1,
-        "sync_ref_alpha": 0.3,
-        "learning_rate": 1e-3,
-        "save_every": 2,
-    }
-    rows = tiny_rows()[:10]
-    _, whole = train(rows, max_steps=4, **flags)
-    folder, _ = train(rows, max_steps=2, **flags)
-    flags["dataset"] = tuple(json.loads((folder / "args.json").read_text())["dataset"])
-    _, lines = train(rows, max_steps=4, output_dir=str(folder), resume=True, **flags)
-    assert_same_metrics(lines, whole, tolerance=1e-6)
+    moving = {"ref": "live", "sync_ref_every": 1, "sync_ref_alpha": 0.3, "learning_rate": 1e-3}
+    assert_continues(train, ROWS[:10], max_steps=3, save_every=2, **moving)
 
 
 def test_model_in_bfloat16_with_long_answers_starts(train):
     long = "17 + 46 = 63\n" * 60
     rows = [{"prompt": ASK, "chosen": f"{long}#### {n}", "rejected": f"{long}no {n}"} for n in range(4)]
     _, lines = train(rows, dtype="bfloat16")
-    assert lines[1]["loss"] == pytest.approx(LN2, abs=0.05)
+    assert lines[0]["loss"] == pytest.approx(LN2, abs=0.05)
     assert all(math.isfinite(x) for x in lines[-1].values())
-
-
-# Errors -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "pattern, flags",
-    [
-        (r"tdpo2 .*--ref live", {"loss": "tdpo2"}),
-        (r"--sync-ref-every .*--ref live", {"sync_ref_every": 2}),
-        (r"robust .*below 0\.5", {"loss": "robust", "label_smoothing": 0.5}),
-        (r"exo .*above 0", {"loss": "exo"}),
-        (r"--label-smoothing means nothing to --loss hinge", {"loss": "hinge", "label_smoothing": 0.1}),
-    ],
-)
-def test_flags_that_mean_nothing_together_end_the_run_with_one_line(capsys, pattern, flags):
-    with pytest.raises(SystemExit) as stop:
-        dpo.Args(**flags)
-    [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and line.startswith("error: ") and re.search(pattern, line)
-
-
-def test_reference_with_another_tokenizer_is_refused(random_model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(dpo, "load_model", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(SystemExit) as stop:
-        dpo.main(dpo.Args(ref_model=str(random_model), output_dir=str(tmp_path / "run")))
-    assert stop.value.code == 2 and re.search("--ref-model .* another vocabulary", capsys.readouterr().err)
 
 
 def test_gsm8k_solutions_become_pairs_as_the_page_says_and_train(gsm8k, tmp_path, monkeypatch, one_cpu):

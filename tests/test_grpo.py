@@ -11,26 +11,29 @@ import math
 import random
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_lines, write_rows
+from helpers import (
+    CPU,
+    END,
+    calls_of,
+    error_of,
+    float64,
+    gradient_norm,
+    said,
+    stock,
+    tiny_rows,
+    tiny_tokenizer,
+    trainer,
+)
 from transformers import AutoModelForCausalLM
 
 import common
 import grpo
 
-CPU, END = torch.device("cpu"), 2  # <|im_end|> of tiny's tokenizer
-
-
-@pytest.fixture(autouse=True, scope="module")
-def process_group():
-    grpo.setup_distributed()
-
-
-def float64(*values):
-    return torch.tensor(values, dtype=torch.float64)
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 # Gradients against enumeration ------------------------------------------------------------------------------
@@ -72,6 +75,12 @@ class Table:
 def true_gradient(table, values=None):
     """Of the expected reward, or of the expectation of other values of the sequences."""
     return table.gradient((table.probabilities() * (table.rewards if values is None else values)).sum())
+
+
+def regularised_gradient(table, ref, kl_coef):
+    """Of the expected reward minus kl_coef KL(pi || ref) of whole sequences."""
+    logps, ref_logps = table.probabilities().log(), ref.probabilities().log().detach()
+    return true_gradient(table, table.rewards - kl_coef * (logps - ref_logps))
 
 
 def expected_gradient(table, group_size, advantages_of, loss_of, loss_agg="seq_mean_token_sum_norm"):
@@ -171,8 +180,9 @@ def test_completion_without_a_reward_is_left_out_and_gets_no_advantage(scale):
 
 
 def loss_and_slope(loss_of, ratio):
+    """Loss at a ratio of new to old probability, and its slope by the log-prob -1.3 of one token."""
     logprobs = float64(-1.3).requires_grad_()
-    loss = loss_of(grpo.importance_ratio(logprobs, logprobs.detach() - math.log(ratio)), logprobs)
+    loss = loss_of(torch.exp(logprobs - logprobs.detach() + math.log(ratio)), logprobs)
     return loss.item(), torch.autograd.grad(loss.sum(), logprobs)[0].item()
 
 
@@ -240,26 +250,6 @@ def test_distinct_ngrams_read_a_bounded_number_of_tokens(monkeypatch):
 # Rollouts ---------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def tiny_tokenizer():
-    return grpo.load_tokenizer(grpo.Args())
-
-
-@functools.cache
-def tiny_rows():
-    path = ROOT / "tiny" / "data" / "prompts_train.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()[:64]]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
 def prompts_of(rows):
     return [grpo.read_prompt(tiny_tokenizer(), row, f"row {n}", grpo.Args()) for n, row in enumerate(rows, 1)]
 
@@ -267,10 +257,6 @@ def prompts_of(rows):
 def completion_of(token_ids, prompt=None, text="", ended=True):
     prompt = prompt or grpo.Prompt([5, 6], {"prompt": "?"}, "row 1")
     return grpo.Completion(prompt, token_ids, torch.zeros(len(token_ids)), text, ended)
-
-
-def stock(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def test_end_tokens_are_those_of_the_model_and_of_the_template(one_cpu, tmp_path):
@@ -291,70 +277,14 @@ def batch_of(row, answers):
     return common.collate(sequences, shared=shared if any(shared) else None)
 
 
-def test_group_larger_than_the_budget_is_split():
-    # A prompt of 512 tokens and 8 answers of 4,000: in one row they would be 32,512 tokens.
-    answers = [(list(range(512)), [n] * 4000) for n in range(8)]
-    rows = grpo.pack_siblings(answers, 16384)
-    assert sorted(i for row in rows for i, _ in row) == list(range(8))
-    sizes = [batch_of(row, answers).input_ids.shape[1] for row in rows]
-    assert sorted(sizes) == [512 + 2 * 4000, 512 + 3 * 4000, 512 + 3 * 4000]
-
-
 # Short runs -------------------------------------------------------------------------------------------------
 
-REWARDS = r"""
-import json
-import torch
-
-residue = lambda completion_ids, **columns: [sum(ids) % 7 / 3 for ids in completion_ids]
-tensor = lambda **columns: torch.tensor(residue(**columns))
-nothing = lambda completions, **columns: [None] * len(completions)
-text = lambda completions, **columns: "1" * len(completions)
-matrix = lambda completions, **columns: torch.zeros(len(completions), 2)
-together = lambda completions, **columns: [1 / (len(completions) == 1)] * len(completions)
-rubric = lambda completions, rubric, **columns: [0.0] * len(completions)
-positional = lambda completions: [0.0] * len(completions)
-
-
-def raises(completions, answer, **columns):
-    if "13" in answer:
-        raise KeyError("no such key")
-    return [0.0] * len(completions)
-
-
-def seen(prompts, completions, completion_ids, max_completion_length, **columns):
-    with open(__file__ + ".seen", "a") as file:
-        columns |= {"longest": max_completion_length}
-        file.write(json.dumps([prompts, completions, completion_ids, columns]) + "\n")
-    return [float(len(ids)) for ids in completion_ids]
-"""
-
 
 @pytest.fixture
-def rewards(tmp_path):
-    """rewards("a", "b"): the flag --reward for functions of a file."""
-    path = tmp_path / "my_rewards.py"
-    path.write_text(REWARDS)
-    return lambda *names: tuple(f"{path}:{name}" for name in names)
-
-
-@pytest.fixture
-def train(tmp_path, rewards, one_cpu):
-    """train(**flags) -> output folder, lines of metrics.jsonl; 2 steps of 4 prompts on tiny/sft."""
-
-    def run(rows=None, **flags):
-        folder = tmp_path / f"run_{run.count}"
-        run.count += 1
-        path = write_rows(tmp_path / f"prompts_{run.count}.jsonl", rows or tiny_rows())
-        defaults = {"dataset": (path,), "output_dir": str(folder), "reward": rewards("residue")}
-        defaults |= {"batch_size": 16, "num_generations": 4, "max_completion_length": 12, "max_steps": 2}
-        defaults |= {"eval_every": 0, "save_every": 0, "warmup_steps": 0, "log_every": 1}
-        grpo.main(grpo.Args(**(defaults | flags)))
-        lines = read_lines(folder / "metrics.jsonl")
-        return folder, [line for line in lines if len(line) > 1]  # without step 0 where nothing was evaluated
-
-    run.count = 0
-    return run
+def train(tmp_path, one_cpu):
+    """As `trainer` says: 2 steps of 4 prompts on tiny/sft."""
+    flags = {"batch_size": 16, "num_generations": 4, "max_completion_length": 12, "max_steps": 2}
+    return trainer(grpo, tmp_path, reward="residue", **flags)
 
 
 @pytest.fixture
@@ -366,18 +296,9 @@ def ratios(monkeypatch):
     return found
 
 
-def assert_same_metrics(one, other, rel=1e-5, abs_=1e-6, without=()):
-    assert len(one) == len(other)
-    for line, wanted in zip(one, other, strict=True):
-        assert line.keys() == wanted.keys()
-        clock = {"tokens_per_second", "step_time"}
-        for key in wanted.keys() - clock - set(without):
-            assert line[key] == pytest.approx(wanted[key], rel=rel, abs=abs_), (key, wanted["step"])
-
-
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
-def test_first_pass_has_ratios_of_exactly_1_no_loss_and_a_gradient(train, ratios, rewards, temperature):
-    flags = {"reward": rewards("residue", "tensor"), "reward_weights": (2.0, 0.5)}
+def test_first_pass_has_ratios_of_exactly_1_no_loss_and_a_gradient(train, ratios, temperature):
+    flags = {"reward": "residue tensor", "reward_weights": (2.0, 0.5)}
     _, lines = train(temperature=temperature, max_tokens_per_micro_batch=256, **flags)
     assert len(ratios) >= 4 and all((ratio == 1).all() for ratio in ratios)
     for line in lines:
@@ -454,12 +375,12 @@ SUM = 0.75 - 0.25 * 10 + 4 - 4 - 1 + 6  # of A over the 26 tokens
     [("seq_mean_token_mean", 0), ("token_mean", -SUM / 26), ("seq_mean_token_sum_norm", -SUM / (8 * 8))],
 )
 def test_loss_of_a_step_by_hand(train, scripted, loss_agg, loss):
-    scripted(LENGTHS, SCORES)
+    scripted(LENGTHS, SCORES, cut=(6, 7))  # which plays no part without --mask-truncated
     line = run_of_8(train, loss_agg=loss_agg)
     assert line["loss"] == pytest.approx(loss, abs=1e-6) and line["grad_norm"] > 0.01
     assert line["reward"] == pytest.approx(9 / 8)
     assert line["reward_std"] == pytest.approx((0.5 + math.sqrt(4 / 3)) / 2)
-    assert line["completions/mean_length"] == 26 / 8 and line["completions/clipped_ratio"] == 0
+    assert line["completions/mean_length"] == 26 / 8 and line["completions/clipped_ratio"] == 2 / 8
 
 
 @pytest.mark.parametrize("why", ["no reward", "cut off"])
@@ -477,40 +398,33 @@ def test_completions_that_are_not_trained_on_are_in_no_normaliser(train, scripte
     wanted = -sum(a * n * w for a, n, w in zip(advantages, lengths, weights, strict=True))
     line = run_of_8(train, loss_agg=loss_agg, mask_truncated=True)
     assert line["loss"] == pytest.approx(wanted, abs=1e-6) and line["grad_norm"] > 0.01
-    if why == "cut off":
-        assert run_of_8(train, loss_agg="token_mean")["loss"] == pytest.approx(-SUM / 26, abs=1e-6)
 
 
-@pytest.mark.parametrize("surprise, weight", [(math.log(1.5), 1.5), (math.log(8), 2.0), (-1.0, math.exp(-1))])
-def test_truncated_importance_weights_of_a_step_by_hand(train, scripted, surprise, weight):
-    scripted(LENGTHS, SCORES, surprise=surprise)
-    plain = run_of_8(train, loss_agg="token_mean")
-    line = run_of_8(train, loss_agg="token_mean", tis_cap=2.0)
-    assert plain["loss"] == pytest.approx(-SUM / 26, abs=1e-5)
-    assert line["loss"] == pytest.approx(-SUM / 26 * weight, abs=1e-5)
-    assert line["grad_norm"] == pytest.approx(plain["grad_norm"] * weight, rel=1e-4)
-    assert line["sampling/logp_difference_mean"] == pytest.approx(abs(surprise), abs=1e-4)
+WEIGHTS = [(None, 1), (math.log(1.5), 1.5), (math.log(8), 2.0), (-1.0, math.exp(-1))]  # at most 2
 
 
-def test_gradient_of_a_step_is_that_of_the_weighted_log_probs(train, scripted):
+@pytest.mark.parametrize("surprise, weight", WEIGHTS)
+def test_gradient_of_a_step_is_that_of_the_weighted_log_probs(train, scripted, surprise, weight):
     # -sum w A log pi of the stock model, token by token
-    scripted(LENGTHS, SCORES)
-    rows = [tiny_rows()[0]] * 2
-    line = run_of_8(train, rows=rows, loss_agg="token_mean")
-    model, [prompt] = stock(ROOT / "tiny" / "sft"), prompts_of(rows[:1])
+    scripted(LENGTHS, SCORES, surprise=surprise)
+    rows = tiny_rows("prompts_train")[:1] * 2
+    line = run_of_8(train, rows=rows, loss_agg="token_mean", tis_cap=2.0 if surprise else 0.0)
+    model, [prompt] = stock("tiny/sft"), prompts_of(rows[:1])
     loss = 0
     for length, advantage in zip(LENGTHS, UNSCALED, strict=True):
         answer = [*range(10, 9 + length), END]
         logits = model(input_ids=torch.tensor([[*prompt.input_ids, *answer]])).logits[0]
         logps = logits[len(prompt.input_ids) - 1 : -1].log_softmax(-1)
-        loss = loss - advantage * logps[range(length), answer].sum() / 26
+        loss = loss - weight * advantage * logps[range(length), answer].sum() / 26
     loss.backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert line["grad_norm"] == pytest.approx(gradient_norm(model), rel=1e-4)
+    assert line["loss"] == pytest.approx(-SUM / 26 * weight, abs=1e-5)
+    if surprise:
+        assert line["sampling/logp_difference_mean"] == pytest.approx(abs(surprise), abs=1e-4)
 
 
 def test_reference_is_a_model_of_its_own_and_its_kl_may_be_in_the_loss(train):
-    flags = {"ref_model": str(ROOT / "tiny" / "base"), "max_steps": 1}
+    flags = {"ref_model": "tiny/base", "max_steps": 1}
     _, [plain] = train(**flags)
     _, [pulled] = train(beta=0.5, **flags)
     assert plain["kl"] == pulled["kl"] and plain["kl"] > 0.01
@@ -535,16 +449,19 @@ def test_weighted_sum_leaves_out_what_is_none():
     assert grpo.weighted_sum(scores[:, :1], ()).tolist() == [11]
 
 
-def test_reward_functions_see_messages_or_text_ids_and_the_columns_of_all_datasets(train, rewards, tmp_path):
-    one = write_rows(tmp_path / "one.jsonl", [tiny_rows()[0]])
+def test_reward_functions_see_messages_or_text_ids_and_the_columns_of_all_datasets(
+    train, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    rows = tiny_rows("prompts_train")[:1]
+    one = write_rows(tmp_path / "one.jsonl", rows)
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "2 + 3 =", "answer": 5, "level": 1}])
-    flags = {"batch_size": 4, "max_steps": 2, "max_completion_length": 6}
-    train(dataset=(one, other), reward=rewards("seen"), **flags)
-    seen = sorted(read_lines(tmp_path / "my_rewards.py.seen"), key=str, reverse=True)
-    for (prompts, completions, ids, columns), row in zip(seen, [tiny_rows()[0], None], strict=True):
+    train(dataset=(one, other), reward="seen", batch_size=4, max_completion_length=6)
+    seen = sorted(read_lines(tmp_path / "seen"), key=str, reverse=True)
+    for (prompts, completions, ids, columns), row in zip(seen, [rows[0], None], strict=True):
         texts = [tiny_tokenizer().decode(x, skip_special_tokens=True) for x in ids]
         assert prompts == ([row["prompt"]] if row else ["2 + 3 ="]) * 4
-        assert completions == ([[{"role": "assistant", "content": text}] for text in texts] if row else texts)
+        assert completions == ([said(text) for text in texts] if row else texts)
         wanted = {"answer": row["answer"], "level": None} if row else {"answer": 5, "level": 1}
         assert {k: v[0] for k, v in columns.items() if k in wanted} == wanted and columns["longest"] == 6
 
@@ -552,93 +469,43 @@ def test_reward_functions_see_messages_or_text_ids_and_the_columns_of_all_datase
 FAILURES = {
     "nothing": r"--reward nothing: None for every completion of the first step",
     "text": r"reward text: ValueError: not a number for each of",
-    "matrix": r"reward matrix: .*prompts_1\.jsonl, row \d",
-    "raises": r"reward raises: KeyError: .no such key. \(prompts_1\.jsonl, row 3; my_rewards.py, line \d",
-    "together": r"reward together: ZeroDivisionError: .* \(no row by itself; my_rewards.py, line \d",
+    "matrix": r"reward matrix: .*rows_\w+\.jsonl, row \d",
+    "raises": r"reward raises: KeyError: .no such key. \(rows_\w+\.jsonl, row 3; reward_functions.py, line",
+    "together": r"reward together: ZeroDivisionError: .* \(no row by itself; reward_functions.py, line \d",
 }
 
 
 @pytest.mark.parametrize("name, pattern", FAILURES.items(), ids=FAILURES)
-def test_reward_that_fails_ends_the_run_with_one_line(train, rewards, capsys, name, pattern):
-    rows = [row | {"answer": str(10 + n)} for n, row in enumerate(tiny_rows()[:4], 1)]
-    with pytest.raises(SystemExit) as stop:
-        train(rows, reward=rewards(name))
-    [line] = [x for x in capsys.readouterr().err.splitlines() if x]
-    assert stop.value.code == 2 and line.startswith("error: ") and re.search(pattern, line), line
-
-
-def evaluation_of(monkeypatch, function, **flags):
-    """Metrics and samples where two prompts, with three answers each, are answered as below."""
-    answer = lambda *texts: [completion_of([1], text=text) for text in texts]
-    sampled = answer("#### 1", r"\boxed{2}", "so #### 2", "#### 1,000", "<answer>1000</answer>", "3")
-    rollouts = {1: answer("#### 1", "3"), 3: sampled}
-    monkeypatch.setattr(grpo, "roll_out", lambda *arguments: rollouts[arguments[3]])
-    args = grpo.Args(**({"eval_samples": 3} | flags))
-    held_out = [sampled[0].prompt] * 2
-    return grpo.evaluate(None, tiny_tokenizer(), held_out, {"f": function}, {}, args)
+def test_reward_that_fails_ends_the_run_with_one_line(train, capsys, name, pattern):
+    rows = [row | {"answer": str(10 + n)} for n, row in enumerate(tiny_rows("prompts_train")[:4], 1)]
+    line = error_of(lambda: train(rows, reward=name), capsys)
+    assert re.search(pattern, line), line
 
 
 def test_evaluation_by_hand(monkeypatch):
     # right are 1 of 3 and 2 of 3; the majority (2 and 1000, however they are marked) is wrong for the first
     right = {"#### 1": 1.0, "#### 1,000": 1.0, "<answer>1000</answer>": 1.0}
     function = lambda completions, **_: [right.get(text, 0.0) for text in completions]
-    metrics, samples = evaluation_of(monkeypatch, function)
+    answer = lambda *texts: [completion_of([1], text=text) for text in texts]
+    sampled = answer("#### 1", r"\boxed{2}", "so #### 2", "#### 1,000", "<answer>1000</answer>", "3")
+    rollouts = {1: answer("#### 1", "3"), 3: sampled}  # one answer to each of two prompts, and three
+    monkeypatch.setattr(grpo, "roll_out", lambda *arguments: rollouts[arguments[3]])
+    held_out, args = [sampled[0].prompt] * 2, grpo.Args(eval_samples=3)
+    metrics, samples = grpo.evaluate(None, tiny_tokenizer(), held_out, {"f": function}, {}, args)
     assert metrics["eval/reward"] == metrics["eval/greedy_reward"] == pytest.approx(0.5)
     assert metrics["eval/pass@k"] == 1 and metrics["eval/maj@k"] == pytest.approx(0.5)
     assert metrics["eval/completions/clipped_ratio"] == 0
     assert [sample["completion"] for sample in samples] == ["#### 1", "#### 1,000"]
 
 
-# Prompts and mistakes ---------------------------------------------------------------------------------------
+# Columns, weights, rows -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def refused(monkeypatch, capsys, tmp_path, rewards):
-    """refused(pattern, rows, **flags): one line on stderr, exit status 2, no model, nothing written."""
+def test_column_that_a_reward_needs_must_be_in_the_held_out_data_too(train, capsys, monkeypatch):
     monkeypatch.setattr(grpo, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
-
-    def run(pattern, rows=None, **flags):
-        folder = tmp_path / f"run_{len([*tmp_path.iterdir()])}"
-        defaults = {"dataset": (write_rows(tmp_path / "rows.jsonl", rows or tiny_rows()[:4]),)}
-        defaults |= {"output_dir": str(folder), "reward": rewards("residue")}
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            grpo.main(grpo.Args(**(defaults | flags)))
-        lines = capsys.readouterr().err.splitlines()
-        assert stop.value.code == 2 and len(lines) == 1, lines
-        assert lines[0].startswith("error: ") and re.search(pattern, lines[0]), lines[0]
-        assert not [*folder.glob("*")]
-
-    return run
-
-
-MISTAKES = [
-    (r"--num-generations 1", {"num_generations": 1}),
-    (r"--batch-size 10 is no multiple of --num-generations 4", {"batch_size": 10, "num_generations": 4}),
-    (r"--num-minibatches 3: more than the prompts", {"batch_size": 16, "num_minibatches": 3}),
-    (r"2 --reward-weights for 1 rewards", {"reward_weights": (1.0, 2.0)}),
-    (r"--model \./nowhere", {"ref_model": "./nowhere"}),
-    (r"--reward nowhere\.py:f", {"reward": ("nowhere.py:f",)}),
-    (r"--reward nowhere\.py:f", {"eval_reward": ("nowhere.py:f",)}),
-    (r"--reward a/name", {"reward": ("a/name",)}),
-    (r"--reward tiny/sft", {"reward": ("tiny/sft",)}),
-    (r"--max-completion-length: .* positions", {"max_completion_length": 10**6}),
-]
-
-
-@pytest.mark.parametrize("pattern, flags", MISTAKES)
-def test_mistakes_end_the_run_with_one_line_before_a_model_is_loaded(refused, pattern, flags):
-    refused(pattern, **flags)
-
-
-def test_reward_that_cannot_be_called_ends_the_run_before_a_model_is_loaded(refused, rewards, tmp_path):
-    refused(r"unknown", reward=rewards("unknown"))
-    refused(r":rubric: TypeError: missing a required argument: 'rubric'", reward=rewards("rubric"))
-    refused(r":positional: TypeError: got an unexpected", reward=rewards("positional"))
-    (tmp_path / "broken.py").write_text("import nonexistent_module\n")
-    refused(r"broken\.py:f: ModuleNotFoundError", reward=(f"{tmp_path}/broken.py:f",))
-    rows, other = [row | {"rubric": "x"} for row in tiny_rows()[:4]], tmp_path / "other.jsonl"
-    refused(r"rubric", rows, reward=rewards("rubric"), eval_dataset=write_rows(other, tiny_rows()[:1]))
+    rows, held_out = tiny_rows("prompts_train")[:4], tiny_rows("prompts_eval")[:1]
+    rows = [row | {"rubric": "x"} for row in rows]
+    assert "rubric" in error_of(lambda: train(rows, held_out, reward="rubric"), capsys)
 
 
 def test_weights_of_the_sampler_by_hand():
@@ -663,9 +530,7 @@ def test_rows_keep_to_the_budget_and_deal_evenly(max_tokens, multiple_of, share)
 
 
 def test_kl_as_a_metric_is_measured_now_and_then_and_else_the_reference_is_not_loaded(train, monkeypatch):
-    loaded, load_model = [], grpo.load_model
-    spy = lambda *args, **settings: loaded.append(settings) or load_model(*args, **settings)
-    monkeypatch.setattr(grpo, "load_model", spy)
+    loaded = calls_of(monkeypatch, grpo, "load_model")
     for flags, measured in (((2, 0), [2]), ((4, 0), []), ((4, 0.1), [1, 2, 3])):
         loaded.clear()
         _, lines = train(max_steps=3, log_every=flags[0], beta=flags[1])

@@ -6,35 +6,33 @@ stock model on one sequence at a time. What the script shares with dpo.py is tes
 
 import functools
 import itertools
-import json
 import math
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, read_lines, write_rows
+from helpers import (
+    asked,
+    calls_of,
+    error_of,
+    float64,
+    said,
+    softplus,
+    stock,
+    tiny_rows,
+    tiny_tokenizer,
+    trainer,
+)
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import ipo_kto_simpo_orpo as four
 
-LN2 = math.log(2)
 ALGORITHMS = ("ipo", "kto", "simpo", "orpo")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def process_group():
-    four.setup_distributed()
-
-
-def float64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def softplus(x):
-    return math.log1p(math.exp(x))
+cached = functools.cache(stock)
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 # Losses -----------------------------------------------------------------------------------------------------
@@ -140,19 +138,11 @@ def test_orpo_is_right_from_sure_answers_to_impossible_ones_and_so_are_its_gradi
 
 
 @functools.cache
-def stock(name):
-    """A model as plain transformers loads it: nothing in here knows of packed rows."""
-    folder = Path(four.__file__).parent / name
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-
-
-@functools.cache
 def token_logps(name, input_ids):
     """Log-probs (float64, numpy) of all tokens of one sequence but its first, the shift written out."""
     ids = torch.tensor([input_ids])
     with torch.no_grad():
-        logprobs = stock(name)(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
+        logprobs = cached(name)(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
     return [logprobs[n - 1, token].item() for n, token in enumerate(input_ids) if n]
 
 
@@ -166,29 +156,13 @@ def logp(name, sequence):
 def near(tmp_path_factory):
     """tiny/sft with a little noise on its weights: log-ratios of about 1, where no loss is saturated."""
     folder = tmp_path_factory.mktemp("near") / "model"
-    shutil.copytree(Path(four.__file__).parent / "tiny" / "sft", folder)
+    shutil.copytree(ROOT / "tiny" / "sft", folder)
     weights, rng = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(3)
     for name, weight in weights.items():
         noise = torch.randn(weight.shape, generator=rng)
         weights[name] = (weight.float() * (1 + 0.05 * noise)).to(weight.dtype)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return str(folder)
-
-
-@functools.cache
-def tiny_rows(name="preference_train"):
-    path = Path(four.__file__).parent / "tiny" / "data" / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()[:100]]
-
-
-@functools.cache
-def tiny_tokenizer():
-    return four.load_tokenizer(four.Args())
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture
@@ -209,8 +183,7 @@ def text_of(sequence, trained):
 
 
 def unpaired(number, answer, label):
-    ask = [{"role": "user", "content": f"What is {number} and 2?"}]
-    return {"prompt": ask, "completion": [{"role": "assistant", "content": answer}], "label": label}
+    return {"prompt": asked(f"What is {number} and 2?"), "completion": said(answer), "label": label}
 
 
 def numbers_of(answers):
@@ -249,10 +222,8 @@ BAD = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b", "l
 
 @pytest.mark.parametrize("algorithm, bad", [*[("kto", bad) for bad in BAD], ("ipo", unpaired(1, "3", True))])
 def test_rows_that_are_not_understood_are_named_with_their_columns(load, capsys, algorithm, bad):
-    with pytest.raises(SystemExit) as stop:
-        load([bad], algorithm=algorithm)
-    [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and "first row 1" in line and all(name in line for name in bad)
+    line = error_of(lambda: load([bad], algorithm=algorithm), capsys)
+    assert "first row 1" in line and all(name in line for name in bad)
     assert ("prompt + completion + label" in line) == (algorithm == "kto")
     assert "prompt + chosen + rejected" in line
 
@@ -311,30 +282,11 @@ def test_donors_of_pairs_that_were_taken_apart_have_both_labels():
 
 
 @pytest.fixture
-def train(monkeypatch, tmp_path, one_cpu):
-    """train(rows, held_out, **flags) -> lines of metrics.jsonl; train.loads: the models that were loaded."""
-    load_model = four.load_model
-
-    def loaded(name, *rest, **more):
-        run.loads.append(name)
-        return load_model(name, *rest, **more)
-
-    def run(rows, held_out=None, **flags):
-        run.count += 1
-        defaults = {"dataset": (write_rows(tmp_path / f"train_{run.count}.jsonl", rows),)}
-        defaults |= {"output_dir": str(tmp_path / f"run_{run.count}"), "save_every": 0}
-        defaults |= {"batch_size": len(rows), "max_steps": 1, "eval_every": 0, "num_eval": 0}
-        defaults |= {"max_completion_length": 0, "warmup_steps": 0, "lr_schedule": "constant"}
-        if held_out:
-            defaults["eval_dataset"] = write_rows(tmp_path / "held_out.jsonl", held_out)
-        args = four.Args(**(defaults | flags))
-        run.folder, run.loads = Path(args.output_dir), []
-        four.main(args)
-        return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-
-    run.count, run.loads = 0, []
-    monkeypatch.setattr(four, "load_model", loaded)
-    return run
+def train(tmp_path, one_cpu):
+    """As `trainer` says: one step of all rows."""
+    flags = {"max_steps": 1, "num_eval": 0, "max_completion_length": 0, "lr_schedule": "constant"}
+    train = trainer(four, tmp_path, **flags)
+    return lambda rows, *rest, **flags: train(rows, *rest, **{"batch_size": len(rows)} | flags)
 
 
 def rows_for(algorithm, count=6):
@@ -374,23 +326,20 @@ def mean_nll(model, answers):
 PLAIN = {"ipo": {"beta": 0.1}, "simpo": {"beta": 3.0, "gamma_beta_ratio": 0.2}, "orpo": {"beta": 0.8}}
 
 
-@pytest.mark.parametrize("budget", [8192, 150])
 @pytest.mark.parametrize(
     "algorithm, flags",
     [("ipo", {}), ("ipo", {"ipo_length_average": True}), ("simpo", {"sft_coef": 0.5}), ("orpo", {})],
 )
-def test_first_step_of_pairs_is_a_plain_loop_over_the_stock_model(
-    train, load, near, algorithm, flags, budget
-):
+def test_first_step_of_pairs_is_a_plain_loop_over_the_stock_model(train, load, near, algorithm, flags):
     rows, model, ref = rows_for(algorithm), near, "tiny/sft"
     pairs = [four.Pair(*answers) for answers in load(rows, algorithm=algorithm)[0]]
     own = flags | PLAIN[algorithm] | ({"ref_model": ref} if algorithm == "ipo" else {})
-    lines = train(rows, algorithm=algorithm, model=model, max_tokens_per_micro_batch=budget, **own)
+    _, [line] = train(rows, algorithm=algorithm, model=model, max_tokens_per_micro_batch=150, **own)
     losses = pair_losses(algorithm, pairs, model, ref, **flags)
     loss, chosen = means(losses), [pair.chosen for pair in pairs]
     nll = mean_nll(model, chosen)
     loss += (1 if algorithm == "orpo" else flags.get("sft_coef", 0)) * nll
-    assert nll > 0.05 and lines[1]["loss"] == pytest.approx(loss, rel=1e-4)
+    assert nll > 0.05 and line["loss"] == pytest.approx(loss, rel=1e-4)
 
     beta, both = PLAIN[algorithm]["beta"], []
     for pair in pairs:
@@ -411,8 +360,8 @@ def test_first_step_of_pairs_is_a_plain_loop_over_the_stock_model(
     }
     if algorithm == "ipo":
         expected["logps/chosen_drift"] = means([logp(model, y) - logp(ref, y) for y in chosen])
-    assert {key: lines[1][key] for key in expected} == pytest.approx(expected, abs=1e-3)
-    assert "kl" not in lines[1] and ("logps/chosen_drift" in lines[1]) == (algorithm == "ipo")
+    assert {key: line[key] for key in expected} == pytest.approx(expected, abs=1e-3)
+    assert "kl" not in line and ("logps/chosen_drift" in line) == (algorithm == "ipo")
 
 
 def kto_by_hand(labels, ratios, kl, beta, weights=(1.0, 1.0)):
@@ -431,18 +380,17 @@ def mismatched_kl(answers, model, ref, which=None):
     return means([logp(model, sequence) - logp(ref, sequence) for sequence in found])
 
 
-@pytest.mark.parametrize("budget", [8192, 100])
 @pytest.mark.parametrize("direction", [1, -1])
-@pytest.mark.parametrize("flags", [{}, {"weights": (1.5, 0.7)}, {"sft_coef": 2.5}], ids=str)
-def test_first_step_of_kto_is_a_plain_loop_over_the_stock_model(train, load, near, flags, direction, budget):
+@pytest.mark.parametrize("flags", [{}, {"weights": (1.5, 0.7), "sft_coef": 2.5}], ids=str)
+def test_first_step_of_kto_is_a_plain_loop_over_the_stock_model(train, load, near, flags, direction):
     rows, (model, ref) = rows_for("kto", 7), (near, "tiny/sft")[::direction]
     answers, labels = load(rows)
     weights, coef = flags.get("weights", (1.0, 1.0)), flags.get("sft_coef", 0.0)
     more = {"desirable_weight": weights[0], "undesirable_weight": weights[1], "sft_coef": coef}
-    more |= {"model": model, "ref_model": ref, "beta": 0.4, "max_tokens_per_micro_batch": budget}
-    lines = train(rows, algorithm="kto", **more)
+    more |= {"model": model, "ref_model": ref, "beta": 0.4, "max_tokens_per_micro_batch": 100}
+    _, [line] = train(rows, algorithm="kto", **more)
     kl = mismatched_kl(answers, model, ref)
-    assert abs(kl) > 0.1 and lines[1]["kl"] == pytest.approx(kl, abs=1e-3)  # as it is, before its clamp
+    assert abs(kl) > 0.1 and line["kl"] == pytest.approx(kl, abs=1e-3)  # as it is, before its clamp
 
     ratios = [logp(model, item[0]) - logp(ref, item[0]) for item in answers]
     losses, right = kto_by_hand(labels, ratios, kl, 0.4, weights)
@@ -450,7 +398,7 @@ def test_first_step_of_kto_is_a_plain_loop_over_the_stock_model(train, load, nea
     bad = [n for n, [label] in enumerate(labels) if not label]
     assert len(good) != len(bad) and good and bad  # each has its own number in the means
     loss = means(losses) + coef * mean_nll(model, [answers[n][0] for n in good])
-    assert lines[1]["loss"] == pytest.approx(loss, rel=1e-4)
+    assert line["loss"] == pytest.approx(loss, rel=1e-4)
     chosen, rejected = (0.4 * means([ratios[n] for n in side]) for side in (good, bad))
     expected = {
         "rewards/chosen": chosen,
@@ -461,12 +409,12 @@ def test_first_step_of_kto_is_a_plain_loop_over_the_stock_model(train, load, nea
         "logps/rejected": means([logp(model, answers[n][0]) for n in bad]),
         "logps/chosen_drift": means([ratios[n] for n in good]),
     }
-    assert {key: lines[1][key] for key in expected} == pytest.approx(expected, abs=1e-3)
+    assert {key: line[key] for key in expected} == pytest.approx(expected, abs=1e-3)
 
 
 def test_pairs_are_taken_apart_for_kto(train, load):
     rows = rows_for("ipo", 4)
-    [_, line] = train(rows, algorithm="kto", batch_size=8)  # all answers, in one order
+    _, [line] = train(rows, algorithm="kto", batch_size=8)  # all answers, in one order
     pairs = load(rows)[0]
     assert line["loss"] == pytest.approx(0.5, rel=1e-3) and line["epoch"] == 1
     expected = [means([logp("tiny/sft", pair[side]) for pair in pairs]) for side in (0, 1)]
@@ -479,18 +427,17 @@ def test_kl_of_kto_is_that_of_the_optimizer_batch_and_takes_answers_from_outside
     picked = np.random.default_rng(1).permutation(8)[:3]  # the first batch
     expected = mismatched_kl(answers, near, "tiny/sft", picked)
     assert abs(expected - mismatched_kl(answers, near, "tiny/sft")) > 0.05
-    for budget in (8192, 60):
-        flags = {"model": near, "ref_model": "tiny/sft", "batch_size": 3}
-        lines = train(rows, algorithm="kto", max_tokens_per_micro_batch=budget, **flags)
-        assert lines[1]["kl"] == pytest.approx(expected, abs=1e-3)
+    flags = {"model": near, "ref_model": "tiny/sft", "batch_size": 3, "max_tokens_per_micro_batch": 60}
+    _, [line] = train(rows, algorithm="kto", **flags)
+    assert line["kl"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_metrics_of_a_label_that_a_batch_has_not_are_not_logged(train):
-    lines = train(rows_for("kto", 8), algorithm="kto", batch_size=1, max_steps=8)
-    for line in lines[1:]:
+    _, lines = train(rows_for("kto", 8), algorithm="kto", batch_size=1, max_steps=8)
+    for line in lines:
         [side] = {"chosen", "rejected"} & {key.removeprefix("logps/") for key in line}
         assert f"rewards/{side}" in line and "rewards/margins" not in line and "rewards/accuracies" in line
-    assert len({tuple(line) for line in lines[1:]}) == 2  # each label came
+    assert len({tuple(line) for line in lines}) == 2  # each label came
 
 
 @pytest.mark.parametrize(
@@ -506,11 +453,12 @@ def test_metrics_of_a_label_that_a_batch_has_not_are_not_logged(train):
 def test_models_that_a_run_loads_and_passes_before_it_trains(
     train, monkeypatch, algorithm, flags, loads, passes
 ):
-    asked, pair_logps = [], four.pair_logps
-    monkeypatch.setattr(four, "pair_logps", lambda *rest: asked.extend(rest[1][:1]) or pair_logps(*rest))
-    monkeypatch.setattr(four, "evaluate", lambda *_: ({"passes": len(asked)}, []))
-    lines = train(rows_for(algorithm, 4), rows_for("ipo", 24)[20:], algorithm=algorithm, **flags)
-    assert train.loads == ["tiny/sft", "tiny/base"][:loads] and lines[0]["passes"] == passes
+    loaded, found = calls_of(monkeypatch, four, "load_model"), calls_of(monkeypatch, four, "pair_logps")
+    passes_so_far = lambda *_: {"passes": sum(len(pairs[:1]) for (_, pairs, *_), _ in found)}
+    monkeypatch.setattr(four, "evaluate", lambda *_: (passes_so_far(), []))
+    _, lines = train(rows_for(algorithm, 4), rows_for("ipo", 24)[20:], algorithm=algorithm, **flags)
+    assert [arguments[0] for arguments, _ in loaded] == ["tiny/sft", "tiny/base"][:loads]
+    assert lines[0]["passes"] == passes
 
 
 # Evaluation -------------------------------------------------------------------------------------------------
@@ -520,7 +468,7 @@ def test_unpaired_answers_are_evaluated_by_a_double_loop_over_good_and_bad(train
     rows, others = rows_for("kto", 4), tiny_rows("unpaired_eval")[:9]
     held_out, labels = load(others)
     flags = {"model": near, "ref_model": "tiny/sft", "beta": 0.4, "max_completion_length": 4}
-    lines = train(rows, others, algorithm="kto", **flags)
+    folder, lines = train(rows, others, algorithm="kto", **flags)
     ratios = [logp(near, item[0]) - logp("tiny/sft", item[0]) for item in held_out]
     good = [r for r, [label] in zip(ratios, labels, strict=True) if label]
     bad = [r for r, [label] in zip(ratios, labels, strict=True) if not label]
@@ -532,10 +480,9 @@ def test_unpaired_answers_are_evaluated_by_a_double_loop_over_good_and_bad(train
     assert len(good) != len(bad) and 0 < expected["eval/accuracy"] < 1
     assert {key: lines[0][key] for key in expected} == pytest.approx(expected, abs=1e-3)
     assert "eval/accuracy_length_matched" not in lines[0]
-    samples = [json.loads(line) for line in (train.folder / "samples.jsonl").read_text().splitlines()]
-    asked = [sample["prompt"] for sample in samples if sample["step"] == 0]
+    prompts = [x["prompt"] for x in read_lines(folder / "samples.jsonl") if x["step"] == 0]
     wanted = [row["prompt"][-1]["content"] for row in others if row["label"]]  # only good ones have an answer
-    assert len(asked) == len(wanted) and all(w in a for w, a in zip(wanted, asked, strict=True))
+    assert all(w in prompt for w, prompt in zip(wanted, prompts, strict=True))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -544,7 +491,7 @@ def test_held_out_pairs_are_compared_by_what_the_algorithm_compares(train, load,
     pairs = load(others, algorithm=algorithm)[0]
     model, with_reference = near, algorithm in ("ipo", "kto")
     flags = {"beta": 0.4} | ({"ref_model": "tiny/sft"} if with_reference else {})
-    lines = train(rows, others, algorithm=algorithm, model=model, **flags)
+    _, lines = train(rows, others, algorithm=algorithm, model=model, **flags)
     margins = []
     for pair in pairs:
         if with_reference:
@@ -567,30 +514,10 @@ def test_held_out_pairs_are_compared_by_what_the_algorithm_compares(train, load,
     assert ("eval/chosen_log_ratio" in lines[0]) == with_reference
 
 
-# Errors -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "pattern, flags",
-    [
-        (r"--ref-model means nothing to --algorithm simpo", {"algorithm": "simpo", "ref_model": "tiny/base"}),
-        (r"--ipo-length-average .* kto", {"algorithm": "kto", "ipo_length_average": True}),
-        (r"--sft-coef means nothing to --algorithm orpo", {"algorithm": "orpo", "sft_coef": 0.1}),
-    ],
-)
-def test_flags_that_mean_nothing_together_end_the_run_with_one_line(capsys, pattern, flags):
-    with pytest.raises(SystemExit) as stop:
-        four.Args(**flags)
-    [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and line.startswith("error: ") and re.search(pattern, line)
-
-
 def test_data_that_kto_cannot_learn_from_is_refused_before_a_model_is_loaded(train, monkeypatch, capsys):
     monkeypatch.setattr(four, "load_model", lambda *_: pytest.fail("a model was loaded"))
     for told, rows in (
         ("all prompts are the same", [unpaired(1, "3", True), unpaired(1, "4", False)]),
         ("2 answers are desirable, 0 are not", [unpaired(n, "3", True) for n in (1, 2)]),
     ):
-        with pytest.raises(SystemExit) as stop:
-            train(rows, algorithm="kto")
-        assert stop.value.code == 2 and told in capsys.readouterr().err
+        assert told in error_of(lambda rows=rows: train(rows, algorithm="kto"), capsys)

@@ -5,16 +5,21 @@ The models are small and made here: a random one, and copies of it whose weights
 
 import json
 import math
+import os
 import shutil
+import signal
 import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT, start
+import tyro
+from conftest import ROOT, fork, run_command, start
+from helpers import error_of, stock
 from safetensors.torch import load_file, save_file
 from sync_docs import metric_differences
+from transformers import AutoTokenizer
 
 import merge
 
@@ -65,16 +70,6 @@ def weights(folder):
     """The tensors of a merged model, from all its files."""
     files = sorted((folder / "model").glob("*.safetensors"))
     return {name: x for path in files for name, x in load_file(path).items()}
-
-
-def error_of(function, capfd):
-    """The one line and exit code of a user's mistake."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit, match="2"):
-        function()
-    [line] = capfd.readouterr().err.strip().splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 def vectors(*rows):
@@ -211,7 +206,7 @@ def test_dare_keeps_the_density_and_the_expectation():
     assert error.abs().max() < 4.5 and error.square().mean().sqrt() < 1.5
 
 
-def stock(base, *models):
+def model_stock(base, *models):
     base, models = vectors(base)[0], vectors(*models)
     ratio = merge.model_stock_ratio(merge.gram(base, models - base))
     return merge.model_stock(base, models, ratio).tolist()
@@ -220,15 +215,15 @@ def stock(base, *models):
 def test_model_stock_by_hand():
     # 45 degrees: t = 2 cos / (1 + cos) = 0.8284, and the mean is (1, 0.5)
     ratio = math.sqrt(2) / (1 + math.sqrt(0.5))
-    assert stock([0, 0], [1, 0], [1, 1]) == pytest.approx([ratio, ratio / 2])
-    assert stock([5, 1], [6, 1], [6, 2]) == pytest.approx([5 + ratio, 1 + ratio / 2], rel=1e-6)
-    assert stock([1, 1], [2, 1], [1, 2]) == [1, 1]  # orthogonal: the base
-    assert stock([1, 1], [2, 3], [2, 3]) == pytest.approx([2, 3])  # the same: their mean
+    assert model_stock([0, 0], [1, 0], [1, 1]) == pytest.approx([ratio, ratio / 2])
+    assert model_stock([5, 1], [6, 1], [6, 2]) == pytest.approx([5 + ratio, 1 + ratio / 2], rel=1e-6)
+    assert model_stock([1, 1], [2, 1], [1, 2]) == [1, 1]  # orthogonal: the base
+    assert model_stock([1, 1], [2, 3], [2, 3]) == pytest.approx([2, 3])  # the same: their mean
     # three, pairwise cosines 0, 0 and 1: mean 1/3, t = 3/3 / (1 + 2/3) = 0.6
-    assert stock([0, 0], [3, 0], [0, 3], [0, 3]) == pytest.approx([0.6, 1.2])
+    assert model_stock([0, 0], [3, 0], [0, 3], [0, 3]) == pytest.approx([0.6, 1.2])
     # where the formula has no value, or no bound
-    assert stock([1, 2], [2, 3], [0, 1]) == [1, 2]  # opposite: 0 / 0
-    assert stock([1, 2], [1, 2], [3, 2]) == [1, 2]  # one that did not change
+    assert model_stock([1, 2], [2, 3], [0, 1]) == [1, 2]  # opposite: 0 / 0
+    assert model_stock([1, 2], [1, 2], [3, 2]) == [1, 2]  # one that did not change
     obtuse = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, -0.5], [0.0, -0.5, 1.0]], dtype=torch.float64)
     assert merge.model_stock_ratio(obtuse) == 0
     tiny = torch.tensor([[1.0, 0, 0], [0, 1e-8, 5e-9], [0, 5e-9, 1e-8]], dtype=torch.float64)
@@ -332,9 +327,7 @@ def test_arithmetic_is_float32_and_rounds_once_to_the_type_of_the_base(dtype, mo
 
 
 def logits_of(folder):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model = stock(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Two and two?"}], tokenize=False)
     with torch.no_grad():
@@ -486,38 +479,6 @@ def test_result_that_is_not_finite_is_refused(method, bad, models, run, tmp_path
     assert not list(tmp_path.glob("run*"))
 
 
-GREEDY = {"method": "soup", "eval_command": "echo 1 {model}"}
-MISTAKES = [
-    ({"method": "ties"}, "needs --base"),
-    ({"weights": (1.0,)}, "--weights has 1 numbers for 2 models"),
-    ({"models": ("0", "1", "2"), "weights": (0.1, 0.2, -0.3)}, "add up to 0"),  # 0.1 + 0.2 > 0.3
-    ({"models": (), "base": "0"}, "--base without --models"),
-    ({"method": "wise_ft", "base": "0", "models": ("1",), "t": math.nan}, "--t nan"),
-    ({"density": 0.5}, "linear has no density"),
-    ({"method": "slerp", "base": "0"}, "one model"),
-    ({"method": "model_stock", "base": "0", "models": ("1",)}, "two models or more"),
-    ({"method": "ties", "base": "0", "rule": ("layers.0.*:density=0.5",)}, "--compat mergekit"),
-    ({"rule": ("layers.*:weight",)}, "PATTERN:NAME"),
-    ({"rule": ("layers.*:weight=half",)}, "valid number"),
-    ({"rule": ("layers.*:t=0.5",)}, "linear has no t"),
-    ({"rule": ("layers.*:weight.3=0.5",)}, "from 1 to 2"),
-    ({"rule": ("layers.9.*:weight=0.5",)}, "no tensor matches layers.9.*"),
-    ({"eval_command": "echo 1 {model}"}, "--method soup"),
-    (GREEDY | {"eval_command": "echo it broke >&2; false {model}"}, "it broke"),
-    (GREEDY | {"eval_command": "echo {model} nan"}, "a finite number last"),
-    ({"models": ("/nonesuch/folder",)}, "/nonesuch/folder cannot be read"),
-]
-
-
-@pytest.mark.parametrize(("flags", "wanted"), MISTAKES)
-def test_mistakes_are_one_clear_line(flags, wanted, models, tmp_path, capfd):
-    flags = {"method": "linear", "models": ("0", "1")} | flags
-    flags["models"] = tuple(str(models[int(m)]) if m.isdigit() else m for m in flags["models"])
-    flags |= {"base": str(models[0])} if "base" in flags else {}
-    line = error_of(lambda: merge.main(merge.Args(output_dir=str(tmp_path / "run"), **flags)), capfd)
-    assert wanted in line and not list(tmp_path.iterdir())
-
-
 BROKEN = [("config.json", "{"), ("config.json", "[]"), ("model.safetensors", "{"), ("tokenizer.json", "{}")]
 BROKEN += [("model.safetensors.index.json", text) for text in ("{}", '{"weight_map": []}')]
 
@@ -534,7 +495,7 @@ FAILURES = [
     ("shutil.disk_usage", Mock(return_value=SimpleNamespace(free=1000)), "no room for"),
     ("os.fsync", Mock(side_effect=OSError(28, FULL)), FULL),
     ("save_file", Mock(side_effect=merge.SafetensorError(f"I/O error: {FULL}")), FULL),
-    ("shutil.copymode", Mock(side_effect=OSError(5, "Bad disk", "/its/name")), "error: /its/name: Bad"),
+    ("shutil.copymode", Mock(side_effect=OSError(5, "Bad disk", "/its/name")), "/its/name: Bad"),
 ]
 
 
@@ -545,33 +506,37 @@ def test_full_disk_is_one_clear_line(name, function, wanted, models, run, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-KILLED = """
-import os, signal, sys
-import tyro
-import merge
+def merge_until_a_signal(number, words):
+    """The command line with small tiles, and a signal at the 300th of them."""
+    merge_tensors, calls = merge.merge_tensors, []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background has not
 
-merge.TILE, merge_tensors, calls = 64, merge.merge_tensors, []
+    def merge_or_die(*args):
+        calls.append(args)
+        if len(calls) == 300:
+            os.kill(os.getpid(), number)
+        return merge_tensors(*args)
 
-def merge_or_die(*args):
-    calls.append(args)
-    if len(calls) == 300:
-        os.kill(os.getpid(), getattr(signal, sys.argv.pop()))
-    return merge_tensors(*args)
-
-merge.merge_tensors = merge_or_die
-merge.main(tyro.cli(merge.Args, args=sys.argv[1:-1]))
-"""
+    merge.TILE, merge.merge_tensors = 64, merge_or_die
+    merge.main(tyro.cli(merge.Args, args=list(map(str, words))))
 
 
 def test_killed_half_way_there_is_no_model_and_interrupted_nothing(models, tmp_path):
-    flags = ["--method", "linear", "--models", *models[:2], "--output-dir", tmp_path / "out"]
-    done = start(sys.executable, "-c", KILLED, *flags, "SIGINT", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "error: interrupted\n") and not list(tmp_path.iterdir())
-    done = start(sys.executable, "-c", KILLED, *flags, "--max-shard-size", "40KB", "SIGKILL", cwd=tmp_path)
-    assert done.returncode == -9, done.stderr
+    def forked(function, *args):
+        process = fork(function, *args, cwd=tmp_path)
+        process.join(300)
+        told = (tmp_path / "output").read_text()
+        (tmp_path / "output").unlink()
+        return process.exitcode, told
+
+    words = ["--method", "linear", "--models", *models[:2], "--output-dir", tmp_path / "out"]
+    code, told = forked(merge_until_a_signal, signal.SIGINT, words)
+    assert code == 2 and told.endswith("error: interrupted\n") and not list(tmp_path.iterdir())
+    code, told = forked(merge_until_a_signal, signal.SIGKILL, [*words, "--max-shard-size", "40KB"])
+    assert code == -9, told
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"args.json", "merge.py", "model.partial"}
-    done = start(sys.executable, ROOT / "merge.py", *flags, cwd=tmp_path)  # what is left is not written into
-    assert done.returncode == 2 and done.stderr.endswith("out: File exists\n")
+    code, told = forked(run_command, ROOT / "merge.py", *words)  # what is left is not written into
+    assert code == 2 and told.endswith("out: File exists\n")
 
 
 # Rules, soups, report ---------------------------------------------------------------------------------------
@@ -652,5 +617,3 @@ def test_default_run_merges_half_way_from_base_to_sft_and_needs_no_transformers(
         assert torch.equal(merged[name], torch.lerp(base[name].float(), sft[name].float(), 0.5).bfloat16())
     assert (folder / "report.json").exists() and "model.layers.*.mlp.up_proj.weight" in done.stdout
     assert torch.isfinite(logits_of(folder)[1]).all()
-    done = start(sys.executable, ROOT / "merge.py", "--method", "ties", "--models", "a", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")

@@ -5,7 +5,6 @@ TRL, or with another version, this file is skipped, and without mergekit its par
 """
 
 import importlib
-import json
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -14,9 +13,12 @@ from typing import NamedTuple
 import datasets
 import pytest
 import torch
+from conftest import DATA
+from helpers import asked, said, stock, trainer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import distill
 import dpo
 import ipo_kto_simpo_orpo as second
 import merge
@@ -28,14 +30,6 @@ if not trl.__version__.startswith("1.16."):
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
 
-# Nothing follows the last turn: TRL trains all that comes after the prompt, also a line break behind the end
-# token, and our scripts train no more than the end token.
-TEMPLATE = (
-    "{% for message in messages %}{{ '' if loop.first else '\n' }}{{ '<|im_start|>' + message.role + '\n' }}"
-    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}"
-    "{% endgeneration %}{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"
-)
 PAIRS = [  # prompt, chosen, rejected: either answer may be the longer one, by a little or by a lot
     ("What color is the sky?", "It is blue.", "It is green and green."),
     ("What color is the grass?", "The grass is green today.", "Blue."),
@@ -46,7 +40,6 @@ PAIRS = [  # prompt, chosen, rejected: either answer may be the longer one, by a
     ("Thank you, that is right.", "You are a helpful assistant.", "Nora gives away the sky."),
     ("Nora has 12 apples. Is it right?", "Yes, that is right.", "What color is the grass?"),
 ]
-USER, BOT = "user", "assistant"
 LEARNING_RATE = 1e-4
 LOSS = {"abs": 1e-4, "rel": 1e-6}  # float32 has no more digits for a loss above a hundred (sppo)
 METRIC = {"abs": 1e-3, "rel": 1e-5}
@@ -65,7 +58,7 @@ class Step(NamedTuple):
 def models(random_model, tmp_path_factory):
     """Two folders, policy and reference: Qwen3 of other seeds, in float32, whose log-probs differ by nats."""
     tokenizer = AutoTokenizer.from_pretrained(random_model)
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = (DATA / "marked_to_the_end.jinja").read_text()
     config = AutoConfig.from_pretrained(random_model)
     config.initializer_range, config.dtype = 0.2, torch.float32
     folders = []
@@ -79,13 +72,9 @@ def models(random_model, tmp_path_factory):
     return folders
 
 
-def turn(role: str, text: str) -> list[dict]:
-    return [{"role": role, "content": text}]
-
-
 def talks() -> list[dict]:
     """The pairs as messages."""
-    return [{"prompt": turn(USER, p), "chosen": turn(BOT, c), "rejected": turn(BOT, r)} for p, c, r in PAIRS]
+    return [{"prompt": asked(p), "chosen": said(c), "rejected": said(r)} for p, c, r in PAIRS]
 
 
 @pytest.fixture
@@ -93,8 +82,7 @@ def our_step(models, tmp_path, monkeypatch, one_cpu):
     """our_step(script, rows, **flags) -> Step: main() of a script for one step on all rows."""
 
     def run(script: str, rows: list[dict], **flags) -> Step:
-        module, file, seen = importlib.import_module(script), tmp_path / "rows.jsonl", []
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        module, seen = importlib.import_module(script), []
         collate = module.common.collate
 
         def watched(sequences, *args, **kwargs):
@@ -103,14 +91,12 @@ def our_step(models, tmp_path, monkeypatch, one_cpu):
             return collate(sequences, *args, **kwargs)
 
         monkeypatch.setattr(module.common, "collate", watched)
-        common = {"model": str(models[0]), "dataset": (str(file),), "output_dir": str(tmp_path / "ours")}
-        common |= {"learning_rate": LEARNING_RATE, "lr_schedule": "constant", "warmup_steps": 0}
-        common |= {"batch_size": len(rows), "max_steps": 1, "eval_every": 0, "save_every": 0}
-        module.main(module.Args(**common | flags))
-        lines = map(json.loads, (tmp_path / "ours" / "metrics.jsonl").read_text().splitlines())
-        weights = load_file(tmp_path / "ours" / "model" / "model.safetensors")
+        flags |= {"learning_rate": LEARNING_RATE, "lr_schedule": "constant", "batch_size": len(rows)}
+        train = trainer(module, tmp_path, model=str(models[0]), max_steps=1)
+        folder, lines = train(rows, **flags)
+        weights = load_file(folder / "model" / "model.safetensors")
         # Nothing is evaluated: the last row is the one that was trained.
-        return Step(as_set(seen[-1]), list(lines)[-1], weights)
+        return Step(as_set(seen[-1]), lines[-1], weights)
 
     return run
 
@@ -127,7 +113,7 @@ def trl_step(models, tmp_path, one_cpu):
         common |= {"report_to": "none", "disable_tqdm": True}
         ref_model = {}
         if reference is not None:
-            ref_model["ref_model"] = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
+            ref_model["ref_model"] = stock(reference)
         trainer = trainer_class(
             model=str(policy),
             args=config_class(**common | settings),
@@ -303,15 +289,11 @@ def test_an_ipo_step_is_that_of_trl(our_step, trl_step, models):
 # DPOTrainer ignores label_smoothing for sigmoid and has no IPO of summed log-probs; CPOTrainer has both. Of
 # SimPO, TRL takes gamma itself, ours and SimPO's reference code take its quotient by beta. The mean log-probs
 # of ORPO go from -0.005, an answer nearly certain, to -100.
+SIMPO = {"beta": 2.5, "gamma_beta_ratio": 0.6}
 FUNCTIONS = {  # name in TRL: our function, its settings, another setting of TRL, inputs
     "sigmoid": (dpo.dpo_loss, {"beta": 0.3, "label_smoothing": 0.2}, {}, 5 * normal(2, 16)),
     "ipo": (second.ipo_loss, {"beta": 0.2}, {}, 5 * normal(2, 16)),
-    "simpo": (
-        second.simpo_loss,
-        {"beta": 2.5, "gamma_beta_ratio": 0.6},
-        {"simpo_gamma": 1.5},
-        normal(2, 16) - 3,
-    ),
+    "simpo": (second.simpo_loss, SIMPO, {"simpo_gamma": 1.5}, normal(2, 16) - 3),
     "orpo": (second.orpo_loss, {"beta": 0.4}, {}, -normal(2, 64).mul(2).exp()),
 }
 
@@ -374,6 +356,24 @@ def test_kto_loss_is_that_of_trl_for_its_kl(roles, trl_step, models):
     losses = second.kto_loss(logps - ref_logps, torch.tensor(labels), kl, **KTO)
     assert losses.shape == (8,)
     assert losses.mean().item() == pytest.approx(theirs.metrics["loss"], **LOSS)
+
+
+# Distillation -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_divergences_are_those_of_trls_gkd(temperature):
+    # Its beta 0 and 1 stand for the two KLs; it has no factor of the squared temperature.
+    from trl.experimental.gkd import GKDTrainer
+
+    student, teacher = 2 * normal(2, 6, 9).double()
+    settings = {"temperature": temperature, "reduction": "none"}
+    kinds = {0: distill.forward_kl, 1: distill.reverse_kl}
+    kinds |= {beta: partial(distill.jsd, beta=beta) for beta in (0.1, 0.5, 0.9)}
+    for beta, kind in kinds.items():
+        theirs = GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, **settings).sum(-1)
+        ours = kind(*((x / temperature).log_softmax(-1) for x in (student, teacher)))
+        assert torch.allclose(ours, theirs, atol=1e-12), beta
 
 
 # Reward models ----------------------------------------------------------------------------------------------

@@ -3,17 +3,18 @@
 import gzip
 import json
 import math
+import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import datasets
 import pytest
 import torch
-from conftest import ROOT, start
+from conftest import ROOT, fork, read_lines, run_command, start, write_rows
+from helpers import error_of
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, Gemma2Config
 
@@ -24,36 +25,13 @@ ROWS = [
 ]
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture(autouse=True)
-def own_signals():
-    """A run takes SIGTERM and Ctrl-C; behind it they are pytest's again."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def flags(random_model, tmp_path, one_cpu):
     """flags(**changes): of a run of 3 steps with checkpoints at every step, into tmp_path/run."""
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     small = {"model": str(random_model), "dataset": (path,), "output_dir": str(tmp_path / "run")}
-    small |= {
-        "batch_size": 4,
-        "max_steps": 3,
-        "save_every": 1,
-        "warmup_steps": 0,
-        "learning_rate": 1e-3 + 1e-9,
-    }
+    small |= {"batch_size": 4, "max_steps": 3, "save_every": 1, "warmup_steps": 0}
+    small |= {"learning_rate": 1e-3 + 1e-9}
     return lambda **changes: small | changes
 
 
@@ -72,12 +50,20 @@ def refused(flags, capsys, monkeypatch):
 
     def run(pattern, **changes):
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            sft.main(sft.Args(**flags(**changes)))
-        told = capsys.readouterr().err.splitlines()
-        assert stop.value.code == 2 and len(told) == 1, told
-        assert re.search(f"^error: .*{pattern}", told[0]), told
+        line = error_of(lambda: sft.main(sft.Args(**flags(**changes))), capsys)
+        assert re.search(pattern, line), line
+
+    return run
+
+
+@pytest.fixture
+def forked(tmp_path):
+    """forked(function, ...) -> exit status and all that it printed, of a call in tmp_path."""
+
+    def run(function, *args):
+        process = fork(function, *args, cwd=tmp_path)
+        process.join(300)
+        return process.exitcode, (tmp_path / "output").read_text()
 
     return run
 
@@ -85,41 +71,17 @@ def refused(flags, capsys, monkeypatch):
 # Flags and folders ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "pattern, changes",
-    [
-        (r"--batch-size 0: Input should be greater than 0", {"batch_size": 0}),
-        (r"--max-grad-norm nan: Input should be greater than 0", {"max_grad_norm": math.nan}),
-        (r"--adam-betas 1\.0: Input should be less than 1", {"adam_betas": (1.0, 0.9)}),
-        (r"--lr-schedule none: Input should be 'linear', 'cosine' or 'constant'", {"lr_schedule": "none"}),
-        (r"--chat-template nowhere: Path does not point to a file", {"chat_template": "nowhere"}),
-        (r"--dataset-weights -1\.0: Input should be greater than 0", {"dataset_weights": (-1.0,)}),
-        (r"2 --dataset-weights for 1 datasets", {"dataset_weights": (1, 2)}),
-        (r"--resume needs --output-dir", {"resume": True, "output_dir": None}),
-        (r"--resume: .*run holds no run", {"resume": True}),
-        (r"--model no/such_model", {"model": "no/such_model"}),
-        (
-            r"--max-length and --max-completion-length exceed the model's \d+ positions",
-            {"max_length": 9999999},
-        ),
-        (r"nowhere\.jsonl cannot be loaded: FileNotFoundError", {"dataset": ("nowhere.jsonl",)}),
-        (r"nowhere\.jsonl cannot be loaded: FileNotFoundError", {"eval_dataset": "nowhere.jsonl"}),
-        (r"no/where cannot be loaded", {"dataset": ("no/where",)}),
-        (r"--output-dir /dev/null/run: Not a directory", {"output_dir": "/dev/null/run"}),
-    ],
-)
-def test_mistakes_are_one_line_before_a_model_is_loaded(refused, pattern, changes):
-    refused(pattern, **changes)
-
-
 def test_command_line_tells_a_mistake_in_one_line(tmp_path):
-    for words, told in (
-        (["--batch-size", "0"], "error: --batch-size 0:"),
-        (["--model", "x"], "error: --model x"),
-    ):
-        done = start(sys.executable, ROOT / "sft.py", *words, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.startswith(told) and len(done.stderr.splitlines()) == 1
-    assert [path.name for path in tmp_path.rglob("*") if path.name != "runs"] == []  # no empty run is left
+    done = start(sys.executable, ROOT / "sft.py", "--batch-size", "0", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: --batch-size 0:")
+    assert len(done.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_command_line_that_fails_later_leaves_no_empty_run(tmp_path):
+    done = start(sys.executable, ROOT / "sft.py", "--model", "x", cwd=tmp_path)
+    told = done.stderr.splitlines()
+    assert done.returncode == 2 and told[-1].startswith("error: --model x") and "Traceback" not in told[0]
+    assert [path.name for path in tmp_path.rglob("*") if path.name != "runs"] == []
 
 
 def test_existing_folder_is_never_written_into(refused, tmp_path):
@@ -141,29 +103,28 @@ def test_two_runs_started_at_once_have_two_folders(flags, tmp_path, monkeypatch)
     assert len({path.name for path in folders}) == 2 and all(path.is_dir() for path in folders)
 
 
-@pytest.mark.parametrize(
-    "pattern, changes",
-    [
-        (r"--resume: model was .* and is .*", {"model": "tiny/base"}),
-        (r"--resume: dataset was .* and is .*", {"dataset": ("tiny/data/sft_train.jsonl",)}),
-        (r"--resume: seed was 1 and is 2", {"seed": 2}),
-        (r"--resume: weight_decay was 0\.0 and is 0\.1", {"weight_decay": 0.1}),
-        (r"--resume: script was grpo.py and is sft.py", {}),
-        (r"is finished: step 3 of 3; a larger --max-steps goes on", {}),
-        (r"is finished: step 3 of 2", {"max_steps": 2}),
-    ],
-)
-def test_another_run_is_not_continued(train, flags, capsys, tmp_path, pattern, changes):
+OTHERS = [
+    (r"--resume: model was .* and is .*", {"model": "tiny/base"}),
+    (r"--resume: dataset was .* and is .*", {"dataset": ("tiny/data/sft_train.jsonl",)}),
+    (r"--resume: seed was 1 and is 2", {"seed": 2}),
+    (r"--resume: weight_decay was 0\.0 and is 0\.1", {"weight_decay": 0.1}),
+    (r"is finished: step 3 of 3; a larger --max-steps goes on", {}),
+    (r"is finished: step 3 of 2", {"max_steps": 2}),
+    (r"--resume: script was grpo.py and is sft.py", {}),
+]
+
+
+def test_another_run_is_not_continued(train, capsys):
     folder, lines = train()
-    if "script" in pattern:
-        begun = json.loads((folder / "args.json").read_text())
-        (folder / "args.json").write_text(json.dumps(begun | {"script": "grpo.py"}))
     model = (folder / "model" / "model.safetensors").read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        sft.main(sft.Args(**flags(resume=True, **changes)))
-    assert stop.value.code == 2 and re.search(f"error: .*{pattern}", capsys.readouterr().err)
-    assert read_lines(folder / "metrics.jsonl") == lines
-    assert (folder / "model" / "model.safetensors").read_bytes() == model
+    for pattern, changes in OTHERS:
+        if "script" in pattern:
+            begun = json.loads((folder / "args.json").read_text())
+            (folder / "args.json").write_text(json.dumps(begun | {"script": "grpo.py"}))
+        line = error_of(lambda changes=changes: train(resume=True, **changes), capsys)
+        assert re.search(pattern, line), line
+        assert read_lines(folder / "metrics.jsonl") == lines
+        assert (folder / "model" / "model.safetensors").read_bytes() == model
 
 
 def test_changed_flags_of_a_continued_run_are_told_and_recorded(train, capsys):
@@ -176,11 +137,10 @@ def test_changed_flags_of_a_continued_run_are_told_and_recorded(train, capsys):
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
 
 
-def test_finished_run_without_checkpoints_is_not_begun_anew(train, flags, capsys):
+def test_finished_run_without_checkpoints_is_not_begun_anew(train, capsys):
     folder, lines = train(save_every=0)
-    with pytest.raises(SystemExit):
-        sft.main(sft.Args(**flags(save_every=0, max_steps=4, resume=True)))
-    assert "no checkpoint that can be read" in capsys.readouterr().err
+    line = error_of(lambda: train(save_every=0, max_steps=4, resume=True), capsys)
+    assert "no checkpoint that can be read" in line
     assert read_lines(folder / "metrics.jsonl") == lines
 
 
@@ -189,6 +149,10 @@ def test_damaged_last_checkpoint_falls_back_to_the_one_before(train, flags, caps
     folder, lines = train()
     shutil.rmtree(folder / "model")
     last = folder / "checkpoints" / "step_00000003"
+    assert {path.name for path in last.parent.iterdir()} == {
+        "step_00000002",
+        last.name,
+    }  # of three the last two
     for path in last.glob("*.distcp"):
         path.write_bytes(path.read_bytes()[:100]) if how == "cut" else path.unlink()
     capsys.readouterr()
@@ -200,9 +164,7 @@ def test_damaged_last_checkpoint_falls_back_to_the_one_before(train, flags, caps
     for path in (folder / "checkpoints").rglob("*.distcp"):
         path.unlink()
     shutil.rmtree(folder / "model")
-    with pytest.raises(SystemExit):
-        train(resume=True)
-    assert "no checkpoint that can be read" in capsys.readouterr().err
+    assert "no checkpoint that can be read" in error_of(lambda: train(resume=True), capsys)
 
 
 def test_torn_last_line_does_not_stop_a_run_from_continuing(train):
@@ -213,30 +175,29 @@ def test_torn_last_line_does_not_stop_a_run_from_continuing(train):
     assert train(max_steps=2, resume=True)[1] == lines
 
 
-def test_full_disk_is_one_line(flags, tmp_path):
-    (tmp_path / "flags.json").write_text(json.dumps(flags(dataset="rows.jsonl")))
-    program = f"""
-import json, runpy, sys
-import torch.distributed.checkpoint as dcp
+def run_on_a_full_disk(words):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
 
-def full(*_, **__):
-    raise OSError(28, "No space left on device")
-
-dcp.save = full
-flags = json.load(open("flags.json"))
-sys.argv = ["sft.py", *(f"--{{k.replace('_', '-')}}={{v}}" for k, v in flags.items())]
-runpy.run_path({str(ROOT / "sft.py")!r}, run_name="__main__")
-"""
-    done = start(sys.executable, "-c", program, cwd=tmp_path)
-    told = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-    assert done.returncode == 2 and len(told) == 1 and "no space left on the device" in told[0], done.stderr
-    assert "Traceback" not in done.stderr
+    torch.distributed.checkpoint.save = full
+    run_command(ROOT / "sft.py", *words)
 
 
-def test_ctrl_c_before_training_ends_quietly(tmp_path):
-    program = "import os, signal, sft; sft.setup_distributed(); os.kill(os.getpid(), signal.SIGINT)"
-    done = start(sys.executable, "-c", program, cwd=tmp_path)
-    assert done.returncode == 130 and done.stderr == ""
+def test_full_disk_is_one_line(flags, forked):
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags(dataset="rows.jsonl").items()]
+    code, told = forked(run_on_a_full_disk, words)
+    lines = [line for line in told.splitlines() if "error" in line.lower()]
+    assert code == 2 and len(lines) == 1 and "no space left on the device" in lines[0], told
+    assert "Traceback" not in told
+
+
+def interrupt_before_training():
+    sft.setup_distributed()
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_before_training_ends_quietly(forked):
+    assert forked(interrupt_before_training) == (130, "")
 
 
 def test_failure_of_any_process_is_told(monkeypatch, capsys):
@@ -277,17 +238,16 @@ def test_advice_on_the_learning_rate_of_another_model(flags, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_wandb_is_imported_only_on_request(flags, tmp_path):
-    program = f"""
-import sys, sft
-flags = {flags(save_every=0, max_steps=1)!r}
-sft.main(sft.Args(**flags | dict(output_dir="without")))
-assert "wandb" not in sys.modules
-sft.main(sft.Args(**flags | dict(output_dir="with", wandb=True)))
-assert "wandb" in sys.modules
-"""
-    done = start(sys.executable, "-c", program, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def run_without_and_with_wandb(flags):
+    sft.main(sft.Args(**flags | {"output_dir": "without"}))
+    assert "wandb" not in sys.modules
+    sft.main(sft.Args(**flags | {"output_dir": "with", "wandb": True}))
+    assert "wandb" in sys.modules
+
+
+def test_wandb_is_imported_only_on_request(flags, forked, tmp_path):
+    code, told = forked(run_without_and_with_wandb, flags(save_every=0, max_steps=1))
+    assert code == 0, told
     assert list((tmp_path / "with" / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
@@ -296,9 +256,7 @@ def test_step_that_is_not_finite_ends_the_run_before_its_update(train, monkeypat
     monkeypatch.setattr(
         sft, "sft_loss", lambda *x: calls.append(0) or sft_loss(*x) * (math.nan if len(calls) > 1 else 1)
     )
-    with pytest.raises(SystemExit) as stop:
-        train()
-    assert stop.value.code == 2 and "step 2: loss nan" in capsys.readouterr().err
+    assert "step 2: loss nan" in error_of(train, capsys)
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000001"]
 
@@ -324,9 +282,8 @@ def test_soft_capped_model_is_refused_by_name(flags, random_model, tmp_path, cap
         vocab_size=500, intermediate_size=64, num_key_value_heads=2, pad_token_id=0, **sizes
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    with pytest.raises(SystemExit):
-        sft.main(sft.Args(**flags(model=str(folder))))
-    assert re.search(r"error: .*gemma2: .*use --attn eager", capsys.readouterr().err)
+    line = error_of(lambda: sft.main(sft.Args(**flags(model=str(folder)))), capsys)
+    assert re.search("gemma2: .*use --attn eager", line)
     sft.main(sft.Args(**flags(model=str(folder), attn="eager", output_dir=str(tmp_path / "eager"))))
 
 
@@ -382,9 +339,8 @@ def test_tiny_is_found_from_any_folder(tmp_path, monkeypatch):
     assert sft.located("tiny/base") == "tiny/base"  # one's own comes first
 
 
-def test_curves_of_two_runs_are_laid_over_each_other(train, tmp_path):
+def test_curves_of_two_runs_are_laid_over_each_other(train, forked, figures):
     folder, _ = train()
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    command = [sys.executable, ROOT / "benchmarks" / "curves.py", folder, folder]
-    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code, told = forked(run_command, ROOT / "benchmarks" / "curves.py", folder, folder)
+    assert code == 0, told

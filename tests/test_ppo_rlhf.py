@@ -7,34 +7,30 @@ written completions, so that lengths, ends and scores are known.
 
 import json
 import math
-import re
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_grpo import (
-    Table,
+from helpers import (
+    CPU,
+    END,
     assert_same_metrics,
-    distance,
     float64,
-    process_group,  # noqa: F401 a fixture
-    read_lines,
     stock,
+    stock_classifier,
     tiny_rows,
     tiny_tokenizer,
-    true_gradient,
-    write_rows,
+    trainer,
 )
-from transformers import AutoModelForSequenceClassification
+from test_grpo import Table, distance, loss_and_slope, regularised_gradient, true_gradient
 
 import common
 import ppo_rlhf as ppo
 
-CPU, END = torch.device("cpu"), 2  # <|im_end|> of tiny's tokenizer
-JUDGE, BASE = str(ROOT / "tiny" / "reward"), str(ROOT / "tiny" / "base")
+JUDGE, BASE = "tiny/reward", "tiny/base"
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 # Advantages -------------------------------------------------------------------------------------------------
@@ -81,16 +77,6 @@ def test_gae_by_hand():
 
 
 # Gradients against enumeration ------------------------------------------------------------------------------
-
-
-def regularised_gradient(table, ref, kl_coef):
-    """Of the expected reward minus kl_coef KL(pi || ref) of whole sequences."""
-    logps, ref_logps = (
-        torch.stack([x.sum() for x in t.token_logps(range(len(t.sequences))).split(t.lengths.tolist())])
-        for t in (table, ref)
-    )
-    kl = (logps.exp() * (logps - ref_logps.detach())).sum()
-    return table.gradient((logps.exp() * table.rewards).sum() - kl_coef * kl)
 
 
 def expected_gradient(table, advantages_of):
@@ -163,13 +149,6 @@ def test_exact_values_leave_the_gradient_unbiased_at_every_lambda(end, lam):
 # Losses -----------------------------------------------------------------------------------------------------
 
 
-def loss_and_slope(ratio, advantage):
-    logprobs = float64(-1.3).requires_grad_()
-    old = logprobs.detach() - math.log(ratio)
-    loss = ppo.ppo_policy_loss(torch.exp(logprobs - old), float64(advantage), epsilon=0.2, epsilon_high=0.28)
-    return loss.item(), torch.autograd.grad(loss.sum(), logprobs)[0].item()
-
-
 @pytest.mark.parametrize(
     "ratio, advantage, loss, slope",
     [
@@ -184,7 +163,9 @@ def loss_and_slope(ratio, advantage):
     ],
 )
 def test_clip_by_hand(ratio, advantage, loss, slope):
-    assert loss_and_slope(ratio, advantage) == pytest.approx((loss, slope))
+    clip = {"epsilon": 0.2, "epsilon_high": 0.28}
+    loss_of = lambda rho, _: ppo.ppo_policy_loss(rho, float64(advantage), **clip)
+    assert loss_and_slope(loss_of, ratio) == pytest.approx((loss, slope))
 
 
 @pytest.mark.parametrize(
@@ -255,56 +236,29 @@ def test_explained_variance_by_hand():
 
 # Short runs -------------------------------------------------------------------------------------------------
 
-REWARDS = """
-def given(completions, score, **columns):
-    return score
-
-
-def residue(completion_ids, **columns):
-    return [sum(ids) % 7 / 3 for ids in completion_ids]
-
-"""
 PROMPTS = ("1 + 1 =", "Two and three are")  # of the groups of 2 in turn
 ANSWERS = ([END], [10, 11, END], [12, END], [13, 14, 15, END])
 CUT = ([END], [10, 11, 12], [12, END], [13, 14, 15])  # the second and the fourth have no end
 SCORES = (1.0, 0.0, 3.0, -1.0)
-SETTINGS = {
-    "batch_size": 4,
-    "num_generations": 2,
-    "max_completion_length": 8,
-    "max_steps": 1,
-    "kl_coef": 0.05,
-    "num_ppo_epochs": 1,
-    "num_minibatches": 1,
-    "cliprange_value": 0.2,
-    "warmup_steps": 0,
-    "eval_every": 0,
-    "save_every": 0,
-}
+SETTINGS = {"batch_size": 4, "num_generations": 2, "max_completion_length": 8, "max_steps": 1}
+SETTINGS |= {"kl_coef": 0.05, "num_ppo_epochs": 1, "num_minibatches": 1, "cliprange_value": 0.2}
 
 
 @pytest.fixture
-def rewards(tmp_path):
-    """rewards("a", "b"): the flag --reward for functions of a file."""
-    path = tmp_path / "my_rewards.py"
-    path.write_text(REWARDS)
-    return lambda *names: tuple(f"{path}:{name}" for name in names)
-
-
-@pytest.fixture
-def train(tmp_path, rewards, one_cpu, monkeypatch):
-    """train(**flags) -> output folder, lines of metrics.jsonl; train.weights: of the models that were saved.
+def train(tmp_path, one_cpu, monkeypatch):
+    """As `trainer` says; train.weights: of the models that were saved.
 
     One step of one pass over 2 groups of 2 on tiny/sft, with a value model that starts from it. With
     `written`, pairs of answers and scores, one a step, those take the place of what would be sampled.
     """
+    short = trainer(ppo, tmp_path, **SETTINGS)
     save_model, sample = ppo.save_model, ppo.roll_out
 
     def spy(folder, model, tokenizer):
         run.weights[folder.name] = {name: x.detach().clone() for name, x in model.state_dict().items()}
         save_model(folder, model, tokenizer)
 
-    def run(rows=None, written=(), **flags):
+    def run(written=(), **flags):
         def roll_out(policy, tokenizer, asked, group_size, temperature, seed, *rest):
             if not written or seed[1] == 0:  # 0: an evaluation
                 return sample(policy, tokenizer, asked, group_size, temperature, seed, *rest)
@@ -320,18 +274,10 @@ def train(tmp_path, rewards, one_cpu, monkeypatch):
             return rollout
 
         monkeypatch.setattr(ppo, "roll_out", roll_out)
-        run.count, run.weights = run.count + 1, {}
-        folder = tmp_path / f"run_{run.count}"
-        rows = [row | {"score": 0.0} for row in rows or tiny_rows()[:8]]
-        path = write_rows(tmp_path / f"prompts_{run.count}.jsonl", rows)
-        defaults = {"dataset": (path,), "output_dir": str(folder)}
-        defaults |= {"reward": rewards("given" if written else "residue")} | SETTINGS
-        args = ppo.Args(**(defaults | flags))
-        ppo.main(args)
-        lines = read_lines(f"{args.output_dir}/metrics.jsonl")
-        return folder, [line for line in lines if len(line) > 1]  # without step 0 where nothing was evaluated
+        run.weights = {}
+        rows = [row | {"score": 0.0} for row in tiny_rows("prompts_train")[:8]]
+        return short(rows, **{"reward": "given" if written else "residue"} | flags)
 
-    run.count = 0
     monkeypatch.setattr(ppo, "save_model", spy)
     return run
 
@@ -386,7 +332,7 @@ def stock_values(model, prompt_ids, answer):
 
 
 def stock_critic(path=JUDGE):
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    model = stock_classifier(path)
     model.config.pad_token_id = None  # the last token is read then
     return model
 
@@ -406,7 +352,7 @@ def test_losses_metrics_and_updates_of_a_step_are_those_of_stock_models(train):
     flags |= {"learning_rate": 1e-3, "value_learning_rate": 2e-3}
     _, [line] = train(written=((CUT, SCORES),), **flags)
 
-    policy, ref, critic = stock(ROOT / "tiny" / "sft"), stock(BASE), stock_critic()
+    policy, ref, critic = stock("tiny/sft"), stock(BASE), stock_critic()
     pairs = pairs_of(CUT)
     with torch.no_grad():
         old = torch.cat([stock_logps(policy, *p)[0] for p in pairs])
@@ -480,7 +426,7 @@ def test_truncated_importance_weights_multiply_the_losses(train, losses):
     # -1 - log-prob is far below 0 or above it: weights are capped at 2 or below
     flags = {"whiten_advantages": False, "kl_coef": 0.0, "lam": 1.0}
     _, [line] = train(written=ONCE, tis_cap=2.0, **flags)
-    policy = stock(ROOT / "tiny" / "sft")
+    policy = stock("tiny/sft")
     with torch.no_grad():
         logps = [stock_logps(policy, *pair)[0] for pair in pairs_of(ANSWERS)]
     wanted = [-s * (x + 1).exp().clamp(max=2.0).sum().item() for s, x in zip(SCORES, logps, strict=True)]
@@ -579,7 +525,7 @@ def test_advantages_are_whitened_over_the_rollout_and_returns_are_not(train, loo
     assert line["loss/value_avg"] == pytest.approx(np.mean(halves), rel=1e-5)
 
 
-def test_kl_weight_follows_the_formula_from_step_to_step_and_in_a_continued_run(train, tmp_path):
+def test_kl_weight_follows_the_formula_from_step_to_step_and_in_a_continued_run(train):
     flags = {"ref_model": BASE, "kl_horizon": 10.0, "written": ONCE, "max_steps": 3, "save_every": 1}
     for target, sign in ((0.01, 1), (1000.0, -1)):  # above it, below it
         folder, lines = train(**flags, kl_target=target)
@@ -594,16 +540,10 @@ def test_kl_weight_follows_the_formula_from_step_to_step_and_in_a_continued_run(
     weights = train.weights
     for name in ("model", "value_model", "checkpoints/step_00000003"):  # as if stopped in its third step
         shutil.rmtree(folder / name)
-    args = json.loads((folder / "args.json").read_text())
-    _, found = train(
-        output_dir=str(folder), resume=True, dataset=tuple(args["dataset"]), **flags, kl_target=target
-    )
+    _, found = train(output_dir=str(folder), resume=True, **flags, kl_target=target)
     assert_same_metrics(found, lines, rel=0, abs_=0)
     assert all(furthest(weights[name], train.weights[name]) == 0 for name in weights)
     assert [line["objective/kl_coef"] for line in train(**flags)[1]] == [0.05] * 3
-
-
-# The update -------------------------------------------------------------------------------------------------
 
 
 # Models -----------------------------------------------------------------------------------------------------
@@ -639,13 +579,13 @@ def test_value_model_starts_from_the_first_reward_model_and_says_its_score_behin
 def test_value_model_from_the_policy_says_0_at_first(train, looked):
     _, [line] = train(written=ONCE, value_model="tiny/sft")
     assert looked[0].values.tolist() == [0] * 10 and line["val/explained_var"] == 0
-    after, start = train.weights["value_model"], stock(ROOT / "tiny" / "sft").state_dict()
+    after, start = train.weights["value_model"], stock("tiny/sft").state_dict()
     assert after.pop("score.weight").abs().min() > 0
     # a head of 0 lets no gradient through until it has moved
     assert furthest(after, {key: start[key] for key in after}) == 0
 
 
-def test_head_of_the_value_model_is_float32_in_bfloat16(one_cpu, process_group):  # noqa: F811
+def test_head_of_the_value_model_is_float32_in_bfloat16(one_cpu):
     states, completion_states = [], common.completion_states
     args = ppo.Args(dtype="bfloat16")
     model = ppo.load_model(JUDGE, args, CPU, kind=ppo.ValueModel, check=ppo.check_values)
@@ -675,34 +615,3 @@ def test_check_of_the_value_model_finds_a_leak_between_sequences(one_cpu, monkey
     with pytest.raises(SystemExit):
         ppo.load_model(JUDGE, ppo.Args(), CPU, kind=ppo.ValueModel, check=ppo.check_values)
     assert "packed values differ from the model's" in capsys.readouterr().err
-
-
-# Errors -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "pattern, flags",
-    [
-        (r"--gamma 1\.5: ", {"gamma": 1.5}),
-        (r"--kl-target multiplies --kl-coef", {"kl_target": 6.0, "kl_coef": 0.0}),
-        (r"random_model\S* has another vocabulary than --model", {"value_model": "random"}),
-        (r"random_model\S* has another vocabulary than --model", {"ref_model": "random"}),
-    ],
-)
-def test_mistakes_end_the_run_with_one_line_before_a_model_is_loaded(
-    monkeypatch, capsys, train, random_model, pattern, flags
-):
-    monkeypatch.setattr(ppo, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
-    flags = {key: str(random_model) if value == "random" else value for key, value in flags.items()}
-    with pytest.raises(SystemExit) as stop:
-        train(**flags)
-    [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and line.startswith("error: ") and re.search(pattern, line), line
-
-
-def test_gradient_at_ratio_1_is_that_of_reinforce():
-    logprobs = float64(-0.5, -3.0, -0.01, -1.0).requires_grad_()
-    ratio, advantages = torch.exp(logprobs - logprobs.detach()), float64(1.5, -0.5, 0.0, -2.0)
-    losses = ppo.ppo_policy_loss(ratio, advantages, epsilon=0.1, epsilon_high=0.3)
-    [slopes] = torch.autograd.grad(losses.sum(), logprobs)
-    assert slopes.tolist() == [-1.5, 0.5, 0, 2] and losses.tolist() == [-1.5, 0.5, 0, 2]

@@ -5,40 +5,33 @@ the end of one prefix at a time; searches and annotations run on completions and
 What the script shares with other scripts is tested with them.
 """
 
-import functools
 import json
-import math
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from safetensors.torch import load_file
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    Qwen3Config,
-    Qwen3ForSequenceClassification,
+from conftest import ROOT, read_lines, write_rows
+from helpers import (
+    CPU,
+    END,
+    asked,
+    error_of,
+    float64,
+    gradient_norm,
+    said,
+    stock_classifier,
+    tiny_rows,
+    tiny_tokenizer,
+    trainer,
 )
+from transformers import AutoTokenizer
 
 import process_reward_model as prm
 from common import collate
 
-CPU, END = torch.device("cpu"), 2  # <|im_end|> of tiny's tokenizer
-pytestmark = pytest.mark.usefixtures("one_cpu")
-
-
-@pytest.fixture(autouse=True)
-def process_group():
-    prm.setup_distributed()
-
-
-def float64(*values):
-    return torch.tensor(values, dtype=torch.float64)
+ROWS = tiny_rows("steps_train")
+pytestmark = pytest.mark.usefixtures("one_cpu", "process_group")
 
 
 # Losses and measures ----------------------------------------------------------------------------------------
@@ -48,13 +41,6 @@ def test_step_loss_by_hand_of_hard_and_soft_labels():
     # ln(1 + e^-2), ln(1 + e^-1) + 1, ln 2, 0.3 ln(1 + e^-2) + 0.7 (ln(1 + e^-2) + 2)
     losses = prm.step_loss(float64(2, 1, 0, 2), float64(1, 0, 0.4, 0.3))
     assert losses.tolist() == pytest.approx([0.126928, 1.313262, 0.693147, 1.526928], abs=2e-6)
-
-
-def test_gradient_of_the_step_loss_is_that_of_finite_differences():
-    logits, labels = float64(2, -1, 0.3).requires_grad_(), float64(1, 0, 0.4)
-    assert torch.autograd.gradcheck(prm.step_loss, (logits, labels))
-    [grad] = torch.autograd.grad(prm.step_loss(logits, labels).sum(), logits)
-    assert torch.allclose(grad, torch.sigmoid(logits) - labels)
     far = prm.step_loss(torch.tensor([300.0, -300.0, 300.0]), torch.tensor([1.0, 1.0, 0.5]))
     assert far.tolist() == pytest.approx([0, 300, 150])
 
@@ -93,20 +79,6 @@ def test_majority_takes_the_first_of_the_most_frequent_answers():
 # Where steps end --------------------------------------------------------------------------------------------
 
 
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-@functools.cache
-def tiny_tokenizer():
-    return prm.load_tokenizer(prm.Args())
-
-
-@functools.cache
-def tiny_rows(name="steps_train"):
-    return [json.loads(x) for x in (ROOT / "tiny" / "data" / f"{name}.jsonl").read_text().splitlines()][:200]
-
-
 def steps_of(prompt, steps, tokenizer=None):
     return prm.encode_steps(tokenizer or tiny_tokenizer(), {"prompt": prompt}, steps)
 
@@ -124,7 +96,7 @@ STEPS = [
 @pytest.mark.parametrize("kind", ["messages", "text"])
 def test_marked_tokens_are_the_separators_and_the_end(steps, kind):
     tokenizer, question = tiny_tokenizer(), "What is it?\n"
-    ids, marked = steps_of(user(question) if kind == "messages" else question, steps)
+    ids, marked = steps_of(asked(question) if kind == "messages" else question, steps)
     assert len(ids) == len(marked) and marked[-1] and marked.sum() == len(steps)
     head = "<|im_start|>user\nWhat is it?\n<|im_end|>\n<|im_start|>assistant\n"
     head = head if kind == "messages" else question
@@ -138,49 +110,16 @@ def test_marked_tokens_are_the_separators_and_the_end(steps, kind):
     assert ids[-1] == END
 
 
-def merging_tokenizer():
-    """Tiny's tokenizer with a token that holds a separator and the beginning of a step."""
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft")
-    tokenizer.add_tokens(["\n##"])
-    return tokenizer
-
-
 def test_step_whose_separator_is_merged_with_the_next_step_ends_one_token_before():
-    tokenizer = merging_tokenizer()
-    ids, marked = steps_of(user("?"), ["1 + 1 = 2", "## 2"], tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft")
+    tokenizer.add_tokens(["\n##"])  # holds a separator and the beginning of a step
+    ids, marked = steps_of(asked("?"), ["1 + 1 = 2", "## 2"], tokenizer)
     first, last = np.flatnonzero(marked)
     assert tokenizer.decode(ids[first + 1]) == "\n##" and tokenizer.decode(ids[: first + 1]).endswith("= 2")
     assert last == len(ids) - 1 and ids[last] == END
 
 
 # Logits -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """Folders of small random float32 classifiers with tiny's tokenizer."""
-    sizes = {"vocab_size": 768, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_labels": 1}
-    sizes |= {"bos_token_id": None, "eos_token_id": END, "pad_token_id": 0}
-    sizes |= {"max_position_embeddings": 2048, "initializer_range": 0.2}
-    found = {}
-    for kind, config, model_class in (
-        ("qwen3", Qwen3Config, Qwen3ForSequenceClassification),
-        ("llama", LlamaConfig, LlamaForSequenceClassification),
-    ):
-        with torch.random.fork_rng():
-            torch.manual_seed(3)
-            model = model_class(config(**sizes))
-        found[kind] = str(tmp_path_factory.mktemp(kind))
-        model.save_pretrained(found[kind])
-        AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft").save_pretrained(found[kind])
-    return found
-
-
-def stock(folder):
-    """A classifier as plain transformers loads it."""
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "num_labels": 1}
-    return AutoModelForSequenceClassification.from_pretrained(folder, **options).eval()
 
 
 def stock_logits(model, sequence):
@@ -196,12 +135,16 @@ def loaded(folder, **flags):
 
 
 def tiny_sequences(count):
-    return [steps_of(row["prompt"], row["completions"]) for row in tiny_rows()[:count]]
+    return [steps_of(row["prompt"], row["completions"]) for row in ROWS[:count]]
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
-def test_logits_are_those_of_the_stock_model_on_every_prefix_whatever_the_row(folders, kind):
-    sequences, model, plain = tiny_sequences(5), loaded(folders[kind]), stock(folders[kind])
+def test_logits_are_those_of_the_stock_model_on_every_prefix_whatever_the_row(random_classifiers, kind):
+    sequences, model, plain = (
+        tiny_sequences(5),
+        loaded(random_classifiers[kind]),
+        stock_classifier(random_classifiers[kind]),
+    )
     sequences.insert(2, steps_of("Text.\n", ["a", "b c", "d"]))
     with torch.no_grad():
         expected = [stock_logits(plain, sequence) for sequence in sequences]
@@ -212,8 +155,12 @@ def test_logits_are_those_of_the_stock_model_on_every_prefix_whatever_the_row(fo
     assert torch.cat(expected).std() > 0.1
 
 
-def test_step_probabilities_are_in_the_order_of_the_solutions_for_any_row_budget(folders):
-    sequences, model, plain = tiny_sequences(6), loaded(folders["qwen3"]), stock(folders["qwen3"])
+def test_step_probabilities_are_in_the_order_of_the_solutions_for_any_row_budget(random_classifiers):
+    sequences, model, plain = (
+        tiny_sequences(6),
+        loaded(random_classifiers["qwen3"]),
+        stock_classifier(random_classifiers["qwen3"]),
+    )
     with torch.no_grad():
         expected = [stock_logits(plain, sequence).sigmoid() for sequence in sequences]
     for budget in (8192, 100, 1):
@@ -223,15 +170,6 @@ def test_step_probabilities_are_in_the_order_of_the_solutions_for_any_row_budget
 
 
 # Data -------------------------------------------------------------------------------------------------------
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 ROW = {"prompt": "a\n", "completions": ["b", "c"], "labels": [True, 0.25]}
@@ -264,37 +202,26 @@ def test_bad_rows_are_dropped_and_counted_by_reason(tmp_path, capsys):
 
 
 @pytest.fixture
-def train(tmp_path, folders):
-    """train(rows, held_out, **flags) -> output folder, lines of metrics.jsonl; nothing is searched."""
-
-    def run(rows, held_out=None, **flags):
-        folder = tmp_path / f"run_{run.count}"
-        run.count += 1
-        path = write_rows(tmp_path / f"train_{zlib.crc32(json.dumps(rows).encode())}.jsonl", rows)
-        defaults = {"model": folders["qwen3"], "dataset": (path,), "output_dir": str(folder)}
-        defaults |= {"batch_size": len(rows), "max_steps": 1, "eval_every": 0, "save_every": 0}
-        defaults |= {"warmup_steps": 0, "lr_schedule": "constant", "learning_rate": 1e-3}
-        if held_out:
-            defaults["eval_dataset"] = write_rows(tmp_path / "held_out.jsonl", held_out)
-        args = prm.Args(**(defaults | flags))
-        prm.main(args)
-        return Path(args.output_dir), read_lines(Path(args.output_dir) / "metrics.jsonl")
-
-    run.count = 0
-    return run
+def train(tmp_path, random_classifiers):
+    """As `trainer` says: one step of all rows on a small random classifier; nothing is searched."""
+    flags = {"model": random_classifiers["qwen3"], "max_steps": 1, "lr_schedule": "constant"}
+    train = trainer(prm, tmp_path, learning_rate=1e-3, **flags)
+    return lambda rows, *rest, **flags: train(rows, *rest, **{"batch_size": len(rows)} | flags)
 
 
 def uneven_rows():
     """Solutions of 1 to 4 steps with hard and soft labels: a mean of means is not the mean over steps."""
-    rows = [dict(row) for row in tiny_rows()[:5]]
+    rows = [dict(row) for row in ROWS[:5]]
     rows[0] |= {"completions": ["#### 92"], "labels": [0.2]}
     rows[1] |= {"completions": [*rows[1]["completions"], "That is all."], "labels": [1.0, 0.75, 0.0, 1.0]}
     assert len({len(row["labels"]) for row in rows}) >= 3
     return rows
 
 
-def test_first_step_is_a_plain_loop_and_the_mean_is_over_the_steps_of_the_whole_batch(train, folders):
-    rows, model, losses, right = uneven_rows(), stock(folders["qwen3"]), [], []
+def test_first_step_is_a_plain_loop_and_the_mean_is_over_the_steps_of_the_whole_batch(
+    train, random_classifiers
+):
+    rows, model, losses, right = uneven_rows(), stock_classifier(random_classifiers["qwen3"]), [], []
     for row in rows:
         logits = stock_logits(model, steps_of(row["prompt"], row["completions"]))
         for x, z in zip(logits, map(float, row["labels"]), strict=True):
@@ -302,27 +229,11 @@ def test_first_step_is_a_plain_loop_and_the_mean_is_over_the_steps_of_the_whole_
             right.append((x.item() > 0) == (z > 0.5))
     loss = torch.stack(losses).mean()
     loss.backward()
-    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
-    for budget in (8192, 120, 1):  # in the last, every solution has a row of its own
-        _, lines = train(rows, max_tokens_per_micro_batch=budget)
-        assert lines[1]["loss"] == pytest.approx(loss.item(), rel=1e-4)
-        assert lines[1]["grad_norm"] == pytest.approx(norm, rel=1e-3)
-        assert lines[1]["step_accuracy"] == pytest.approx(np.mean(right))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_run_under_fsdp_computes_in_dtype_with_an_exact_head(train, folders, dtype):
-    held_out = tiny_rows("steps_eval")[:4]
-    folder, lines = train(tiny_rows()[:6], held_out, dtype=dtype, max_steps=2, batch_size=4)
-    _, plain = train(tiny_rows()[:6], held_out, max_steps=2, batch_size=4)
-    assert [line["loss"] for line in lines[1:]] == pytest.approx([x["loss"] for x in plain[1:]], rel=0.05)
-    assert (lines[1]["loss"] == plain[1]["loss"]) == (dtype == "float32")
-    assert load_file(folder / "model" / "model.safetensors")["score.weight"].dtype == torch.float32
-    model = loaded(folders["qwen3"], dtype=dtype)
-    logits = prm.head_outputs(model, collate(tiny_sequences(3)))
-    assert logits.dtype == torch.float32
-    if dtype == "bfloat16":  # rounded states, but a head that is not: no logit is a bfloat16 number
-        assert type(model).__name__.startswith("FSDP") and (logits.bfloat16() != logits).any()
+    for budget in (120, 1):  # in the last, every solution has a row of its own
+        _, [line] = train(rows, max_tokens_per_micro_batch=budget)
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(gradient_norm(model), rel=1e-3)
+        assert line["step_accuracy"] == pytest.approx(np.mean(right))
 
 
 def test_evaluation_by_hand(monkeypatch):
@@ -363,8 +274,8 @@ def search(monkeypatch, tmp_path):
     known = [sample for group in SAMPLES for sample in group]
     tokenizer = tiny_tokenizer()
     prompts = [
-        {"prompt": user("What is 3 + 4?"), "answer": "7"},
-        {"prompt": user("4 + 5?"), "answer": "#### 9"},
+        {"prompt": asked("What is 3 + 4?"), "answer": "7"},
+        {"prompt": asked("4 + 5?"), "answer": "#### 9"},
     ]
     judge = prm.judge
 
@@ -417,10 +328,8 @@ def test_verifier_that_fails_in_the_search_does_not_lose_the_training(train, tmp
     )
     prompts = write_rows(tmp_path / "prompts.jsonl", tiny_rows("prompts_eval")[:2])
     flags = {"search_dataset": prompts, "policy": "tiny/sft", "num_samples": 2, "max_completion_length": 8}
-    with pytest.raises(SystemExit) as stop:
-        train(tiny_rows()[:4], reward=f"{tmp_path / 'judge.py'}:judge", **flags)
-    assert stop.value.code == 2 and "AssertionError: too many" in capsys.readouterr().err
-    assert stock(tmp_path / "run_0" / "model")
+    line = error_of(lambda: train(ROWS[:4], reward=f"{tmp_path / 'judge.py'}:judge", **flags), capsys)
+    assert "AssertionError: too many" in line and stock_classifier(tmp_path / "run_0" / "model")
 
 
 # Annotation -------------------------------------------------------------------------------------------------
@@ -451,13 +360,13 @@ def annotate(monkeypatch, tmp_path):
 
 SOLUTIONS = [
     {
-        "prompt": user("What is 3 + 4 + 1?"),
+        "prompt": asked("3 + 4 + 1?"),
         "completions": ["3 + 4 = 7", "7 + 1 = 8", "#### 8"],
         "answer": "8",
         "kept": 1,
     },
-    {"prompt": user("What is 1 + 1?"), "completions": ["1 + 1 = 3", "#### 3"], "answer": "2", "kept": 2},
-    {"prompt": user("What is 5?"), "completions": ["#### 5"], "answer": "5", "kept": 3},
+    {"prompt": asked("What is 1 + 1?"), "completions": ["1 + 1 = 3", "#### 3"], "answer": "2", "kept": 2},
+    {"prompt": asked("What is 5?"), "completions": ["#### 5"], "answer": "5", "kept": 3},
 ]
 # 4 rollouts from behind the first and the second step of the first solution, and the first of the second
 ANSWERS = [8, 8, 1, 8, 8, 1, 1, 1, 3, 3, 3, 3]
@@ -482,10 +391,6 @@ def test_what_is_completed_is_exactly_the_tokens_up_to_the_end_of_each_step(anno
     assert [tokenizer.decode(ids) for ids in annotate.prefixes] == [t for t in texts for _ in range(4)]
     for n, end in enumerate(np.flatnonzero(whole.trained)[:-1]):
         assert annotate.prefixes[4 * n] == whole.input_ids[: end + 1].tolist()
-
-
-def said(text):
-    return [{"role": "assistant", "content": text}]
 
 
 def test_verifier_reads_the_steps_before_a_completion_too(annotate, tmp_path):
@@ -531,10 +436,8 @@ def test_annotation_of_other_rows_or_flags_is_left_alone(annotate, capsys):
     other = [SOLUTIONS[0] | {"answer": "9"}, *SOLUTIONS[1:]]
     changes = {"label": "hard"}, {"policy": "tiny/base"}, {"num_rollouts": 2}, {"seed": 2}
     for rows, flags in ((SOLUTIONS[:2], {}), (other, {}), *((SOLUTIONS, change) for change in changes)):
-        with pytest.raises(SystemExit) as stop:
-            annotate(rows, **flags)
-        name = next(iter(flags), "rows")
-        assert stop.value.code == 2 and f"is of other {name}" in capsys.readouterr().err
+        line = error_of(lambda rows=rows, flags=flags: annotate(rows, **flags), capsys)
+        assert f"is of other {next(iter(flags), 'rows')}" in line
         assert annotate.output.read_text() == before
 
 
@@ -554,7 +457,6 @@ def test_rows_that_cannot_be_annotated_are_dropped_and_a_missing_column_ends_the
     rows, _ = annotate([*SOLUTIONS, {"prompt": "a", "answer": "1"}, {"completions": ["a"], "answer": "1"}])
     assert len(rows) == 3 and "2 rows dropped" not in capsys.readouterr().err
     annotate.output.unlink()
-    with pytest.raises(SystemExit) as stop:
-        annotate([{k: v for k, v in row.items() if k != "answer"} for row in SOLUTIONS])
-    [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and "math_answer" in line and "answer" in line
+    without = [{k: v for k, v in row.items() if k != "answer"} for row in SOLUTIONS]
+    line = error_of(lambda: annotate(without), capsys)
+    assert "math_answer" in line and "answer" in line

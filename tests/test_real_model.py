@@ -1,13 +1,14 @@
 """A real model (SmolLM2-135M-Instruct) takes three steps on GSM8K in five scripts: only with --slow."""
 
 import importlib
-import json
 import math
 import resource
 
 import pytest
+from conftest import read_lines
+from helpers import trainer
 
-STEPS = {"max_steps": 3, "eval_every": 0, "num_eval": 2, "save_every": 0, "warmup_steps": 0, "log_every": 1}
+STEPS = {"max_steps": 3, "num_eval": 2}
 ONLINE = {"num_generations": 2, "batch_size": 4, "max_completion_length": 48, "eval_samples": 1}
 RUNS = {  # flags beside the data's; billions' learning rates suit it
     "sft": {"batch_size": 8, "learning_rate": 1e-5},
@@ -22,26 +23,17 @@ RUNS = {  # flags beside the data's; billions' learning rates suit it
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("script", RUNS)
 def test_real_model_trains_on_real_data(script, dtype, smollm2, gsm8k, tmp_path, one_cpu):
-    rows = [json.loads(line) for line in (gsm8k / "train.jsonl").read_text().splitlines()[:24]]
+    rows = read_lines(gsm8k / "train.jsonl")[:24]
     if script in ("dpo", "reward_model"):
         others = [row["answer"] for row in rows[1:] + rows[:1]]
         rows = [
             {"question": r["question"], "chosen": r["answer"], "rejected": o} for r, o in zip(rows, others)
         ]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = {
-        "model": str(smollm2),
-        "dataset": (str(path),),
-        "output_dir": str(tmp_path / "run"),
-        "dtype": dtype,
-    }
-    module = importlib.import_module(script)
-    module.main(module.Args(**flags | STEPS | RUNS[script]))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    train = trainer(importlib.import_module(script), tmp_path, model=str(smollm2), dtype=dtype, **STEPS)
+    lines = [line for line in train(rows, **RUNS[script])[1] if line["step"]]
+    assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(math.isfinite(value) for line in lines for value in line.values())
-    seconds = sorted(line["step_time"] for line in lines[1:])[1]
+    seconds = sorted(line["step_time"] for line in lines)[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    losses = f"loss {lines[1]['loss']:.3f} -> {lines[3]['loss']:.3f}"
+    losses = f"loss {lines[0]['loss']:.3f} -> {lines[2]['loss']:.3f}"
     print(f"{script} {dtype}: {losses}, {seconds:.1f} s a step, {peak:.1f} GB at most")

@@ -4,46 +4,36 @@ Losses are held against numbers worked by hand, rewards against the stock sequen
 a time. What the script shares with others is tested with them.
 """
 
-import functools
 import json
 import math
 import shutil
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from safetensors.torch import load_file
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3ForSequenceClassification,
+from conftest import read_lines, write_rows
+from helpers import (
+    CPU,
+    END,
+    calls_of,
+    error_of,
+    float64,
+    gradient_norm,
+    said,
+    softplus,
+    stock_classifier,
+    tiny_rows,
+    tiny_tokenizer,
+    trainer,
 )
+from safetensors.torch import load_file
 
 import reward_model as rm
 from common import collate
 
-CPU, END = torch.device("cpu"), 2  # <|im_end|> of tiny's tokenizer, whose padding is 0
-pytestmark = pytest.mark.usefixtures("one_cpu")
-
-
-@pytest.fixture(autouse=True)
-def process_group():
-    rm.setup_distributed()
-
-
-def float64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def softplus(x):
-    return math.log1p(math.exp(x))
+ROWS = tiny_rows("preference_train")
+pytestmark = pytest.mark.usefixtures("one_cpu", "process_group")
 
 
 # Losses -----------------------------------------------------------------------------------------------------
@@ -102,23 +92,6 @@ def test_center_loss_is_the_square_of_the_sum():
     assert rm.center_loss(float64(2, 1.5, -1), float64(-3, 1.5, 1)).tolist() == [1, 9, 0]
 
 
-def test_gradients_are_those_of_finite_differences():
-    chosen, rejected = (float64(*x).requires_grad_() for x in (CHOSEN, REJECTED))
-    margin = float64(0.5, 1.0, -1.0)
-    for settings in ({}, {"margin": margin}, {"label_smoothing": 0.2, "margin": margin}):
-        assert torch.autograd.gradcheck(
-            functools.partial(rm.bradley_terry_loss, **settings), (chosen, rejected)
-        )
-    assert torch.autograd.gradcheck(rm.center_loss, (chosen, rejected))
-    labels = torch.tensor([1, 0, 1])
-    for smoothing in (0.0, 0.3):
-        assert torch.autograd.gradcheck(
-            functools.partial(rm.outcome_loss, labels=labels, label_smoothing=smoothing), (chosen,)
-        )
-    up, down = torch.autograd.grad(rm.bradley_terry_loss(chosen, rejected).sum(), (chosen, rejected))
-    assert (up < 0).all() and torch.allclose(up, -down)
-
-
 # Measures ---------------------------------------------------------------------------------------------------
 
 
@@ -139,36 +112,6 @@ def test_calibration_error_by_hand():
 # Models and answers -----------------------------------------------------------------------------------------
 
 
-def small_config(kind):
-    sizes = {"vocab_size": 768, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_labels": 1}
-    ids = {"bos_token_id": None, "eos_token_id": END, "pad_token_id": 0}
-    config = {"qwen3": Qwen3Config, "llama": LlamaConfig}[kind]
-    return config(**sizes, **ids, max_position_embeddings=2048, initializer_range=0.2)
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """Folders of small random float32 models with tiny's tokenizer: two classifiers and a language model."""
-    wanted = {"qwen3": (Qwen3ForSequenceClassification, "qwen3")}
-    wanted |= {"llama": (LlamaForSequenceClassification, "llama"), "causal": (Qwen3ForCausalLM, "qwen3")}
-    found = {}
-    for name, (model_class, kind) in wanted.items():
-        with torch.random.fork_rng():
-            torch.manual_seed(3)
-            model = model_class(small_config(kind))
-        found[name] = str(tmp_path_factory.mktemp(name))
-        model.save_pretrained(found[name])
-        AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft").save_pretrained(found[name])
-    return found
-
-
-def stock(folder):
-    """A classifier as plain transformers loads it."""
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "num_labels": 1}
-    return AutoModelForSequenceClassification.from_pretrained(folder, **options).eval()
-
-
 def loaded(folder, **flags):
     args = rm.Args(model=str(folder), **flags)
     return rm.load_reward_model(str(folder), args, rm.load_tokenizer(args), CPU)
@@ -183,23 +126,9 @@ def stock_reward(model, sequence):
 
 def stock_rewards(folder, pairs):
     """(P, K) by `stock_reward`, a list of lists."""
-    model = stock(folder)
+    model = stock_classifier(folder)
     with torch.no_grad():
         return [[stock_reward(model, answer).item() for answer in pair] for pair in pairs]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def read_lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-@functools.cache
-def tiny_rows(name="preference_train"):
-    return read_lines(ROOT / "tiny" / "data" / f"{name}.jsonl")[:200]
 
 
 def pairs_of(folder, tmp_path, rows):
@@ -219,8 +148,12 @@ def random_answers(count, tail=0, seed=0):
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
-def test_rewards_are_those_of_the_stock_classifier_on_each_answer_alone(folders, kind):
-    answers, model, plain = random_answers(6), loaded(folders[kind]), stock(folders[kind])
+def test_rewards_are_those_of_the_stock_classifier_on_each_answer_alone(random_classifiers, kind):
+    answers, model, plain = (
+        random_answers(6),
+        loaded(random_classifiers[kind]),
+        stock_classifier(random_classifiers[kind]),
+    )
     with torch.no_grad():
         # the whole answer through the stock forward, which looks for the last token that is not padding
         expected = [
@@ -232,23 +165,23 @@ def test_rewards_are_those_of_the_stock_classifier_on_each_answer_alone(folders,
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
-def test_shared_beginnings_do_not_change_the_rewards(folders, kind, tmp_path):
-    pairs, model = pairs_of(folders[kind], tmp_path, tiny_rows()[:4]), loaded(folders[kind])
+def test_shared_beginnings_do_not_change_the_rewards(random_classifiers, kind, tmp_path):
+    pairs, model = pairs_of(random_classifiers[kind], tmp_path, ROWS[:4]), loaded(random_classifiers[kind])
     flags = [rm.Args(attn=attn) for attn in ("packed", "eager")]  # eager shares nothing
     rows = [rm.collate_pairs(pairs, args, CPU) for args in flags]
     assert rows[0].input_ids.shape[1] < 0.7 * rows[1].input_ids.shape[1]
     with torch.no_grad():
         shared, apart = (rm.head_outputs(model, row) for row in rows)
     assert torch.allclose(apart, shared, atol=1e-5)
-    expected = stock_rewards(folders[kind], pairs)
+    expected = stock_rewards(random_classifiers[kind], pairs)
     assert shared.view(-1, 2).numpy() == pytest.approx(np.array(expected), abs=1e-4)
 
 
-def test_reward_is_read_at_the_end_token_and_not_at_what_a_template_writes_behind_it(folders):
-    tails, model = random_answers(3, tail=2), loaded(folders["qwen3"])
+def test_reward_is_read_at_the_end_token_and_not_at_what_a_template_writes_behind_it(random_classifiers):
+    tails, model = random_answers(3, tail=2), loaded(random_classifiers["qwen3"])
     with torch.no_grad():
         found = rm.head_outputs(model, collate(tails)).tolist()
-        expected = [stock_reward(stock(folders["qwen3"]), a).item() for a in tails]
+        expected = [stock_reward(stock_classifier(random_classifiers["qwen3"]), a).item() for a in tails]
     assert found == pytest.approx(expected, abs=1e-4)
 
 
@@ -260,19 +193,18 @@ def test_new_head_is_drawn_from_the_seed_with_standard_deviation_1_over_sqrt_of_
     assert torch.allclose(heads[2], drawn)
 
 
-def test_attention_that_mixes_the_answers_of_a_row_is_refused(folders, monkeypatch, capsys):
+def test_attention_that_mixes_the_answers_of_a_row_is_refused(random_classifiers, monkeypatch, capsys):
     def leaky(model, batch):
         return head_outputs(model, batch) + 0.01 * torch.arange(batch.num_sequences)
 
     head_outputs = rm.head_outputs
     monkeypatch.setattr(rm, "head_outputs", leaky)
-    with pytest.raises(SystemExit) as stop:
-        loaded(folders["qwen3"])
-    assert stop.value.code == 2 and "packed rewards are 0.01" in capsys.readouterr().err
+    line = error_of(lambda: loaded(random_classifiers["qwen3"]), capsys)
+    assert "packed rewards are 0.01" in line
 
 
-def test_start_up_check_lets_large_rewards_have_large_rounding(folders, monkeypatch):
-    model, head_outputs = loaded(folders["qwen3"]), rm.head_outputs
+def test_start_up_check_lets_large_rewards_have_large_rounding(random_classifiers, monkeypatch):
+    model, head_outputs = loaded(random_classifiers["qwen3"]), rm.head_outputs
     model.score.weight.data *= 1e4 / model.score.weight.data.norm()
     monkeypatch.setattr(rm, "head_outputs", lambda *rest: head_outputs(*rest) * (1 + 1e-5))
     rm.check_rewards(model)  # off by 0.1 of some thousand
@@ -286,31 +218,20 @@ def test_start_up_check_lets_large_rewards_have_large_rounding(folders, monkeypa
 
 
 @pytest.fixture
-def train(tmp_path, folders):
-    """train(rows, held_out, **flags) -> output folder, lines of metrics.jsonl."""
-
-    def run(rows, held_out=None, **flags):
-        folder = tmp_path / f"run_{run.count}"
-        run.count += 1
-        path = write_rows(tmp_path / f"train_{zlib.crc32(json.dumps(rows).encode())}.jsonl", rows)
-        defaults = {"model": folders["qwen3"], "dataset": (path,), "output_dir": str(folder)}
-        defaults |= {"batch_size": len(rows), "max_steps": 1, "eval_every": 0, "save_every": 0}
-        defaults |= {"warmup_steps": 0, "lr_schedule": "constant", "learning_rate": 1e-3}
-        if held_out:
-            defaults["eval_dataset"] = write_rows(tmp_path / "held_out.jsonl", held_out)
-        args = rm.Args(**(defaults | flags))
-        rm.main(args)
-        path = Path(args.output_dir) / "metrics.jsonl"  # an ensemble's are in the folders of its members
-        return path.parent, read_lines(path) if path.exists() else None
-
-    run.count = 0
-    return run
+def train(tmp_path, random_classifiers):
+    """As `trainer` says: one step of all rows on a small random classifier."""
+    flags = {"model": random_classifiers["qwen3"], "max_steps": 1, "lr_schedule": "constant"}
+    train = trainer(rm, tmp_path, learning_rate=1e-3, **flags)
+    return lambda rows, *rest, **flags: train(rows, *rest, **{"batch_size": len(rows)} | flags)
 
 
-def test_first_step_is_a_plain_loop_over_the_stock_model(train, tmp_path, folders):
+def test_first_step_is_a_plain_loop_over_the_stock_model(train, tmp_path, random_classifiers):
     center_coef, label_smoothing, margins = 0.01, 0.2, (0.5, None, 0.0, 1.5, -1.0)
-    rows = [row | {"margin": m} for row, m in zip(tiny_rows(), margins, strict=False)]
-    pairs, model = pairs_of(folders["qwen3"], tmp_path, rows), stock(folders["qwen3"])
+    rows = [row | {"margin": m} for row, m in zip(ROWS, margins, strict=False)]
+    pairs, model = (
+        pairs_of(random_classifiers["qwen3"], tmp_path, rows),
+        stock_classifier(random_classifiers["qwen3"]),
+    )
     losses, rewards = [], []
     for pair, margin in zip(pairs, margins, strict=True):
         chosen, rejected = (stock_reward(model, answer) for answer in pair)
@@ -321,16 +242,15 @@ def test_first_step_is_a_plain_loop_over_the_stock_model(train, tmp_path, folder
         rewards.append((chosen.item(), rejected.item()))
     loss = torch.stack(losses).mean()
     loss.backward()
-    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
     flags = {"center_coef": center_coef, "label_smoothing": label_smoothing}
     total = sum(len(answer.input_ids) for pair in pairs for answer in pair)
-    # One row, rows of some pairs, rows of one: the mean is over the pairs of all.
-    for budget in (8192, total // 3, 30):
-        _, lines = train(rows, max_tokens_per_micro_batch=budget, **flags)
+    # Rows of some pairs, rows of one: the mean is over the pairs of all.
+    for budget in (total // 3, 30):
+        _, [line] = train(rows, max_tokens_per_micro_batch=budget, **flags)
         rewards = np.array(rewards)
         expected = {
             "loss": loss.item(),
-            "grad_norm": norm,
+            "grad_norm": gradient_norm(model),
             "accuracy": float(np.mean(rewards[:, 0] > rewards[:, 1])),  # without the margin
             "margin": float(np.mean(rewards[:, 0] - rewards[:, 1])),
             "mean_reward": float(rewards.mean()),
@@ -338,19 +258,20 @@ def test_first_step_is_a_plain_loop_over_the_stock_model(train, tmp_path, folder
             "max_reward": float(rewards.max()),
         }
         assert rewards.min() < rewards.max() and expected["min_reward"] < expected["mean_reward"]
-        assert {key: lines[1][key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        assert {key: line[key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
-def test_evaluation_by_hand(train, tmp_path, folders):
-    held_out = tiny_rows()[20:32]
-    _, lines = train(tiny_rows()[:2], held_out)
-    others = pairs_of(folders["qwen3"], tmp_path, held_out)
-    rewards = np.array(stock_rewards(folders["qwen3"], others))
-    args = rm.Args(model=folders["qwen3"])
+def test_evaluation_by_hand(train, tmp_path, random_classifiers):
+    held_out = ROWS[20:32]
+    _, lines = train(ROWS[:2], held_out)
+    others = pairs_of(random_classifiers["qwen3"], tmp_path, held_out)
+    rewards = np.array(stock_rewards(random_classifiers["qwen3"], others))
+    args = rm.Args(model=random_classifiers["qwen3"])
     items = rm.load_answers(rm.load_tokenizer(args), str(tmp_path / "pairs.jsonl"), "train", args)
     counts = np.array([item.lengths for item in items])  # tokens behind the prompt, the end token included
-    tokenizer = AutoTokenizer.from_pretrained(folders["qwen3"])
-    words = [[tokenizer(row[k][0]["content"]).input_ids for k in ("chosen", "rejected")] for row in held_out]
+    words = [
+        [tiny_tokenizer()(row[k][0]["content"]).input_ids for k in ("chosen", "rejected")] for row in held_out
+    ]
     assert counts.tolist() == [[len(ids) + 1 for ids in pair] for pair in words]
     alike = np.array([abs(c - r) <= 0.1 * max(c, r) for c, r in counts.tolist()])
     assert alike.any() and not alike.all()
@@ -375,8 +296,8 @@ def test_evaluation_by_hand(train, tmp_path, folders):
 
 
 def test_accuracy_of_equal_lengths_is_not_logged_where_nothing_matches(train):
-    longer = [{"role": "assistant", "content": "1 + 1 = 2\n" * 20}]
-    _, lines = train(tiny_rows()[:2], [row | {"rejected": longer} for row in tiny_rows()[20:24]])
+    longer = said("1 + 1 = 2\n" * 20)
+    _, lines = train(ROWS[:2], [row | {"rejected": longer} for row in ROWS[20:24]])
     assert "eval/accuracy" in lines[0] and "eval/accuracy_length_matched" not in lines[0]
 
 
@@ -389,20 +310,21 @@ def unpaired_rows(rows):
 
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["unpaired", "taken-apart"])
-def test_outcome_step_is_a_plain_loop_over_single_answers(train, tmp_path, folders, pairs):
-    rows, held_out = tiny_rows()[:3], tiny_rows()[20:26]
+def test_outcome_step_is_a_plain_loop_over_single_answers(train, tmp_path, random_classifiers, pairs):
+    rows, held_out = ROWS[:3], ROWS[20:26]
     singles = unpaired_rows(rows)[: None if pairs else 5]  # three good ones, two bad
-    answers = [a for pair in pairs_of(folders["qwen3"], tmp_path, rows) for a in pair][: len(singles)]
-    model, labels = stock(folders["qwen3"]), [row["label"] for row in singles]
+    answers = [a for pair in pairs_of(random_classifiers["qwen3"], tmp_path, rows) for a in pair][
+        : len(singles)
+    ]
+    model, labels = stock_classifier(random_classifiers["qwen3"]), [row["label"] for row in singles]
     rewards = torch.stack([stock_reward(model, answer) for answer in answers])
     signs = torch.tensor([1.0 if good else -1.0 for good in labels])
     losses = 0.9 * torch.log1p(torch.exp(-signs * rewards)) + 0.1 * torch.log1p(torch.exp(signs * rewards))
     losses.mean().backward()
-    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
     found, good = rewards.detach(), signs > 0
     expected = {
         "loss": losses.mean().item(),
-        "grad_norm": norm,
+        "grad_norm": gradient_norm(model),
         "accuracy": (found * signs > 0).float().mean().item(),
         "margin": (found[good].mean() - found[~good].mean()).item(),
         "mean_reward": found.mean().item(),
@@ -415,7 +337,9 @@ def test_outcome_step_is_a_plain_loop_over_single_answers(train, tmp_path, folde
     _, lines = train(rows if pairs else singles, held_out, max_tokens_per_micro_batch=100, **flags)
     assert {key: lines[1][key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-4)
     others = np.array(
-        stock_rewards(folders["qwen3"], pairs_of(folders["qwen3"], tmp_path, tiny_rows()[20:26]))
+        stock_rewards(
+            random_classifiers["qwen3"], pairs_of(random_classifiers["qwen3"], tmp_path, ROWS[20:26])
+        )
     )
     if pairs:
         assert lines[0]["eval/accuracy"] == pytest.approx(np.mean(others[:, 0] > others[:, 1]))
@@ -428,14 +352,14 @@ def test_outcome_step_is_a_plain_loop_over_single_answers(train, tmp_path, folde
 
 @pytest.mark.parametrize("objective", ["bradley_terry", "outcome"])
 def test_saved_model_has_the_rewards_of_transformers_and_pairs_an_offset_that_centres_them(
-    train, tmp_path, folders, objective
+    train, tmp_path, random_classifiers, objective
 ):
-    rows = tiny_rows()[:6]
+    rows = ROWS[:6]
     flags = {"objective": objective, "max_steps": 3, "learning_rate": 1e-2, "center_coef": 0.0}
     folder, _ = train(rows, **flags)
     config = json.loads((folder / "model" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForSequenceClassification"] and config["pad_token_id"] == 0
-    rewards = np.array(stock_rewards(folder / "model", pairs_of(folders["qwen3"], tmp_path, rows)))
+    rewards = np.array(stock_rewards(folder / "model", pairs_of(random_classifiers["qwen3"], tmp_path, rows)))
     assert abs(rewards.mean()) > 0.01  # stock: without the offset
     if objective == "outcome":  # sigma(r) is the probability that an answer is good
         assert config["reward_offset"] == 0
@@ -444,26 +368,21 @@ def test_saved_model_has_the_rewards_of_transformers_and_pairs_an_offset_that_ce
     assert loaded(folder / "model").config.reward_offset == 0  # training it again begins anew
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_run_under_fsdp_computes_in_dtype_with_an_exact_head(train, folders, dtype):
-    folder, lines = train(tiny_rows()[:6], tiny_rows()[20:24], dtype=dtype, max_steps=2, batch_size=4)
-    _, plain = train(tiny_rows()[:6], tiny_rows()[20:24], max_steps=2, batch_size=4)
-    assert [line["loss"] for line in lines[1:]] == pytest.approx([x["loss"] for x in plain[1:]], rel=0.05)
-    assert (lines[1]["loss"] == plain[1]["loss"]) == (dtype == "float32")
-    weights = load_file(folder / "model" / "model.safetensors")
-    assert weights["score.weight"].dtype == torch.float32
-    model = loaded(folders["qwen3"], dtype=dtype)
+def test_head_is_exact_in_bfloat16(train, random_classifiers):
+    folder, _ = train(ROWS[:6], dtype="bfloat16", batch_size=4)
+    assert load_file(folder / "model" / "model.safetensors")["score.weight"].dtype == torch.float32
+    model = loaded(random_classifiers["qwen3"], dtype="bfloat16")
     rewards = rm.head_outputs(model, collate(random_answers(3)))
-    assert rewards.dtype == torch.float32
-    if dtype == "bfloat16":  # rounded states, but a head that is not: no reward is a bfloat16 number
-        assert type(model).__name__.startswith("FSDP") and (rewards.bfloat16() != rewards).any()
+    # rounded states, but a head that is not: no reward is a bfloat16 number
+    assert type(model).__name__.startswith("FSDP")
+    assert rewards.dtype == torch.float32 and (rewards.bfloat16() != rewards).any()
 
 
 # Ensembles --------------------------------------------------------------------------------------------------
 
 
-def test_ensemble_is_a_folder_of_members_that_differ(train, folders, tmp_path):
-    train(tiny_rows()[:6], model=folders["causal"], num_members=3, batch_size=2, seed=5)
+def test_ensemble_is_a_folder_of_members_that_differ(train, random_classifiers, tmp_path):
+    train(ROWS[:6], model=random_classifiers["causal"], num_members=3, batch_size=2, seed=5)
     folder = tmp_path / "run_0"
     index = json.loads((folder / "ensemble.json").read_text())
     assert index == {"members": [f"member_{n}/model" for n in range(3)]}
@@ -475,21 +394,26 @@ def test_ensemble_is_a_folder_of_members_that_differ(train, folders, tmp_path):
     assert seeds == [5, 6, 7] and len(set(losses)) == 3
 
 
-def test_continued_ensemble_skips_the_members_that_are_finished(train, folders, tmp_path, monkeypatch):
-    flags = {"model": folders["causal"], "num_members": 2, "max_steps": 2, "save_every": 1, "batch_size": 2}
-    rows, folder = tiny_rows()[:6], tmp_path / "run_0"
+def test_continued_ensemble_skips_the_members_that_are_finished(
+    train, random_classifiers, tmp_path, monkeypatch
+):
+    flags = {
+        "model": random_classifiers["causal"],
+        "num_members": 2,
+        "max_steps": 2,
+        "save_every": 1,
+        "batch_size": 2,
+    }
+    rows, folder = ROWS[:6], tmp_path / "run_0"
     train(rows, **flags)
     wanted = load_file(folder / "member_1" / "model" / "model.safetensors")
     # As if it had been stopped in the second member's second step
     shutil.rmtree(folder / "member_1" / "model")
     shutil.rmtree(folder / "member_1" / "checkpoints" / "step_00000002")
     (folder / "ensemble.json").unlink()
-    loads, load_reward_model = [], rm.load_reward_model
-    monkeypatch.setattr(
-        rm, "load_reward_model", lambda name, *rest: loads.append(name) or load_reward_model(name, *rest)
-    )
+    loads = calls_of(monkeypatch, rm, "load_reward_model")
     train(rows, output_dir=str(folder), resume=True, **flags)
-    assert loads == [folders["causal"]]  # one member is trained
+    assert [name for (name, *_), _ in loads] == [random_classifiers["causal"]]  # one member is trained
     found = load_file(folder / "member_1" / "model" / "model.safetensors")
     assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
     assert len(json.loads((folder / "ensemble.json").read_text())["members"]) == 2
@@ -512,15 +436,15 @@ def score(tmp_path):
 
 
 @pytest.fixture
-def judge(folders, tmp_path):
+def judge(random_classifiers, tmp_path):
     """The folder of a model with the offset 0.5."""
-    path = Path(shutil.copytree(folders["qwen3"], tmp_path / "judge")) / "config.json"
+    path = Path(shutil.copytree(random_classifiers["qwen3"], tmp_path / "judge")) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"reward_offset": 0.5}))
     return str(path.parent)
 
 
 def test_score_is_the_stock_reward_and_the_offset(score, judge, tmp_path):
-    rows = tiny_rows()[:3]
+    rows = ROWS[:3]
     (a, _), (b, c), (d, _) = stock_rewards(judge, pairs_of(judge, tmp_path, rows))
     asked = [
         {"prompt": rows[0]["prompt"], "completions": [rows[0]["chosen"]], "kept": 7},
@@ -536,24 +460,22 @@ def test_score_is_the_stock_reward_and_the_offset(score, judge, tmp_path):
     assert result == {"mean_reward": pytest.approx((a + b + c + d) / 4 + 0.5, abs=1e-4)}
 
 
-def test_score_with_a_model_that_has_no_reward_head_is_refused(score, folders, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        score([{"prompt": "a", "completion": "b"}], model=folders["causal"])
-    [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and "is no reward model" in line
+def test_score_with_a_model_that_has_no_reward_head_is_refused(score, random_classifiers, tmp_path, capsys):
+    rows = [{"prompt": "a", "completion": "b"}]
+    assert "is no reward model" in error_of(lambda: score(rows, model=random_classifiers["causal"]), capsys)
     assert not (tmp_path / "answers.scored.jsonl").exists()
 
 
 # Data -------------------------------------------------------------------------------------------------------
 
 
-def test_rows_that_cannot_be_used_are_dropped_and_counted(folders, tmp_path, capsys):
-    rows, said = tiny_rows()[:6], [{"role": "assistant", "content": "4"}]
+def test_rows_that_cannot_be_used_are_dropped_and_counted(random_classifiers, tmp_path, capsys):
+    rows = ROWS[:6]
     bad = [rows[0], rows[1] | {"chosen": rows[1]["rejected"]}, rows[2] | {"chosen": None}]
     path = write_rows(
-        tmp_path / "rows.jsonl", [*rows, *bad, {"prompt": "a", "completion": said, "label": True}]
+        tmp_path / "rows.jsonl", [*rows, *bad, {"prompt": "a", "completion": said("4"), "label": True}]
     )
-    args = rm.Args(model=folders["qwen3"])
+    args = rm.Args(model=random_classifiers["qwen3"])
     assert len(rm.load_answers(rm.load_tokenizer(args), path, "train", args)) == 6
     told = capsys.readouterr().out
     assert "first row 8: chosen and rejected are the same" in told and "first row 9: found" in told

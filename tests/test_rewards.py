@@ -4,19 +4,23 @@ Expected values are worked by hand. Answers are also held against the labels tha
 models' solutions, and reward models against transformers' own scores of single conversations.
 """
 
-import importlib.util
+import functools
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import sys
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
 from conftest import ROOT, start
+from hypothesis import given
+from hypothesis import settings as how
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -25,7 +29,7 @@ import rewards
 
 ASKED = [{"role": "user", "content": "Nora has 12 apples and gives away 5. How many are left?"}]
 ANSWERS = ["12 - 5 = 7\n#### 7", "12", "<think>12 - 5 = 8</think>#### 8", "I do not know. " * 30]
-HAS_MATH_VERIFY = importlib.util.find_spec("math_verify") is not None
+mathematics = rewards.module("mathematics")
 
 
 def grade(completion, answer, reward=rewards.math_answer, **settings):
@@ -40,10 +44,9 @@ def said(text):
     return [{"role": "assistant", "content": text}]
 
 
-def table(text, width=2):
-    """The cells of a text between bars and line breaks, `width` to a row; `\\n` in one is a line break."""
-    cells = [cell.strip().replace(r"\n", "\n") for cell in text.strip().replace("\n", "|").split("|")]
-    return list(zip(*(cells[n::width] for n in range(width)), strict=True))
+def lines(name):
+    """The rows of a file of cases."""
+    return [json.loads(line) for line in (ROOT / "tests" / "data" / name).read_text().splitlines()]
 
 
 # Texts ------------------------------------------------------------------------------------------------------
@@ -61,107 +64,27 @@ def test_messages_count_by_the_last_of_the_assistant():
 
 # Mathematics ------------------------------------------------------------------------------------------------
 
-NUMBERS = r"""
-42 | 42               | 1,234 | 1234      | 1,234,567.50 | 2469135/2 | -7 | -7          | +7 | 7
-18.00 | 18            | .5 | 1/2          | 0.1 | 1/10               | 3/4 | 3/4        | 1 1/2 | 3/2
-\frac{3}{4} | 3/4     | \frac34 | 3/4     | -\dfrac{3}{4} | -3/4     | -1 1/2 | -3/2    | 1\frac{1}{2} | 3/2
-2.5e3 | 2500          | 5e-1 | 1/2        | $18 | 18                 | \$18 | 18        | -$5 | -5
-$-5 | -5              | $18$ | 18         | \(18\) | 18           | 18 dollars | 18 | 18 dollars per day. | 18
-5 km | 5              | 5km/h | 5         | 5 m | 5                  | 12 m^2 | 12      | 30°C | 30
-30^\circ | 30         | 5\ \text{cm} | 5  | 5\text{ square meters} | 5 | 10{,}000 | 10000 | 10,\!000 | 10000
-3 million | 3000000   | 18. | 18          | $2.5 billion dollars | 2500000000 | **18** | 18 | x = 5 | 5
-"""
 
-
-def test_numbers_are_read_exactly():
-    pairs = [*table(NUMBERS), ("\u22127", -7), ("9" * 400, 10**400 - 1)]
-    assert len(pairs) == 42
-    for text, value in pairs:
-        assert rewards.number(text) == (Fraction(value), False), text
-
-
-NO_NUMBERS = ["", "eighteen", "2x", "2 x", "2 pi", r"2\pi", "5 or 6", "5, 6", "1/0", "12,34", "2^3", "1.2.3"]
-NO_NUMBERS += ["3 + 4", "6:30", "1e99999999", "1" * 5000, "5 a" + "b" * 5000 + "!"]
-
-
-def test_what_is_no_number_is_not_read_as_one():
-    began = time.perf_counter()
-    for text in NO_NUMBERS:
-        assert rewards.number(text) == (None, False), text
-    assert time.perf_counter() - began < 5  # no pattern tries all ways of failing
-
-
-EQUAL = r"""
-18 | 18.00          | 3/4 | 0.75     | 50% | 50       | 50 | 50%           | 0.5 | 50%        | 50% | 1/2
-50% | 50 percent    | 1234 | 1,234   | Monday | monday. | \text{Monday} | Monday  | \sqrt{2} | \sqrt {2}
-"""
-UNEQUAL = r"""
-1/3 | 0.333333333333 | 0.3 | 0.30000000000000004 | 50% | 0.5% | 50 | 0.5 | 5 | -5 | Monday | Tuesday
-7 | seven
-"""
-
-
-def test_equality_is_exact():
-    assert [pair for pair in table(EQUAL) if not rewards.same_answer(*pair)] == []
-    assert [pair for pair in table(UNEQUAL) if rewards.same_answer(*pair)] == []
-
-
-MARKED = r"""
-#### 42 | 42           | so 7 + 5\n#### 12\nThat took 3 steps. | 12               | A: 18 | 18
-It is \boxed{42}. | 42 | First \boxed{1}, then \boxed{\frac{\sqrt{3}}{2}} | \frac{\sqrt{3}}{2}
-<answer> 18 </answer> | 18    | \boxed{\{1, 2\}} | \{1, 2\}                      | \boxed{5}, \boxed{6 | 5
-**Answer:** 18 | 18    | <answer>1</answer> no, <answer>\n2\n</answer> | 2     | \boxed{1} #### 2 | 2
-Final answer: 18 | 18  | <answer>The total is \boxed{18} dollars.</answer> | 18 | no mark, 18 | None
-The answer is 3.5 h. | 3.5 h  | So the answer is 18. That took 3 steps. | 18           | Plan A: no 5 | None
-The answer is x = 18. | 18    | The answer is $5 + 13 = 18$. | 18$                     | <answer>open 5 | None
-the answer is: **18** | 18    | The answer is \boxed{18}, of 3 x 6. | 18
-#### Step 1: add\n#### 2. subtract\n#### Result:\n | None
-"""
-LAST_NUMBERS = r"""
-He has 3, and she 4. | 4                     | That makes $1,234.50. | $1,234.50 | 16-3 | 3 | x is -3 | -3
-which is -\frac{3}{4} | -\frac{3}{4}         | a share of 3/4 | 3/4 | about 50% of it | 50%  | none | None
-"""
+def test_numbers_are_read_exactly_and_what_is_none_is_not():
+    for text, value, *unit in lines("math_numbers.jsonl"):
+        found = mathematics.number(text)
+        assert found[0] == (value and Fraction(value)) and (not unit or found[1] == unit[0]), text
 
 
 def test_the_last_mark_gives_the_answer_and_without_a_mark_the_last_number():
-    for text, answer in table(MARKED):
+    for text, answer in lines("math_marks.jsonl"):
         assert str(rewards.marked_answer(text)) == answer, text
-    for text, answer in [*table(LAST_NUMBERS), ("it falls by \u22124 degrees", "-4")]:
+    for text, answer in lines("math_last_numbers.jsonl"):
         assert str(rewards.final_number(text)) == answer, text
 
 
-SAME_FINALS = {
-    "42": ["#### 42", r"\boxed{42.0}", "<answer>It is 42 apples</answer>", "A: $42", "The answer is 42."],
-    "3/4": [r"\boxed{\frac{3}{4}}", "#### 0.75", "Final answer: 75/100", "the answer is x = 3/4"],
-    "1234": ["#### 1,234", r"so \boxed{1234\text{ cm}}", "<think>5</think>1234", "1,234%"],
-    "monday": ["A: Monday", r"\boxed{\text{Monday}}", "The answer is monday.", "#### **Monday**"],
-    "x+1": [r"\boxed{x + 1}", "#### $x+1$"],
-    "I give up": [" I give up\n", [{"role": "assistant", "content": "I give up"}]],
-    "": ["", None],
-}
-
-
 def test_equal_final_answers_are_equal_texts_for_a_majority():
-    for answer, texts in SAME_FINALS.items():
+    for answer, texts in lines("final_answers.jsonl"):
         assert {rewards.final_answer(text) for text in texts} == {answer}
 
 
-GRADES = r"""
-<think>#### 5</think>It is 6. | 6 | 1 | 0      | it was opened: 5</think>\n6 | 6 | 1 | 0
-<think>It is 6, no doubt | 6 | 0 | 0           | <think>5</think>6<think>7 | 6 | 0 | 0
-<answer>It is 18 euros</answer> 3 | 18 | 1 | 0 | A: There are 18 apples | 18 | 1 | 0
-#### 18 | 18 | 1 | 1                           | \boxed{18} | 18 | 1 | 1
-<answer>$18</answer> | 18 | 1 | 1              | A: 18 | 18 | 1 | 0
-18 | 18 | 1 | 0                                | The answer is 18 | 18 | 1 | 0
-\boxed{17} no, 18 | 18 | 0 | 0                 | #### 18 or 19 | 18 | 0 | 0
-no number | 18 | 0 | 0                         | | 18 | 0 | 0
-That is $18 a day. | 18.0 | 1 | 0              | That is $19 a day. | 18 | 0 | 0
-That is $18. | 2 * 9 = <<2*9=18>>18\n#### 18 | 1 | 0 | 1,450,000 | thus\n#### 1,450,000 | 1 | 0
-"""
-
-
 def test_strict_wants_a_format_that_was_asked_for_and_lenient_reads_numbers():
-    for completion, gold, lenient, strict in table(GRADES, 4):
+    for completion, gold, lenient, strict in lines("math_grades.jsonl"):
         assert grade(completion, gold) == float(lenient), completion
         assert grade(completion, gold, rewards.math_answer_strict) == float(strict), completion
     scores = score(rewards.math_answer, *"55555", answer=["5", None, " ", 5, 5.0])
@@ -183,38 +106,96 @@ def test_many_open_marks_take_no_time():
     assert time.perf_counter() - began < 5
 
 
-@pytest.mark.skipif(HAS_MATH_VERIFY, reason="math-verify is installed")
-def test_without_math_verify_rows_that_need_it_are_not_scored_and_one_warning_says_so():
-    rewards.math_verify.cache_clear()
-    with pytest.warns(UserWarning, match="pip install math-verify") as caught:
-        symbolic = score(rewards.math_answer, r"\boxed{2\sqrt{2}}", "none", answer=[r"\sqrt{8}"] * 2)
-        numeric = score(rewards.math_answer, r"\boxed{2^3}", "8", answer=["8"] * 2)
-    assert symbolic == [None, None]  # of the row, whatever the completion is: nothing can be gained by it
-    assert numeric == [0.0, 1.0] and len(caught) == 1
-    rewards.math_verify.cache_clear()
-    with warnings.catch_warnings():  # words and plain numbers do not need it
-        warnings.simplefilter("error")
-        completions = ["It was Monday", "I give up", "A: Monday"]
-        assert score(rewards.math_answer, *completions, answer=["Monday", "18", "Monday"]) == [0, 0, 1]
+def mistakes(reward):
+    """Of the pairs, how many wrong answers are accepted and how many right ones refused."""
+    wrong, right = [], []
+    for row in lines("math_pairs.jsonl"):
+        text = row.get("completion") or rf"\boxed{{{row['answer']}}}"
+        (right if row["right"] else wrong).append(reward(text, row["gold"]))
+    return f"| {sum(wrong)} of {len(wrong)} | {len(right) - sum(right)} of {len(right)} |"
 
 
-SYMBOLIC = r"""
-\sqrt{8} | 2\sqrt{2} | 1      | \frac{\pi}{2} | \pi/2 | 1            | x^2+2x+1 | (x+1)^2 | 1 | 8 | 2^3 | 1
-\{1, 2\} | \{2, 1\} | 1       | 1/2 | \frac{\sqrt{4}}{4} | 1         | \sqrt{8} | 2 | 0       | 8 | 2^4 | 0
-(1, 2) | (2, 1) | 0           | \sqrt{8} | \frac{ | 0                | x+1 | x-1 | 0
+@functools.cache
+def patient(text, gold, reward=rewards.math_answer):
+    """Whether an answer is right, asked again if not: on a loaded machine what waits too long is refused."""
+    return any(grade(text, gold, reward) for _ in range(3))
+
+
+def test_pairs_of_known_truth_are_told_apart_as_the_page_says():
+    page, strict = (ROOT / "docs" / "rewards.md").read_text(), rewards.math_answer_strict
+    assert f"`math_answer` {mistakes(patient)}" in page
+    both = lambda text, gold: patient(text, gold, *[strict] * (not text.startswith(r"\boxed")))  # read alike
+    assert f"`math_answer_strict` {mistakes(both)}" in page
+
+
+@pytest.mark.slow
+def test_math_verify_alone_makes_the_mistakes_that_the_page_says():
+    from math_verify import parse, verify
+
+    page = (ROOT / "docs" / "rewards.md").read_text()
+    assert f"math-verify alone {mistakes(lambda text, gold: verify(parse(f'${gold}$'), parse(text)))}" in page
+
+
+ENDLESS = ["(x+y+z+w)^{400}", "9^{9^{9^9}}", "100000000!", r"\binom{10^9}{10^8}", "x^{x^{x^{x^x}}}"]
+
+
+def test_formulas_that_never_end_cost_a_second_at_most_and_their_neighbours_nothing():
+    def seconds(formula):
+        began = time.perf_counter()
+        assert grade(rf"\boxed{{{formula}}}", "x+1") == 0.0
+        return time.perf_counter() - began
+
+    assert grade(r"\boxed{1+x}", "x+1") == 1.0  # starts the workers
+    assert max(map(seconds, ENDLESS)) < 4  # 1, and what a loaded machine takes
+    with ThreadPoolExecutor(3) as threads:
+        others = [threads.submit(grade, rf"\boxed{{{n} + {n}x}}", f"{n}(x+1)") for n in range(2, 12)]
+        assert max(threads.map(seconds, ENDLESS[:1] * 3)) < 8  # two workers, three of them
+        assert all(other.result() for other in others)
+    texts = [rf"\boxed{{{formula}}}" for formula in [*ENDLESS, "x+1"]]
+    assert rewards.math_answer(texts, texts, ["1+x"] * 6) == [0, 0, 0, 0, 0, 1]
+
+
+WORKERS = """
+import os, signal, sys, time, rewards
+from pathlib import Path
+grade = lambda text: rewards.math_answer(["?"], [text], ["x+1"])
+print(grade(r"\\boxed{1+x}"), "sympy" in sys.modules)
+def children(pid):
+    return [n for file in Path(f"/proc/{pid}/task").glob("*/children") for n in file.read_text().split()]
+workers = children(os.getpid())
+pids = [*workers, *(child for worker in workers for child in children(worker))]
+print(*pids)
+print(any("torch" in Path(f"/proc/{pid}/maps").read_text() for pid in pids))
+for pid in pids[::-1]:
+    os.kill(int(pid), signal.SIGKILL)
+print(grade(r"\\boxed{1 + x}"), grade(r"\\boxed{x}"))
+if os.fork() == 0:
+    print(grade(r"\\boxed{0+x+1}"), flush=True)
+    os._exit(0)
+os.wait()
+sys.stdout.flush()
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.skipif(not HAS_MATH_VERIFY, reason="math-verify is not installed")
-def test_mathematics_goes_through_math_verify():
-    for gold, answer, reward in table(SYMBOLIC, 3):
-        completion = rf"\boxed{{{answer}}}"
-        assert grade(completion, gold) == float(reward), (gold, answer)
-        with ThreadPoolExecutor(1) as pool:  # where no alarm can be set
-            assert pool.submit(grade, completion, gold).result() == float(reward), (gold, answer)
+def test_workers_do_not_load_torch_are_replaced_and_end_with_the_trainer():
+    done = start(sys.executable, "-c", WORKERS, cwd=ROOT)
+    verdict, pids, *others = done.stdout.splitlines()
+    assert [verdict, *others] == ["[1.0] False", "False", "[1.0] [0.0]", "[1.0]"], done.stderr
+    ended = lambda pid: not os.path.exists(f"/proc/{pid}") or ") Z " in open(f"/proc/{pid}/stat").read()
+    for _ in range(100):
+        time.sleep(0.1 * (not all(map(ended, pids.split()))))
+    assert done.returncode == -signal.SIGKILL and all(map(ended, pids.split()))
 
 
-@pytest.mark.filterwarnings("ignore:math-verify")
+def test_without_math_verify_formulas_end_the_run_and_numbers_do_not(monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("true"))
+    mathematics.pool.cache_clear()
+    with pytest.raises(RuntimeError, match="pip install"):
+        grade(r"\boxed{1+x}", "x+1")
+    assert grade(r"\boxed{18}", "18") == 1.0
+
+
 def test_agrees_with_the_labels_of_gsm8k(gsm8k):
     path = gsm8k / "example_model_solutions.jsonl"
     if not path.exists():
@@ -236,20 +217,10 @@ def test_agrees_with_the_labels_of_gsm8k(gsm8k):
 
 # Format, length and repetition ------------------------------------------------------------------------------
 
-# A completion; what it is worth after a prompt, after a text that ends with <think>, and after messages
-THOUGHTS = r"""
-<think>2 + 2</think>4 | 1 | 0 | 1             | \n<think>\n2 + 2\n</think>\n\n4\n | 1 | 0 | 1
-2 + 2</think>4 | 0 | 1 | 1                    | <think>2 + 2</think> | 0 | 0 | 0
-2 + 2</think> | 0 | 0 | 0                     | <think> </think>4 | 0 | 0 | 0
-</think>4 | 0 | 0 | 0                         | 4 <think>2 + 2</think>4 | 0 | 0 | 0
-<think>2</think><think>2</think>4 | 0 | 0 | 0 | <think>2<think>2</think>4 | 0 | 0 | 0
-<think>2</think></think>4 | 0 | 0 | 0         | 2</think>2</think>4 | 0 | 0 | 0
-</think>2<think>4 | 0 | 0 | 0                 | 4 | 0 | 0 | 0
-"""
 
-
+# Rows: a completion, what it is worth after a prompt, after a text that ends with <think>, after messages
 def test_think_format_where_a_chat_template_may_have_opened_the_thought():
-    for text, *expected in table(THOUGHTS, 4):
+    for text, *expected in lines("thoughts.jsonl"):
         prompts, completions = ["2 + 2?", "2 + 2?<think>\n", ASKED], [text, text, said(text)]
         assert rewards.think_format(prompts, completions) == list(map(float, expected)), text
 
@@ -404,6 +375,26 @@ def test_every_reward_takes_whatever_columns_a_script_passes_and_no_row_ends_a_b
         assert getattr(rewards, name)(prompts, completions) == [0.0, 0.0, *[None] * 5, 0.0]
 
 
+PARTS = st.lists(st.sampled_from(lines("fuzz.jsonl")) | st.text(max_size=3), max_size=25)
+FORMS = ["{}", "{} ", r"\boxed{{{}}}", "#### {}", "the answer is {}", "<answer>{}</answer>"]
+TEXTS = st.builds(
+    lambda parts, glue, form, times: form.format(glue.join(parts)) * times,
+    *(PARTS, st.sampled_from(["", " "]), st.sampled_from(FORMS), st.sampled_from([1, 1, 1, 300])),
+)
+
+
+@how(max_examples=int(os.environ.get("FUZZ", 500)), deadline=None, derandomize=True, database=None)
+@given(TEXTS, TEXTS)
+def test_no_input_raises_or_takes_a_second(text, gold):
+    grade(r"\boxed{1+x}", "x+1")  # starts the workers
+    columns = {"answer": [gold], "completion_ids": [list(range(len(text)))], "max_completion_length": 8}
+    for name in {*NAMES} - {"code_tests"}:
+        began = time.process_time()  # of this process: the kernel bounds the workers'
+        [reward] = getattr(rewards, name)([gold], [text], **columns)
+        assert (reward is None or type(reward) is float) and time.process_time() - began < 1, name
+    assert type(rewards.final_answer(text)) is str
+
+
 LOAD = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("rewards", sys.argv[1])
@@ -420,6 +411,7 @@ def test_it_is_loaded_by_path_from_any_folder_and_imports_only_the_standard_libr
     path = ROOT / "rewards.py"
     verdicts, modules = start(sys.executable, "-ISc", LOAD, path, cwd=tmp_path).stdout.splitlines()
     assert verdicts == "[1.0, None]"
-    assert {name.split(".")[0] for name in modules.split()} <= sys.stdlib_module_names | {"__main__"}
+    modules = {name.split(".")[0] for name in modules.replace(str(ROOT), "").split()}
+    assert modules <= sys.stdlib_module_names | {"__main__", "/sandbox", "/mathematics"}
     done = start(sys.executable, "-Ic", LOAD + JUDGE, path, cwd=tmp_path)
     assert math.isfinite(float(done.stdout.splitlines()[-1])), done.stderr

@@ -11,25 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_dapo import assert_continues, assert_same_metrics, trainer
-from test_grpo import Table, distance, expected_gradient, true_gradient
-from transformers import AutoModelForCausalLM
+from helpers import END, calls_of, error_of, float64, gradient_norm, stock, trainer
+from test_grpo import Table, distance, expected_gradient, loss_and_slope, regularised_gradient, true_gradient
 
 import rloo_remax as rr
 from common import KL
 
-END = 2  # <|im_end|> of tiny's tokenizer
+pytestmark = pytest.mark.usefixtures("process_group")
 ALGORITHMS = ("reinforce", "rloo", "remax", "reinforce_pp", "reinforce_pp_baseline")
-
-
-def float64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def process_group():
-    rr.setup_distributed()
 
 
 def settings(algorithm, gamma=1.0):
@@ -87,16 +76,6 @@ def penalised(table, ref, kl_coef, group_size, advantages_of):
     return -table.gradient((plain(logps, advantages) * weights).sum())
 
 
-def regularised_gradient(table, ref, kl_coef):
-    """Of the expected reward minus kl_coef KL(pi || ref) of whole sequences."""
-    logps, ref_logps = (
-        torch.stack([x.sum() for x in t.token_logps(range(len(t.sequences))).split(t.lengths.tolist())])
-        for t in (table, ref)
-    )
-    kl = (logps.exp() * (logps - ref_logps.detach())).sum()
-    return table.gradient((logps.exp() * table.rewards).sum() - kl_coef * kl)
-
-
 @pytest.mark.parametrize("algorithm", ["reinforce", "rloo", "remax"])
 @pytest.mark.parametrize("end", [None, 2], ids=["equal-lengths", "an-end"])
 def test_kl_in_the_reward_gives_the_gradient_of_the_kl_of_policy_and_reference(algorithm, end):
@@ -132,6 +111,10 @@ def test_rloo_advantages_by_hand():
     found = rr.rloo_advantages(float64([1, 2, 6], [5, 5, 5]))
     assert found.tolist() == [[1 - 4, 2 - 3.5, 6 - 1.5], [0, 0, 0]]
     assert rr.rloo_advantages(float64([0.1] * 3)).abs().max() < 1e-15
+    # a completion without a score takes no part
+    nan = math.nan
+    found = rr.rloo_advantages(float64([1, nan, 3, 8], [nan, 5, nan, nan], [nan] * 4))
+    assert found.tolist() == [[1 - 5.5, 0, 3 - 4.5, 8 - 2], [0] * 4, [0] * 4]
 
 
 def test_rloo_baseline_excludes_the_completion_itself_and_advantages_sum_to_zero():
@@ -145,12 +128,6 @@ def test_rloo_baseline_excludes_the_completion_itself_and_advantages_sum_to_zero
         others = [j for j in range(4) if j != i]
         assert torch.allclose(difference[:, i], float64(3.0)), "its own reward is in its baseline"
         assert torch.allclose(difference[:, others], float64(-1.0))
-
-
-def test_completion_without_a_score_takes_no_part_in_rloo():
-    nan = math.nan
-    found = rr.rloo_advantages(float64([1, nan, 3, 8], [nan, 5, nan, nan], [nan] * 4))
-    assert found.tolist() == [[1 - 5.5, 0, 3 - 4.5, 8 - 2], [0] * 4, [0] * 4]
 
 
 def test_remax_advantages_by_hand():
@@ -175,26 +152,14 @@ def test_whitened_returns_by_hand():
         assert rr.whiten_returns(torch.tensor(values)).tolist() == [0] * len(values)
 
 
-def test_loss_has_the_same_gradient_with_and_without_a_clip_at_ratio_1():
-    advantages, gradients = float64(1.5, -0.5, 0.0, -2.0), []
-    for loss_of in (plain, clipped):
-        logprobs = float64(-0.5, -3.0, -0.01, -1.0).requires_grad_()
-        losses = loss_of(logprobs, advantages)
-        gradients.append(torch.autograd.grad(losses.sum(), logprobs)[0].tolist())
-    assert gradients[0] == gradients[1] == [-1.5, 0.5, 0, 2]
-    assert plain(float64(-2.0), float64(3.0)).item() == 6
-
-
 @pytest.mark.parametrize(
     "ratio, advantage, loss, slope",
     [(0.5, 2, -1, -1), (0.5, -2, 1.6, 0), (1.5, 2, -2.6, 0), (1.5, -2, 3, 3), (1.25, 2, -2.5, -2.5)],
 )
 def test_clip_by_hand(ratio, advantage, loss, slope):
-    logprobs = float64(-1.3).requires_grad_()
-    ratios = torch.exp(logprobs - logprobs.detach() + math.log(ratio))
-    found = rr.reinforce_loss(logprobs, ratios, float64(advantage), clip=(0.2, 0.3))
-    assert found.item() == pytest.approx(loss)
-    assert torch.autograd.grad(found.sum(), logprobs)[0].item() == pytest.approx(slope)
+    loss_of = lambda rho, logprobs: rr.reinforce_loss(logprobs, rho, float64(advantage), clip=(0.2, 0.3))
+    assert loss_and_slope(loss_of, ratio) == pytest.approx((loss, slope))
+    assert plain(float64(-2.0), float64(3.0)).item() == 6  # without a clip
 
 
 # Five tokens: sequences of 2 and 1 of one prompt, of 1 and 1 of another.
@@ -244,16 +209,16 @@ def test_completion_without_a_reward_gets_no_advantage(algorithm):
 
 @pytest.fixture
 def train(tmp_path, one_cpu):
-    return trainer(rr, tmp_path, reward="residue")
+    """As `trainer` says: 2 steps of 4 prompts on tiny/sft."""
+    flags = {"batch_size": 16, "num_generations": 4, "max_completion_length": 12, "max_steps": 2}
+    return trainer(rr, tmp_path, reward="residue", **flags)
 
 
 @pytest.fixture
 def ratios(monkeypatch):
-    """The ratios of every row of a run, in order."""
-    found, reinforce_loss = [], rr.reinforce_loss
-    spy = lambda *args: found.append(args[1].detach()) or reinforce_loss(*args)
-    monkeypatch.setattr(rr, "reinforce_loss", spy)
-    return found
+    """ratios(): those of every row of a run so far, in order."""
+    calls = calls_of(monkeypatch, rr, "reinforce_loss")
+    return lambda: [arguments[1].detach() for arguments, _ in calls]
 
 
 LENGTHS, SCORES, GREEDY_SCORES = (1, 3, 2, 2), (1.0, 0.0, 3.0, 1.0), (0.5, 2.0)  # of 2 groups of 2
@@ -289,8 +254,7 @@ def scripted(monkeypatch):
 def stock_logps(name):
     """Log-probs of the tokens of each answer under the stock model, with their gradients."""
     prompt = rr.load_tokenizer(rr.Args())(ROWS[0]["prompt"]).input_ids
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "tiny" / name, dtype=torch.float32).eval()
-    found = []
+    model, found = stock(name), []
     for answer in ANSWERS:
         logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
         found.append(logits[len(prompt) - 1 : -1].log_softmax(-1)[range(len(answer)), answer])
@@ -323,12 +287,11 @@ def weighted_loss(advantages, logps, count=4):
 def test_loss_and_gradient_of_a_step_are_those_of_the_stock_model(train, scripted, algorithm):
     scripted()
     _, [line] = train(ROWS, algorithm=algorithm, **SMALL)
-    model, logps = stock_logps("sft")
+    model, logps = stock_logps("tiny/sft")
     loss = weighted_loss(STEP[algorithm], logps)
     loss.backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert line["grad_norm"] == pytest.approx(gradient_norm(model), rel=1e-4)
     spread = np.repeat(STEP[algorithm], LENGTHS)
     assert line["advantage_std"] == pytest.approx(np.std(spread, ddof=1), rel=1e-5)
     assert line["reward"] == pytest.approx(5 / 4) and line["kl"] == pytest.approx(0, abs=1e-9)
@@ -337,8 +300,8 @@ def test_loss_and_gradient_of_a_step_are_those_of_the_stock_model(train, scripte
 @pytest.mark.parametrize("algorithm", ["rloo", "reinforce_pp"])
 def test_kl_of_a_step_is_taken_off_the_rewards(train, scripted, algorithm):
     scripted()
-    _, [line] = train(ROWS, algorithm=algorithm, kl_coef=0.3, ref_model=str(ROOT / "tiny" / "base"), **SMALL)
-    (_, logps), (_, ref_logps) = stock_logps("sft"), stock_logps("base")
+    _, [line] = train(ROWS, algorithm=algorithm, kl_coef=0.3, ref_model="tiny/base", **SMALL)
+    (_, logps), (_, ref_logps) = stock_logps("tiny/sft"), stock_logps("tiny/base")
     gaps = [0.3 * (x - y).detach() for x, y in zip(logps, ref_logps, strict=True)]
     if algorithm == "rloo":
         a, b, c, d = (r - gap.sum() for r, gap in zip(SCORES, gaps, strict=True))
@@ -363,7 +326,7 @@ CUT_OFF = {"cut": (3,)}, {"mask_truncated": True}
 def test_what_is_not_trained_on_is_in_no_mean(train, scripted, algorithm, advantages, script, flags):
     scripted(**script)
     _, [line] = train(ROWS, algorithm=algorithm, **SMALL, **flags)
-    wanted = weighted_loss(advantages, stock_logps("sft")[1][:3], count=3)
+    wanted = weighted_loss(advantages, stock_logps("tiny/sft")[1][:3], count=3)
     assert line["loss"] == pytest.approx(wanted.item(), rel=1e-4)
     assert line["completions/clipped_ratio"] == len(script.get("cut", ())) / 4
 
@@ -371,7 +334,7 @@ def test_what_is_not_trained_on_is_in_no_mean(train, scripted, algorithm, advant
 def test_truncated_importance_weights_of_a_step_by_hand(train, scripted):
     scripted()
     _, [line] = train(ROWS, tis_cap=0.5, **SMALL)
-    logps = stock_logps("sft")[1]  # the sampler's are -1
+    logps = stock_logps("tiny/sft")[1]  # the sampler's are -1
     weighted = [torch.exp(x.detach() + 1).clamp(max=0.5) * x for x in logps]
     assert line["loss"] == pytest.approx(weighted_loss(STEP["rloo"], weighted).item(), rel=1e-4)
 
@@ -379,7 +342,7 @@ def test_truncated_importance_weights_of_a_step_by_hand(train, scripted):
 @pytest.mark.parametrize("algorithm", ["rloo", "reinforce_pp"])
 def test_first_pass_has_ratios_of_exactly_1_and_a_gradient(train, ratios, algorithm):
     _, lines = train(algorithm=algorithm, max_tokens_per_micro_batch=256)
-    assert len(ratios) >= 4 and all((ratio == 1).all() for ratio in ratios)
+    assert len(ratios()) >= 4 and all((ratio == 1).all() for ratio in ratios())
     for line in lines:
         assert line["grad_norm"] > 0.01
         assert line["clip_ratio/low_mean"] == line["clip_ratio/high_mean"] == 0
@@ -387,38 +350,24 @@ def test_first_pass_has_ratios_of_exactly_1_and_a_gradient(train, ratios, algori
     assert lines[0]["kl"] == 0 and lines[1]["kl"] > 1e-5
 
 
-def test_second_pass_over_a_rollout_has_other_ratios(train, ratios):
+def test_second_pass_over_a_rollout_has_the_ratios_of_both_policies(train, monkeypatch):
+    calls = calls_of(monkeypatch, rr, "reinforce_loss")
     _, [line] = train(num_iterations=2, max_steps=1, epsilon=1e-3, epsilon_high=1e-3, kl_coef=0.1)
-    first, second = torch.cat(ratios[: len(ratios) // 2]), torch.cat(ratios[len(ratios) // 2 :])
+    passes = calls[: len(calls) // 2], calls[len(calls) // 2 :]  # a call a row: log-probs, ratios, ...
+    both = [[torch.cat([arguments[n] for arguments, _ in rows]) for n in (0, 1)] for rows in passes]
+    (before, first), (after, second) = both
     assert (first - 1).abs().max() < 1e-4 and (second - 1).abs().max() > 0.01
+    torch.testing.assert_close(second, torch.exp(after - before), rtol=1e-4, atol=1e-4)
     assert line["clip_ratio/low_mean"] > 0 and line["clip_ratio/high_mean"] > 0
 
 
-WHITENED = {"algorithm": "reinforce_pp", "kl_coef": 0.1, "gamma": 0.9}
-PASSES = {"num_iterations": 2, "num_minibatches": 2}
-
-
-@pytest.mark.parametrize("flags", [{"kl_coef": 0.1}, WHITENED | PASSES], ids=["rloo", "reinforce_pp"])
-def test_memory_flags_change_nothing(train, flags):
-    _, wanted = train(**flags)
-    _, found = train(max_tokens_per_micro_batch=64, max_tokens_per_rollout=200, **flags)
-    assert_same_metrics(found[:1], wanted[:1])
-    assert_same_metrics(found[1:], wanted[1:], rel=1e-3, abs_=1e-5)  # after steps of Adam
-    assert wanted[1]["grad_norm"] > 0.01
-
-
-def test_continued_run_equals_one_that_never_stopped(train):
-    assert_continues(train, **WHITENED, max_steps=3, save_every=2, max_completion_length=8)
-
-
 def test_greedy_baselines_are_of_the_prompts_of_the_step(train, monkeypatch):
-    asked, roll_out = [], rr.roll_out
-    spy = lambda *args: asked.append((args[3], args[4], args[2])) or roll_out(*args)
-    monkeypatch.setattr(rr, "roll_out", spy)
+    calls = calls_of(monkeypatch, rr, "roll_out")
     train(algorithm="remax", temperature=0.8)
+    asked = [arguments[2:5] for arguments, _ in calls]  # prompts, completions of each, temperature
     for sampled, greedy in (asked[:2], asked[2:]):
-        assert sampled[:2] == (4, 0.8) and greedy[:2] == (1, 0.0)
-        assert sampled[2] == greedy[2] and len(greedy[2]) == 4
+        assert sampled[1:] == (4, 0.8) and greedy[1:] == (1, 0.0)
+        assert sampled[0] == greedy[0] and len(greedy[0]) == 4
 
 
 @pytest.mark.parametrize("algorithm", ["remax", "reinforce_pp"])
@@ -428,15 +377,5 @@ def test_one_completion_of_a_prompt_is_enough_without_a_group_baseline(train, al
 
 
 def test_rewards_of_none_end_the_run_after_the_first_rollout(train, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train(reward="nothing", max_completion_length=4)
-    assert stop.value.code == 2
-    assert "nothing: None for every completion of the first step" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("algorithm", ["rloo", "reinforce_pp_baseline"])
-def test_group_baselines_need_two_completions(algorithm, capsys):
-    with pytest.raises(SystemExit) as stop:
-        rr.Args(num_generations=1, algorithm=algorithm)
-    assert stop.value.code == 2
-    assert f"--num-generations 1: --algorithm {algorithm} needs 2" in capsys.readouterr().err
+    line = error_of(lambda: train(reward="nothing", max_completion_length=4), capsys)
+    assert "nothing: None for every completion of the first step" in line

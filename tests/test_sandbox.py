@@ -1,13 +1,19 @@
 """sandbox.py and the reward code_tests: honest programs, forged verdicts, and programs that fight.
 
-Hostile programs are held against what is left of them in /proc.
+Hostile programs are held against what is left of them in /proc. tests/data/programs.jsonl has forms of tests,
+attacks, and completions in which the program is hard to find, each with the score that it must get.
 """
 
 import contextlib
+import functools
 import importlib.util
+import json
 import os
+import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -60,7 +66,7 @@ def test_programs_pass_or_fail_by_their_tests_and_run_only_where_allowed():
     rows = [None, "", "# nothing", "def f(:", 5, {}, TEST, ["import math", TEST]]
     assert code(*[RIGHT] * 8, tests=rows) == [None] * 6 + [1.0, 1.0]
     named_sum = "def sum(a, b): return a + b"  # as a builtin is: only an entry point takes it
-    assert code(named_sum, tests="assert sum(1, 2) == 3") == [0.0]
+    assert code(named_sum, tests="assert sum(1, 2) == 3") == [None]
     assert code(named_sum, tests="assert sum(1, 2) == 3", entry_point=["sum"]) == [1.0]
     for allowed in (False, None, [True], 1):
         with pytest.raises(RuntimeError, match="--allow-code-execution"):
@@ -87,9 +93,9 @@ def test_reasons_of_failure_are_told():
 
 def test_tests_are_statements_run_to_their_end():
     assert passes(RIGHT, f"import sys\n{TEST}\nsys.exit(0)\nassert f(2) == 5") is False
-    assert passes(RIGHT, "import os\nos._exit(0)") is False
+    assert passes(RIGHT, f"import os\n{TEST}\nos._exit(0)") is False
     # what the attacks below begin with is harmless
-    assert passes(ATTEMPT + WRITE + RIGHT, f"print('passed')\n{TEST}") is True
+    assert passes(ATTEMPT + RIGHT, f"print('passed')\n{TEST}") is True
     # a program that has ended is not the exception that a test waits for
     catches, ends = "try:\n    f(2)\n    assert False\nexcept Exception:\n    pass", "def f(x): os._exit(1)"
     assert passes("def f(x): raise ValueError", catches) is True
@@ -97,176 +103,86 @@ def test_tests_are_statements_run_to_their_end():
     assert passes(f"import os\n{ends}", catches.replace("except Exception", "except")) is False
 
 
-def test_plain_values_travel_exactly():
-    program = "def f(x): return x\ndef twice(g, x): return g(g(x))\nkind = lambda x: type(x).__name__"
-    tests = """
-from collections import deque
-from decimal import Decimal
-from fractions import Fraction
-values = [None, True, 0, -1, 2**53, -10**5000, 0.1, float("inf"), 1e-320, 1 + 2j]
-values += ["", "\\ud800 \\n \\x00", b"\\xff", bytearray(b"a"), Fraction(1, 3), Decimal("0.10"), deque([1, 2])]
-values += [[], (), (1,), [(1, [2])], {1, 2}, frozenset([3]), {}, {(1, 2): [3], None: {4: 5}}, range(2, 9, 3)]
-for value in values:
-    assert f(value) == value and type(f(value)) is type(value), value
-    assert kind(value) == type(value).__name__
-assert f(float("nan")) != f(float("nan")) and str(f(-0.0)) == "-0.0"
-assert twice(lambda x: x + [len(x)], []) == [0, 1]
-"""
-    assert sandbox.run_tests(program, tests) == PASSED
+# Rows of tests/data/programs.jsonl --------------------------------------------------------------------------
 
 
-OBJECTS = """
-import collections, enum
-from dataclasses import dataclass
-class Stack:
-    def __init__(self, items=()): self.items = list(items)
-    def push(self, item): self.items.append(item); return self
-    def __len__(self): return len(self.items)
-    def __getitem__(self, i): return self.items[i]
-    def __enter__(self): return self
-    def __exit__(self, *error): self.items.clear()
-@dataclass(frozen=True)
-class Vector:
-    x: float
-    y: float = 0.0
-    def __add__(self, other): return Vector(self.x + other.x, self.y + other.y)
-Point = collections.namedtuple("Point", "x y")
-Color = enum.IntEnum("Color", "RED GREEN")
-class TooLarge(ValueError): pass
-def count(n):
-    for i in range(n): yield i
-def check_size(n): raise TooLarge("too large", n)
-def sort(items): items.sort()
-words = lambda text: collections.Counter(text.split())
-"""
+def lines(name):
+    return [json.loads(line) for line in (ROOT / "tests/data" / name).read_text().splitlines()]
 
 
-def test_objects_of_the_program_can_be_used():
-    tests = """
-s = Stack([1]).push(2)
-assert list(s[:1]) == [1] and len(s) == 2 and list(s) == [1, 2] == s.items and 2 in s and 3 not in s
-assert s and isinstance(s, Stack) and not isinstance(s, Vector) and not hasattr(s, "nothing")
-s.items = [5]
-with s as inside: assert inside[0] == 5
-assert len(s) == 0
-assert Vector(1) + Vector(2, 3) == Vector(3, 3) != Vector(3, 4) and len({Vector(1), Vector(1)}) == 1
-assert Point(1, 2) == (1, 2) and Point(1, 2).x == 1 and Color.RED == 1 and Color.GREEN > Color.RED
-tally = words("a b a")
-assert tally == {"a": 2, "b": 1} and tally["z"] == 0
-assert list(count(3)) == [0, 1, 2] and next(count(1)) == 0
-try: assert check_size(4) and False
-except ValueError as error: assert error.args[0] == "too large"
-numbers = [3, 1, 2]
-sort(numbers)
-assert numbers == [1, 2, 3] and math.isclose(0.1 + 0.2, 0.3)
-"""
-    assert sandbox.run_tests(OBJECTS, tests) == PASSED
+ROWS = lines("programs.jsonl")
 
 
-def test_what_honest_programs_use_works():
-    program = """
-from __future__ import annotations
-import asyncio, collections, functools, heapq, itertools, os, random, re, string, time
-from dataclasses import dataclass
-@dataclass
-class Node:
-    value: int
-    next: Node | None = None
-async def double(x):
-    await asyncio.sleep(0.001)
-    return 2 * x
 @functools.cache
-def f(x):
-    for _ in range(1000): print("x" * 100000)
-    return asyncio.run(double(Node(x).value))
-if __name__ == "__main__": f(int(input()))
-"""
-    assert sandbox.run_tests(program, TEST) == PASSED
-    pytest.importorskip("numpy")  # its arrays arrive as lists
-    program = "import numpy as np\nf = lambda x: np.float64(x) * 2\ng = lambda n: np.arange(n).reshape(2, -1)"
-    assert sandbox.run_tests(program, TEST + " and g(4) == [[0, 1], [2, 3]]") == PASSED
+def scores_of_rows(endless):
+    """By kind: the row's name, which of its programs, its score, and the score that it must get."""
+    rows = [row for row in ROWS if (row["kind"] == "endless") is endless]
+    cases = [(row, "completion", row["expected"]) for row in rows]
+    cases += [(row, "right", 1.0) for row in rows if "right" in row]
+    columns = {name: [row[name] for row, _, _ in cases] for name in ("tests", "entry_point")}
+    completions, timeout = [row[which] for row, which, _ in cases], 3.0 if endless else 60.0
+    scores, found = code(*completions, timeout=timeout, workers=2, **columns), {}
+    for (row, which, expected), score in zip(cases, scores):
+        found.setdefault(row["kind"], []).append((row["name"], which, score, expected))
+    return found
 
 
-# Forged verdicts --------------------------------------------------------------------------------------------
-
-WRITE = """
-import os
-def write(*texts):
-    for fd in range(64):
-        for text in texts:
-            try: os.write(fd, text)
-            except OSError: pass
-"""
-FORGED = {
-    "ends early": "import os; os._exit(0)",
-    "exits": "import sys; sys.exit(0)",
-    "raises SystemExit": "raise SystemExit",
-    "ends early when called": "import os\ndef f(x): os._exit(0)",
-    "exits when called": "def f(x): raise SystemExit(0)",
-    "is killed": "import os, signal\ndef f(x): os.kill(os.getpid(), signal.SIGKILL)",
-    "atexit": "import atexit, os\natexit.register(os._exit, 0)\natexit.register(print, 'passed')",
-    "own check": "def check(candidate): pass\ndef f(x): return 5",
-    "prints a verdict": WRITE + "write(b'passed', b'[true, 1]', b'[true, \"passed\"]\\n', b'1.0\\n')",
-    "answers ahead": WRITE + "def f(x): write(b'[\"value\", true, []]\\n' * 100); os._exit(0)",
-    "sends nonsense": WRITE + 'def f(x): write(b\'["mine"]\\n["value", ["set", [[]]], 0]\\n{}\\n[[[[[[\')',
-    "sends without end": WRITE + "def f(x):\n    while True: write(b'9' * 100000)",
-    "patched builtins": """
-import builtins as b
-b.AssertionError, abs, b.all, b.any, b.isinstance = ValueError, lambda x: 0, *[lambda *args: True] * 3
-def f(x): return 5
-""",
-    "patched checker": """
-import sys, json
-main = sys.modules["__main__"]
-main.judge, main.Link.encode = lambda *args: (True, "passed"), lambda self, value: True
-json.dumps = lambda *args, **kwargs: '["value", true, []]'
-def f(x): return 5
-""",
-    "traces": """
-import sys
-sys.settrace(trace := lambda frame, event, arg: (frame.f_locals.clear(), trace)[1])
-def f(x): return 5
-""",
-    "is equal to everything": """
-class Anything:
-    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __bool__ = lambda *args: True
-    __sub__ = __rsub__ = __abs__ = __round__ = __float__ = __int__ = lambda *args: 0
-    __ne__, __hash__ = lambda *args: False, lambda self: 4
-f = lambda x: Anything()
-""",
-    "is a number equal to everything": """
-class Anything(int):
-    __eq__ = __lt__ = __le__ = lambda *args: True
-    __ne__, __hash__ = lambda *args: False, int.__hash__
-    __sub__ = __rsub__ = __abs__ = lambda *args: Anything(0)
-f = lambda x: Anything(7)
-""",
-    "a class": "class f(float): __eq__, __sub__ = lambda self, other: True, lambda self, other: 0.0",
-}
-FLOAT_TESTS = """
-def check(candidate):
-    assert abs(candidate(2) - 4) < 1e-6
-    assert candidate(2) == 4
-    assert candidate(3) in [6], "message"
-    assert not candidate(3) != 6
-try: check(f)
-except ZeroDivisionError: pass
-"""
-COMPARISONS = ["f(2) == 4", "4 == f(2)", "not f(2) != 4", "abs(f(2) - 4) < 1", "f(2) in [4]", "[f(2)] == [4]"]
-COMPARISONS += ["f(2) < 5"]
+@pytest.mark.filterwarnings("ignore:code_tests")
+@pytest.mark.parametrize("kind", sorted({row["kind"] for row in ROWS}))
+def test_attacks_fail_and_right_programs_pass_in_every_form(kind):
+    if kind == "satisfies comparisons":
+        pytest.importorskip("numpy")
+    assert not [case for case in scores_of_rows(kind == "endless")[kind] if case[2] != case[3]]
 
 
-@pytest.mark.parametrize("program", FORGED.values(), ids=FORGED)
-def test_a_verdict_cannot_be_forged(program):
-    assert passes(program, FLOAT_TESTS, timeout=6.0) is False
+def test_a_row_that_cannot_be_read_is_named_and_does_not_end_the_batch():
+    rows = [TEST, {"inputs": ["1"]}, "def f(", "import no_such_module\n" + TEST, TEST]
+    with pytest.warns(UserWarning, match="code_tests") as caught:
+        assert code(*[RIGHT] * 5, tests=rows) == [1.0, None, None, None, 1.0]
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == 3 and "outputs" in told[0] and "'def f('" in told[1] and "not installed" in told[2]
 
 
-def test_each_comparison_alone_sees_through_an_object_that_agrees_with_all():
-    assert passes(RIGHT, FLOAT_TESTS) is True  # the tests above are fair
-    for comparison in COMPARISONS:
-        assert passes(RIGHT, f"assert {comparison}") is True, comparison
-        for kind in ("is equal to everything", "is a number equal to everything"):
-            assert passes(FORGED[kind], f"assert {comparison}") is False, (kind, comparison)
+@pytest.mark.filterwarnings("ignore:code_tests")
+def test_mutated_rows_get_a_score_or_none():
+    noise = random.Random(0)
+    pieces = [str(value) for row in ROWS for value in (row["tests"], row["completion"])]
+    values = [None, 5, [], {}, [5], {"inputs": 5, "outputs": {}}, b"x", float("nan"), [[["["]]], "\0"]
+
+    def mutated():
+        text = list(noise.choice(pieces)[:300])
+        for _ in range(3):
+            text.insert(noise.randrange(len(text) + 1), noise.choice(noise.choice(pieces)[:40] + "\ud800\0"))
+        return noise.choice(["".join(text), "".join(text), noise.choice(values)])
+
+    columns = {"tests": [mutated() for _ in range(40)], "entry_point": [mutated() for _ in range(40)]}
+    scores = code(*[mutated() for _ in range(40)], timeout=2.0, workers=2, **columns)
+    assert len(scores) == 40 and set(scores) <= {None, 0.0, 1.0}
+
+
+def test_nothing_of_one_program_reaches_the_next():
+    modules = "import builtins, heapq, math, sys\n"
+    leave = "builtins.left = sys.left = math.left = sys.modules['heapq'] = sys\nf = lambda x: 4"
+    find = (
+        "left = [m for m in (builtins, sys, math) if hasattr(m, 'left')] + [m for m in [heapq] if m is sys]"
+    )
+    leave, find = modules + leave, modules + find + "\nf = lambda x: 5 if left else 4"
+    assert code(leave, find, leave, find, workers=1) == [1.0] * 4
+
+
+def test_workers_share_the_memory_and_the_trainer_is_not_the_first_to_be_ended(monkeypatch):
+    module, pools = rewards.module("sandbox"), []
+    pool = module.ThreadPoolExecutor
+    monkeypatch.setattr(module, "free_memory_mb", lambda: 5000)
+    monkeypatch.setattr(module, "ThreadPoolExecutor", lambda n: pools.append(n) or pool(n))
+    assert code(RIGHT, workers=64, memory_mb=1024) == code(RIGHT, workers=1) == [1.0] and pools == [2, 1]
+    process = subprocess.Popen([sys.executable, "-c", SLEEPER], cwd=ROOT)
+    try:
+        started = descendants(process.pid, 3)
+        scores = [Path(f"/proc/{pid}/oom_score_adj").read_text().strip() for pid in started]
+        assert scores == ["1000"] * 3
+    finally:
+        process.kill(), process.wait()
 
 
 # What a program sees ----------------------------------------------------------------------------------------
@@ -310,13 +226,15 @@ for word in ("aWxsaW5n", "root:", "PYTEST", "[heap]", "test_sandbox"):
 
 PEEK = f"""
 import os
-def succeeds(*args):
-    try: return bool(open(*args))
+def succeeds(path, mode):  # a process that is just ending has no memory, and nothing to be read
+    try:
+        file = open(path, mode)
+        return mode != "rb" or path.endswith("fd/0") or bool(file.read(1))
     except OSError: return False
 def f(x):
     opened = [("{LEFT}", flag) for flag in ("x", "w", "a") if succeeds("/tmp/{LEFT}", flag)]
     for pid in {{os.getppid(), TRAINER, *range(os.getpid() - 5, os.getpid() + 5)}} - {{os.getpid()}}:
-        names = ("environ", "mem", "maps", "fd/0")
+        names = ("environ", "maps", "fd/0")
         opened += [(pid, name) for name in names if succeeds(f"/proc/{{pid}}/{{name}}", "rb")]
     return opened
 """
@@ -327,16 +245,18 @@ def variant(folder, old, new):
     source = (ROOT / "sandbox.py").read_text()
     assert source.count(old) == 1
     (folder / "variant.py").write_text(source.replace(old, new))
+    shutil.copy(ROOT / "sandbox_judge.py", folder)
     spec = importlib.util.spec_from_file_location("variant", folder / "variant.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.mark.parametrize("lacking", ["libc.unshare(0x10000000)", "libc.syscall(444, None, 0, 1) > 0"])
+@pytest.mark.parametrize("lacking", ["libc.unshare(0x10000000) == 0", "libc.syscall(444, None, 0, 1) > 0"])
 def test_processes_and_files_stay_closed_without_landlock_or_without_a_namespace(lacking, tmp_path):
     weaker = variant(tmp_path, lacking, "False")
-    assert weaker.run_tests(f"TRAINER = {os.getpid()}\n{PEEK}", "assert f(2) == [], f(2)") == PASSED
+    with pytest.warns(UserWarning, match="without (Landlock|a user namespace)"):
+        assert weaker.run_tests(f"TRAINER = {os.getpid()}\n{PEEK}", "assert f(2) == [], f(2)") == PASSED
 
 
 LOCKED = "import sandbox; file = open('/proc/self/status'); sandbox.lock_down(30, 1024); print(file.read())"
@@ -378,57 +298,16 @@ def attempt(action, *args):
     try: return action(*args)
     except (OSError, ValueError): pass
 """
-HOSTILE = {
-    "endless loop": "while True: pass",
-    "endless loop when called": "def f(x):\n    while True: pass",
-    "sleeps": "time.sleep(1000)",
-    "ignores exceptions": "def f(x):\n  while True:\n    try: time.sleep(1)\n    except BaseException: pass",
-    "fork bomb": "while True: os.fork()",
-    "fork bomb that perseveres": "def f(x):\n    while True: attempt(os.fork)",
-    "threads": "while True: threading.Thread(target=time.sleep, args=(100,)).start()",
-    "subprocess": "subprocess.Popen(['sleep', '1000'])",
-    "10 GB of memory": "x = bytearray(10 * 2**30)",
-    "2 GB reserved": "x = mmap.mmap(-1, 2 * 2**30)",
-    "10 GB in pieces": "x = []\nwhile True: x.append(bytearray(2**24))",
-    "memory of a value": "f = lambda x: [0] * 10**8",
-    "1 GB file": f"with open('{LEFT}', 'wb') as file:\n    for _ in range(1024): file.write(bytes(2**20))",
-    "1 GB file elsewhere": f"""
-write = lambda folder: open(folder + "/{LEFT}", "wb").write(bytes(2**30))
-done = [attempt(write, folder) for folder in ("/dev/shm", "/tmp", "/var/tmp", os.path.expanduser("~"), ".")]
-os.write(os.memfd_create("big"), bytes(2**30))
-f = lambda x: 4 if any(done) else 5
-""",
-    "signals the parent": "os.kill(os.getppid(), signal.SIGKILL)",
-    "signals the trainer": f"os.kill({os.getpid()}, signal.SIGKILL)",
-    "signals the group": "os.killpg(0, signal.SIGKILL)",
-    "signals everybody": "os.kill(-1, signal.SIGKILL)",
-    "signals quietly": """
-for pid in (os.getppid(), 0, -1, *range(max(2, os.getpid() - 30), os.getpid())):
-    for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGKILL): attempt(os.kill, pid, number)
-f = lambda x: 5
-""",
-    "daemonised": "if os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0: time.sleep(1000)\n  os._exit(0)",
-    "ignores signals": "[attempt(signal.signal, n, 1) for n in range(1, 65)]\nwhile True: pass",
-    "limits of the parent": """
-for pid in (os.getppid(), 1): attempt(resource.prlimit, pid, resource.RLIMIT_AS, (1, 1))
-resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
-""",
-    "network": "socket.create_connection(('127.0.0.1', 9))",
-    "C library": """
-libc = ctypes.CDLL(None, use_errno=True)
-calls = {57: (), 58: (), 56: (17, 0, 0, 0, 0), 62: (-1, 9), 41: (1, 1, 0), 101: (16, 1, 0, 0), 319: (b"x", 0)}
-if os.uname().machine != "x86_64": calls = {}
-f = lambda x: 4 if any(libc.syscall(number, *args) >= 0 for number, args in calls.items()) else 5
-""",
-}
 
 
-@pytest.mark.parametrize("program", HOSTILE.values(), ids=HOSTILE)
-def test_no_hostile_program_passes_or_survives(program):
+def test_no_hostile_program_passes_or_survives():
     before, start = footprint(), time.perf_counter()
     right = "f = globals().get('f', lambda x: 2 * x)"  # right, if what comes before it were let through
-    assert passes(f"{ATTEMPT}\n{program}\n{right}", timeout=1.5) is False
-    assert time.perf_counter() - start < 6
+    rows = lines("programs_hostile.jsonl")
+    programs = [f"{ATTEMPT}TRAINER = {os.getpid()}\n{row['program']}\n{right}" for row in rows]
+    scores = code(*programs, timeout=1.5, workers=4)
+    assert not [row["name"] for row, score in zip(rows, scores) if score != 0.0]
+    assert time.perf_counter() - start < 60
     assert footprint() == before
 
 
@@ -471,30 +350,69 @@ def test_a_bystander_of_the_same_user_is_out_of_reach():
 def test_200_programs_in_parallel_leave_nothing_behind():
     fork = "import os\ndef f(x): os.fork(); return 2 * x"
     programs = [RIGHT, fork, "import os; os._exit(0)", "def f(x): return 5", "print('passed')"] * 40
-    code(RIGHT)
     before = footprint()
-    assert code(*programs, timeout=60.0, workers=16) == [1.0, 0.0, 0.0, 0.0, 0.0] * 40
+    assert code(*programs, timeout=60.0, workers=8) == [1.0, 0.0, 0.0, 0.0, 0.0] * 40
     assert footprint() == before
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root becomes another user")
+def test_an_ordinary_user_is_as_well_protected():
+    jobs = [(RIGHT, TEST, None), (f"TRAINER = {os.getpid()}\n{PEEK}", "assert f(2) == [], f(2)", None)]
+    jobs += [(row["completion"], row["tests"], None) for row in ROWS if row["kind"] == "system calls"]
+    script = f"import sandbox; print(sandbox.run_batch({jobs!r}, workers=2))"
+    # That user may have no way to the interpreter of these tests.
+    python = next(
+        p for p in (sys.executable, "/usr/bin/python3") if not os.path.realpath(p).startswith("/root")
+    )
+    before = footprint()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("sandbox.py", "sandbox_judge.py"):
+            shutil.copy(ROOT / name, folder)
+        os.chmod(folder, 0o755)
+        command = [python, "-W", "error", "-c", script]
+        try:
+            done = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, user=65534, group=65534
+            )
+        except PermissionError:
+            pytest.skip("the interpreter is out of another user's reach")
+    assert [passed for passed, _ in eval(done.stdout)] == [i < 2 for i in range(len(jobs))], done.stderr
+    assert footprint() == before
+
+
+SLEEPER = (
+    "import sandbox; sandbox.run_tests('import time; time.sleep(1000)', 'assert f(2) == 4', timeout=900)"
+)
+
+
+def descendants(pid, number):
+    """The processes below one, when there are as many as `number`."""
+    deadline, found = time.monotonic() + 20, set()
+    while len(found) < number and time.monotonic() < deadline:
+        found, running = {pid}, processes()
+        for _ in range(3):
+            found |= {child for child, (parent, _) in running.items() if parent in found}
+        found -= {pid}
+    return found
+
+
 def test_programs_die_with_the_trainer():
-    script = "import sandbox; sandbox.run_tests('import time; time.sleep(1000)', 'f(2)', timeout=900)"
-    trainer = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
-    deadline, started, alive = time.monotonic() + 20, set(), True
-    while len(started) < 2 and time.monotonic() < deadline:
-        started = {pid for pid, (parent, _) in processes().items() if parent == trainer.pid}
-    time.sleep(0.5)  # until both are locked down
+    trainer = subprocess.Popen([sys.executable, "-c", SLEEPER], cwd=ROOT)
+    started = descendants(trainer.pid, 3)  # what forks, the player, the judge
+    time.sleep(0.3)  # until both are locked down
     trainer.kill(), trainer.wait()
+    deadline, alive = time.monotonic() + 20, started
     while alive and time.monotonic() < deadline:
         alive = [p for p, (_, command) in processes().items() if p in started and "sandbox.py" in command]
         time.sleep(0.05)
-    assert len(started) == 2 and not alive
+    assert len(started) == 3 and not alive
 
 
 def test_a_sandbox_that_cannot_be_built_is_an_error_and_no_reward(tmp_path, monkeypatch):
     for old, new, problem in (
         ("call(libc.prctl, 38, 1,", "call(libc.prctl, 38, 7,", "could not be built: .*Invalid argument"),
-        ("    verdict = os.dup(1)\n", "    os.abort()\n", "could not be built"),
+        ("            problem, missing = None", "            os.abort(), None", "could not be built"),
+        ("    control, children = ", "    os.abort()\n    control, children = ", "could not be built"),
     ):
         with pytest.raises(RuntimeError, match=problem):
             variant(tmp_path, old, new).run_tests(RIGHT, TEST)

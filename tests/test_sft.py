@@ -4,74 +4,26 @@ import json
 import math
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import DATA, read_lines, write_rows
+from helpers import asked, calls_of, error_of, said, stock, trainer
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    GPT2Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config
 
 import sft
 from common import collate, token_logprobs
 
-# Re-typed from the templates of the model families, without what plays no part here (tools, dates, vision).
-TEMPLATES = {
-    "chatml": (  # Qwen2.5
-        "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content }}"
-        "{{ '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    "llama": (  # Llama 3.1: writes BOS, always has a system message, no line break after the end of a turn
-        "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
-        "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
-        "{{ '<|start_header_id|>system<|end_header_id|>\n\nCutting date: 2023\n\n' + system + '<|eot_id|>' }}"
-        "{% for message in messages %}{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}"
-        "{{ message.content | trim + '<|eot_id|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-    ),
-    "gemma": (  # Gemma 2: the assistant is called model, no system message, EOS is not the end of a turn
-        "{{ bos_token }}"
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "{% for message in messages %}"
-        "{% set role = 'model' if message.role == 'assistant' else message.role %}"
-        "{{ '<start_of_turn>' + role + '\n' + message.content | trim + '<end_of_turn>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-    ),
-    "qwen3": (  # Qwen3: only what follows the last question keeps its reasoning
-        "{% set ns = namespace(last=0) %}{% for message in messages %}{% if message.role == 'user' %}"
-        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
-        "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
-        "{% if message.role == 'assistant' %}{% set parts = message.content.split('</think>') %}"
-        "{% if loop.index0 > ns.last %}"
-        "{{ '<think>\n' }}{{ parts[0].replace('<think>', '').strip('\n') if parts | length > 1 }}"
-        "{{ '\n</think>\n\n' }}{% endif %}{{ parts[-1].lstrip('\n') }}"
-        "{% else %}{{ message.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-}
-CHAT = [
-    {"role": "user", "content": "What color is the sky?"},
-    {"role": "assistant", "content": "It is blue."},
-    {"role": "user", "content": "What color is the grass?"},
-    {"role": "assistant", "content": "It is green."},
-]
+TEMPLATES = {name: (DATA / f"{name}.jinja").read_text() for name in ("chatml", "llama", "gemma", "qwen3")}
+CHAT = [*asked("What color is the sky?"), *said("It is blue.")]
+CHAT += [*asked("What color is the grass?"), *said("It is green.")]
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 # Which tokens are trained -----------------------------------------------------------------------------------
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture
@@ -104,6 +56,7 @@ def encode(random_model, tmp_path):
 
     def run(*rows, model=random_model, **flags):
         path = write_rows(tmp_path / "rows.jsonl", rows)
+        sft.setup_distributed()  # it silences libraries, as in a run
         args = sft.Args(model=str(model), dataset=(path,), **flags)
         tokenizer = sft.load_tokenizer(args)
         found = []
@@ -174,9 +127,8 @@ def test_template_without_a_generation_prompt_trains_the_reply_and_not_its_heade
     assert [spans for _, _, spans in found] == [SPANS, ["a<|im_end|>"]]
 
 
-@pytest.mark.parametrize("template", [None, "chatml"])
+@pytest.mark.parametrize("template, pad", [(None, "<|im_end|>"), ("chatml", "<|endoftext|>")])
 @pytest.mark.parametrize("adds", ["$A", "<s> $A", "$A <|im_end|>", "<s> $A <|im_end|>"])
-@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])
 def test_prompt_and_completion_as_text(encode, variant, template, adds, pad):
     folder = variant(template, bos="<s>" if "<s>" in adds else None, adds=adds, pad=pad)
     row = {"prompt": "The sky is", "completion": " blue today."}
@@ -201,30 +153,6 @@ def test_prompt_keeps_its_own_tokens_where_the_completion_would_merge_with_it(en
     assert joined[: len(prompt_ids)] != prompt_ids  # else this tests nothing
     assert sequence.input_ids[: len(prompt_ids)].tolist() == prompt_ids
     assert spans == ["ue today.<|im_end|>"]
-
-
-def test_formats_say_the_same(encode):
-    user, assistant = CHAT[:2]
-    parts = [{"type": "text", "text": "It is "}, {"type": "text", "text": "blue."}]
-    rows = [
-        {"messages": CHAT[:2]},
-        {"prompt": [user], "completion": [assistant]},
-        {"prompt": user["content"], "completion": [assistant]},
-        {"prompt": [user], "completion": assistant["content"]},
-        {"question": user["content"], "answer": assistant["content"]},
-        {"messages": [user, {"role": "assistant", "content": parts}]},
-        {"messages": [{**user, "name": None}, {**assistant, "tool_calls": None}], "source": "x"},
-        {"instruction": user["content"], "input": "", "output": assistant["content"]},
-        {"text": f"\n\nHuman: {user['content']}\n\nAssistant: {assistant['content']}"},
-        {
-            "conversations": [
-                {"from": "human", "value": user["content"]},
-                {"from": "gpt", "value": assistant["content"]},
-            ]
-        },
-    ]
-    _, [(_, _, spans)] = encode(*rows)  # equal sequences are kept once
-    assert spans == ["It is blue.<|im_end|>"]
 
 
 def test_assistant_turns_of_the_prompt_are_not_trained(encode, variant):
@@ -255,13 +183,15 @@ def test_train_on_prompt(encode, variant):
         assert all(sequence.trained[1:].all() and not sequence.trained[0] for sequence, _, _ in found)
 
 
-def test_tokenizer_without_template_writes_chatml_with_its_own_end_token(encode, variant, capsys):
-    folder = variant(None, eos="<|endoftext|>")
+@pytest.mark.parametrize("bos", ["", "<s>"])
+def test_tokenizer_without_template_writes_chatml_with_its_own_tokens(encode, variant, capsys, bos):
+    folder = variant(None, eos="<|endoftext|>", bos=bos or None, adds=f"{bos} $A".strip())
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     _, [(_, text, spans)] = encode({"messages": CHAT}, model=folder)
     assert "has no chat template: conversations are written in ChatML" in capsys.readouterr().out
     assert spans == ["It is blue.<|endoftext|>", "It is green.<|endoftext|>"]
-    assert text.startswith("<|im_start|>user\nWhat color is the sky?<|endoftext|>\n<|im_start|>assistant\nIt")
+    asked = "<|im_start|>user\nWhat color is the sky?<|endoftext|>\n<|im_start|>assistant\nIt"
+    assert text.startswith(bos + asked)
 
 
 def test_tool_calls_are_trained_where_the_template_shows_them_and_dropped_elsewhere(encode, variant, capsys):
@@ -285,41 +215,21 @@ def test_tool_calls_are_trained_where_the_template_shows_them_and_dropped_elsewh
     assert len(found) == 3 and found[1][2][1].startswith("[{'type': 'function'")
 
 
-REASONS = [  # a row that cannot be used, and why
-    ({"messages": [CHAT[0], {"role": "assistant", "content": " \n"}]}, "an assistant turn is empty"),
-    ({"messages": CHAT[:1]}, "no completion, or an empty one"),
-    ({"prompt": CHAT[:2], "completion": CHAT[2:3]}, "no completion, or an empty one"),
-    ({"prompt": "a", "completion": "  "}, "no completion, or an empty one"),
-    (
-        {"prompt": "a", "completion": None},
-        r"prompt \(str\), completion \(NoneType\); accepted are messages;",
-    ),
-    ({"foo": 1}, r"foo \(int\); accepted are messages;"),
-    ({"messages": ["What?", "It is blue."]}, "TypeError"),
-    ({"messages": [{"content": "x"}, {"role": "assistant"}]}, "'role'"),
-    ({"prompt": "a " * 200, "completion": "b"}, "longer than --max-length"),
-    ({"prompt": "<s>a", "completion": "b"}, "begins with two BOS tokens"),
-]
-
-
-@pytest.mark.parametrize("row, reason", REASONS)
-def test_rows_that_cannot_be_used_are_dropped_counted_and_named(row, reason, encode, variant, capsys):
+@pytest.mark.parametrize("case", read_lines(DATA / "unusable_rows.jsonl"), ids=lambda case: case["told"])
+def test_rows_that_cannot_be_used_are_dropped_counted_and_named(case, encode, variant, capsys):
+    row, reason = case["row"], case["told"]
     folder = variant("chatml", bos="<s>", adds="<s> $A")
     good = [{"prompt": "The sky is", "completion": f" {n}."} for n in range(2)]
     _, found = encode(good[0], row, row, good[1], good[1], model=folder, max_length=100)
     out = capsys.readouterr().out
     assert len(found) == 2 and re.search(f"2 rows dropped, first row 2: .*{reason}", out), out
-    with pytest.raises(SystemExit) as stop:
-        encode(good[0], row, row, model=folder, max_length=100)
-    assert stop.value.code == 2
-    assert re.search(
-        f"error: .*hardly a row of 3 can be used; 2 rows dropped.*{reason}", capsys.readouterr().err
-    )
+    line = error_of(lambda: encode(good[0], row, row, model=folder, max_length=100), capsys)
+    assert re.search(f"hardly a row of 3 can be used; 2 rows dropped.*{reason}", line)
 
 
 def test_text_of_any_kind_survives_the_round_trip(encode):
     replies = ["déjà vu — 東京 🎉 é", "  two spaces", "\ttab", "CR\r\nLF"]
-    rows = [{"messages": [CHAT[0], {"role": "assistant", "content": reply}]} for reply in replies]
+    rows = [{"messages": [CHAT[0], *said(reply)]} for reply in replies]
     _, found = encode(*rows)
     assert [spans for _, _, spans in found] == [[f"{reply}<|im_end|>"] for reply in replies]
 
@@ -328,28 +238,10 @@ def test_text_of_any_kind_survives_the_round_trip(encode):
 
 
 @pytest.fixture
-def train(monkeypatch, tmp_path, random_model, one_cpu):
-    """train(rows, **flags) -> output folder, lines of metrics.jsonl; train.models: the models it trained."""
-    load_model = sft.load_model
-
-    def run(rows, **flags):
-        path = write_rows(tmp_path / "train.jsonl", rows)
-        folder = str(tmp_path / f"run_{len(run.models)}")
-        defaults = {"model": str(random_model), "dataset": (path,), "output_dir": folder, "batch_size": 4}
-        defaults |= {"max_completion_length": 8, "warmup_steps": 0, "save_every": 0}
-        args = sft.Args(**(defaults | flags))
-        run.result = sft.main(args)
-        return Path(args.output_dir), read_lines(Path(args.output_dir) / "metrics.jsonl")
-
-    run.models = []
-    monkeypatch.setattr(
-        sft, "load_model", lambda *args: run.models.append(load_model(*args)) or run.models[-1]
-    )
-    return run
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def train(tmp_path, random_model, one_cpu):
+    """As `trainer` says, on the random model."""
+    flags = {"model": str(random_model), "batch_size": 4, "max_completion_length": 8}
+    return trainer(sft, tmp_path, **flags)
 
 
 def sums(n, start=0):
@@ -359,12 +251,12 @@ def sums(n, start=0):
     ]
 
 
-def test_metrics_of_a_run(train, tmp_path, encode, random_model):
-    held_out = write_rows(tmp_path / "held_out.jsonl", sums(5, start=50))
+def test_metrics_of_a_run(train, tmp_path, encode, random_model, monkeypatch):
     corpus = write_rows(tmp_path / "corpus.jsonl", [{"text": "The sky is blue."}, {"text": "Be brief."}])
-    flags = {"eval_dataset": held_out, "forgetting_dataset": corpus, "eval_every": 2, "max_steps": 5}
+    flags = {"forgetting_dataset": corpus, "eval_every": 2, "max_steps": 5}
     flags |= {"learning_rate": 0.01, "warmup_steps": 2, "lr_schedule": "linear"}
-    folder, lines = train(sums(10), max_tokens_per_micro_batch=64, **flags)
+    results = calls_of(monkeypatch, sft, "main")
+    folder, lines = train(sums(10), sums(5, start=50), max_tokens_per_micro_batch=64, **flags)
     lengths = [len(sequence.input_ids) for sequence, _, _ in encode(*sums(10))[1]]
     uniform = math.log(AutoConfig.from_pretrained(random_model).vocab_size)  # entropy of knowing nothing
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
@@ -385,7 +277,7 @@ def test_metrics_of_a_run(train, tmp_path, encode, random_model):
         assert line["eval/forgetting_perplexity"] > 1 and 0 <= line["eval/accuracy"] <= 1
     assert lines[0]["eval/loss"] == pytest.approx(uniform, rel=0.1)
     assert lines[5]["eval/loss"] < lines[2]["eval/loss"] < lines[0]["eval/loss"]
-    assert train.result == lines[5]
+    assert results[0][1] == lines[5]
     samples = read_lines(folder / "samples.jsonl")
     assert [sample["step"] for sample in samples] == [step for step in evaluated for _ in range(5)]
     assert samples[0]["prompt"] == "<|im_start|>user\nWhat is 50 and 2?<|im_end|>\n<|im_start|>assistant\n"
@@ -393,18 +285,19 @@ def test_metrics_of_a_run(train, tmp_path, encode, random_model):
     assert json.loads((folder / "args.json").read_text())["learning_rate"] == 0.01
 
 
-def test_run_is_a_plain_loop_over_the_stock_model(train, encode, random_model):
+def test_run_is_a_plain_loop_over_the_stock_model(train, encode, random_model, monkeypatch):
     rows = sums(6)  # all in every batch
     flags = {"learning_rate": 0.01, "warmup_steps": 2, "lr_schedule": "linear", "adam_betas": (0.8, 0.95)}
     flags |= {"batch_size": 6, "max_steps": 4, "max_grad_norm": 1.5, "weight_decay": 0.3}
+    loaded = calls_of(monkeypatch, sft, "load_model")
     _, lines = train(rows, max_tokens_per_micro_batch=80, **flags)
-    model = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32)
+    model = stock(random_model)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.95))
     sequences = [sequence for sequence, _, _ in encode(*rows)[1]]
-    for line, rate in zip(lines[1:], (0.005, 0.01, 0.01, 0.005), strict=True):
+    for line, rate in zip(lines, (0.005, 0.01, 0.01, 0.005), strict=True):
         losses, right, entropies = [], [], []
         for sequence in sequences:  # one by one, the shift written out
             logits = model(input_ids=torch.tensor(sequence.input_ids[None]).long()).logits[0]
@@ -425,7 +318,7 @@ def test_run_is_a_plain_loop_over_the_stock_model(train, encode, random_model):
         assert line["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
         assert line["entropy"] == pytest.approx(np.mean(entropies), rel=1e-5)
         assert line["mean_token_accuracy"] == pytest.approx(np.mean(right))
-    trained = train.models[0].state_dict()
+    trained = loaded[0][1].state_dict()
     distance = {k: (trained[k] - v).abs().max().item() for k, v in model.state_dict().items()}
     assert distance == pytest.approx(dict.fromkeys(distance, 0), abs=1e-4)  # of updates of 0.01
 
@@ -466,12 +359,13 @@ def test_run_learns_and_its_model_ends_answers(train, variant):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_saved_model_is_the_trained_one_in_the_dtype_of_its_source(train, variant, dtype, tied):
+def test_saved_model_is_the_trained_one_in_the_dtype_of_its_source(train, variant, dtype, tied, monkeypatch):
     source = variant("chatml")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, tie_word_embeddings=tied)
     if not tied:
         model.lm_head.weight.data = model.lm_head.weight.data.flip(0).clone()
     model.save_pretrained(source)
+    loaded = calls_of(monkeypatch, sft, "load_model")
     folder, _ = train(sums(8), model=str(source), max_steps=3, learning_rate=0.01)
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert model.dtype == dtype and AutoConfig.from_pretrained(folder / "model").dtype == dtype
@@ -480,43 +374,47 @@ def test_saved_model_is_the_trained_one_in_the_dtype_of_its_source(train, varian
     before = load_file(source / "model.safetensors")
     assert stored.keys() == before.keys() and tied == ("lm_head.weight" not in stored)  # tied: once
     assert {x.dtype for x in stored.values()} == {dtype}
-    trained = train.models[0].state_dict()
+    trained = loaded[0][1].state_dict()
     assert all(torch.equal(stored[name], trained[name].to(dtype)) for name in stored)
     assert all(not torch.equal(stored[name], before[name]) for name in stored)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         logits = model.float()(input_ids=ids).logits
-        own = train.models[0](input_ids=ids, use_cache=False).logits
+        own = loaded[0][1](input_ids=ids, use_cache=False).logits
     assert torch.allclose(logits, own, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
     for name in ("chat_template.jinja", "tokenizer.json"):
         assert (folder / "model" / name).read_text() == (source / name).read_text()
     assert not (folder / "model.partial").exists()
 
 
+def watch_collate(monkeypatch):
+    """The data's sequences that will have been packed, in order."""
+    seen, of_data = [], lambda rows: [row for row in rows if isinstance(row, sft.Sequence)]
+    watched = lambda rows, *rest: seen.extend(of_data(rows)) or collate(rows, *rest)
+    monkeypatch.setattr(sft.common, "collate", watched)
+    return seen
+
+
 @pytest.mark.parametrize("weights, counts", [((), (30, 6)), ((3.0, 1.0), (27, 9))])
 def test_shares_of_the_mixture_are_exact(train, tmp_path, monkeypatch, random_model, weights, counts):
-    seen = []
-    monkeypatch.setattr(sft.common, "collate", lambda rows, *rest: seen.extend(rows) or collate(rows, *rest))
+    seen = watch_collate(monkeypatch)
     colors = [{"prompt": [CHAT[0]], "completion": f"It is {i}."} for i in range(6)]
     paths = [write_rows(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate((sums(30), colors))]
     flags = {"dataset": tuple(paths), "dataset_weights": weights, "batch_size": 6, "num_epochs": 1}
-    _, lines = train([], **flags)
+    _, lines = train(**flags)
     decoded = AutoTokenizer.from_pretrained(random_model).batch_decode([s.input_ids for s in seen])
     assert [sum(mark in text for text in decoded) for mark in ("What is", "What color")] == list(counts)
-    assert len(lines) == 1 + 6
+    assert len(lines) == 6
 
 
 def test_orders_of_an_epoch(train, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        sft.common, "collate", lambda rows, *rest: seen.append(rows[0].input_ids) or collate(rows, *rest)
-    )
+    seen = watch_collate(monkeypatch)
     rows = [{"prompt": "The sky is", "completion": " blue" * n} for n in (4, 2, 7, 1, 5)]
     orders = {}
     for order in ("given", "length", "shuffled"):
         seen.clear()
         train(rows, order=order, batch_size=1, num_epochs=2)
-        orders[order] = [len(ids) for ids in seen]
+        orders[order] = [len(ids) for ids, _ in seen]
     given, by_length, shuffled = orders["given"], orders["length"], orders["shuffled"]
     assert given[:5] == given[5:] and sorted(given[:5]) == by_length[:5] == by_length[5:] != given[:5]
     assert sorted(shuffled[:5]) == sorted(shuffled[5:]) == by_length[:5] and shuffled[:5] != shuffled[5:]

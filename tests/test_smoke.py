@@ -4,84 +4,48 @@ A new script adds its entry to `RUN`, and to `VARIANTS` what else must not depen
 """
 
 import importlib
-import json
 import math
 import os
 import re
 import shutil
 import signal
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import tyro
-from conftest import ROOT, start
+from conftest import ROOT, fork, read_lines, run_command, write_rows
 from safetensors.torch import load_file
 from sync_copies import scripts
 from sync_docs import documented_metrics, flags, metric_differences
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-SHORT = {
-    "num_eval": 4,
-    "batch_size": 8,
-    "max_tokens_per_micro_batch": 512,
-    "learning_rate": 3e-4,
-    "warmup_steps": 2,
-    "max_steps": 6,
-    "eval_every": 3,
-    "save_every": 2,
-    "log_every": 1,
-}
-PAIRS = SHORT | {
-    "dataset": ("DATA/preference_train.jsonl",),
-    "eval_dataset": "DATA/preference_eval.jsonl",
-    "max_completion_length": 8,
-}
-ONLINE = SHORT | {
-    "dataset": ("DATA/prompts_train.jsonl",),
-    "eval_dataset": "DATA/prompts_eval.jsonl",
-    "eval_samples": 2,
-    "max_completion_length": 40,
-    "num_generations": 4,
-    "batch_size": 16,
-    "learning_rate": 1e-4,
-}
+SHORT = {"batch_size": 8, "max_tokens_per_micro_batch": 512, "learning_rate": 3e-4, "warmup_steps": 2}
+SHORT |= {"max_steps": 6, "eval_every": 3, "save_every": 2, "log_every": 1, "num_eval": 4}
+PAIRS = SHORT | {"dataset": ("DATA/preference_train.jsonl",), "eval_dataset": "DATA/preference_eval.jsonl"}
+PAIRS |= {"max_completion_length": 8}
+ONLINE = SHORT | {"dataset": ("DATA/prompts_train.jsonl",), "eval_dataset": "DATA/prompts_eval.jsonl"}
+ONLINE |= {"eval_samples": 2, "max_completion_length": 40, "num_generations": 4}
+ONLINE |= {"batch_size": 16, "learning_rate": 1e-4}
 REWARDS = {k: v for k, v in PAIRS.items() if k != "max_completion_length"}
+SFT = PAIRS | {"dataset": ("DATA/sft_train.jsonl",), "eval_dataset": "DATA/sft_eval.jsonl"}
+STEPS = PAIRS | {"dataset": ("DATA/steps_train.jsonl",), "eval_dataset": "DATA/steps_eval.jsonl"}
+STEPS |= {"search_dataset": "DATA/prompts_eval.jsonl", "policy": "tiny/sft"}
 # Flags of a run of 6 steps, evaluations at 0, 3 and 6, checkpoints at 2, 4 and 6; DATA: tiny/data, shortened.
 RUN = {
-    "sft.py": PAIRS
-    | {
-        "dataset": ("DATA/sft_train.jsonl",),
-        "eval_dataset": "DATA/sft_eval.jsonl",
-        "forgetting_dataset": "DATA/text_eval.jsonl",
-        "batch_size": 16,
-    },
+    "sft.py": SFT | {"forgetting_dataset": "DATA/text_eval.jsonl", "batch_size": 16},
     "dpo.py": PAIRS,
     "ipo_kto_simpo_orpo.py": PAIRS | {"algorithm": "kto", "dataset": ("DATA/unpaired_train.jsonl",)},
     "reward_model.py": REWARDS,
-    "process_reward_model.py": PAIRS
-    | {
-        "dataset": ("DATA/steps_train.jsonl",),
-        "eval_dataset": "DATA/steps_eval.jsonl",
-        "search_dataset": "DATA/prompts_eval.jsonl",
-        "policy": "tiny/sft",
-        "num_prompts": 2,
-        "num_samples": 2,
-    },
+    "process_reward_model.py": STEPS | {"num_prompts": 2, "num_samples": 2},
     "grpo.py": ONLINE,
     "dapo.py": ONLINE | {"overlong_buffer": 20},
     "rloo_remax.py": ONLINE,
     "rejection_sampling.py": ONLINE | {"num_rounds": 2, "prompts_per_round": 8, "batch_size": 8},
     "ppo_rlhf.py": ONLINE | {"eval_reward": ("rewards.py:math_answer",)},
-    "distill.py": PAIRS
-    | {
-        "dataset": ("DATA/sft_train.jsonl",),
-        "eval_dataset": "DATA/sft_eval.jsonl",
-        "prompt_dataset": "DATA/prompts_train.jsonl",
-        "cache_dir": "DATA/cache",
-    },
+    "distill.py": SFT | {"prompt_dataset": "DATA/prompts_train.jsonl", "cache_dir": "DATA/cache"},
 }
 # Flags of the runs that must come out the same for every token budget, beside the run itself.
 VARIANTS = {
@@ -99,8 +63,11 @@ VARIANTS = {
         {"num_iterations": 2, "num_minibatches": 2, "beta": 0.1},
         {"importance_sampling": "sequence", "tis_cap": 2.0, "mask_truncated": True},
     ),
-    "dapo.py": ({"mask_truncated": True, "max_resamples": 1},),
-    "rloo_remax.py": ({"algorithm": "remax"}, {"algorithm": "reinforce_pp", "kl_coef": 0.1}),
+    "dapo.py": ({"mask_truncated": True, "max_resamples": 1, "num_iterations": 2},),
+    "rloo_remax.py": (
+        {"algorithm": "remax", "kl_coef": 0.1},
+        {"algorithm": "reinforce_pp", "gamma": 0.9, "num_iterations": 2, "num_minibatches": 2},
+    ),
     "rejection_sampling.py": ({"filter": "top1", "restart": True},),
     "ppo_rlhf.py": ({"kl_target": 1.0, "whiten_rewards": True},),
     "distill.py": (
@@ -112,20 +79,12 @@ VARIANTS = {
 CLOCK = {"tokens_per_second", "step_time", "peak_memory_gb"}  # what no two runs share
 SCRIPTS = [path for path in scripts() if any(flag.name == "max_steps" for flag in flags(path))]  # that train
 QUICK = {"max_steps": 2, "save_every": 0, "eval_every": 0, "num_eval": 2}
+HELD_OUT = ("eval_dataset", "search_dataset", "forgetting_dataset")  # what a run can do without
 
 pytestmark = pytest.mark.usefixtures("one_cpu")  # as the subprocesses of `start`
 every_script = pytest.mark.parametrize(
     "script", [pytest.param(p, id=p.stem, marks=pytest.mark.xdist_group(p.stem)) for p in SCRIPTS]
 )
-
-
-@pytest.fixture(autouse=True)
-def own_signals():
-    """A run takes SIGTERM and Ctrl-C; behind it they are pytest's again."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +136,7 @@ def command_line(flags: dict) -> list[str]:
 
 def read(folder: Path, name: str = "metrics") -> list[dict]:
     """The lines of metrics.jsonl or samples.jsonl, without what the clock decides."""
-    lines = map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())
+    lines = read_lines(folder / f"{name}.jsonl")
     return [{k: v for k, v in x.items() if k not in CLOCK and not k.startswith("time/")} for x in lines]
 
 
@@ -215,9 +174,8 @@ def assert_same_run(one: Path, other: Path, step: int):
 
 
 def assert_close_metrics(script, lines, others, keys=("loss", "grad_norm"), rel=1e-5):
-    """Equal up to rounding; of an online script up to its first update: behind it a sample may differ."""
-    if "num_generations" in RUN[script.name]:
-        lines, others = ([line for line in run if line["step"] <= 1] for run in (lines, others))
+    """Equal up to rounding, as far as that can be said."""
+    lines, others = ([x for x in run if x["step"] <= comparable_steps(script)] for run in (lines, others))
     assert len(lines) == len(others) > 0
     for line, other in zip(lines, others, strict=True):
         for key in (key for key in keys if key in line or key in other):
@@ -260,10 +218,21 @@ def test_help_names_every_flag(script, capsys):
     assert stop.value.code == 0 and [name for name in names if name not in shown] == []
 
 
+def comparable_steps(script) -> int:
+    """Of runs that differ in rounding: of an online script the first, behind it a sample may differ."""
+    return 1 if "num_generations" in RUN[script.name] else 2
+
+
+def lean(script, **changes) -> dict:
+    """Flags of a run of the steps that can be compared, without evaluations."""
+    without = {flag: None for flag in HELD_OUT if flag in RUN[script.name]}
+    return QUICK | without | {"max_steps": comparable_steps(script)} | changes
+
+
 @every_script
 def test_another_seed_gives_another_run(script, run):
-    losses = [[line["loss"] for line in read(run(script, seed=seed, **QUICK))[1:]] for seed in (1, 2)]
-    assert losses[0] != losses[1]
+    one, other = run(script, **QUICK), run(script, **lean(script, seed=2, max_steps=1))
+    assert read(one)[1]["grad_norm"] != read(other)[1]["grad_norm"]
 
 
 @every_script
@@ -272,8 +241,8 @@ def test_metrics_are_finite_and_exactly_the_documented_ones(script, run):
     assert [line["step"] for line in lines] == list(range(7))
     assert [key for line in lines for key, value in line.items() if not math.isfinite(value)] == []
     assert documented_metrics(script)
-    raw = (run(script) / "metrics.jsonl").read_text().splitlines()
-    assert metric_differences(script, {key for line in raw for key in json.loads(line)}) == []
+    logged = {key for line in read_lines(run(script) / "metrics.jsonl") for key in line}
+    assert metric_differences(script, logged) == []
 
 
 @every_script
@@ -288,17 +257,63 @@ def test_every_trainable_parameter_changes(script, run):
     assert {name: share for name, share in moved.items() if share < least[name]} == {}
 
 
+class Downhill(torch.optim.SGD):
+    """Steps against the gradient, each as long as lowers what it is the gradient of by `drop`."""
+
+    drop = 3e-3
+
+    def __init__(self, groups, betas, fused):
+        super().__init__(groups)
+
+    def step(self):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        square = sum(grad.double().square().sum() for grad in grads)
+        for group in self.param_groups:
+            group["lr"] = self.drop / float(square)
+        super().step()
+
+
 @every_script
-def test_token_budget_and_gradient_checkpointing_are_memory_only(script, run):
-    for variant in ({}, *VARIANTS[script.name]):
-        lines = read(run(script, **QUICK | variant))
-        others = [read(run(script, max_tokens_per_micro_batch=n, **QUICK | variant)) for n in (200, 8192)]
-        if not variant:
-            others.append(read(run(script, gradient_checkpointing=True, **QUICK)))
+def test_a_step_lowers_the_logged_loss_by_the_gradient_squared(script, flags_of, tmp_path, monkeypatch):
+    """A finite difference of every loss: it holds the sign, the normaliser and the size of the gradient."""
+    if script.stem == "ppo_rlhf":
+        return  # two losses, two models: test_ppo_rlhf.py has its step against stock models
+    online = "num_generations" in RUN[script.name]  # ratios may not leave the clip range
+    monkeypatch.setattr(Downhill, "drop", 3e-4 if online else 3e-3)
+    monkeypatch.setattr(torch.optim, "AdamW", Downhill)
+    settings = QUICK | {"max_grad_norm": math.inf, "warmup_steps": 0}
+
+    def loss_of(number, **changes):
+        folder = tmp_path / f"run_{number}"
+        main(script, flags_of(script, output_dir=str(folder), **settings | changes))
+        return [line["loss"] for line in read(folder)[1:]]
+
+    if online:  # what two and three passes over one rollout had to lose
+        two, three = (loss_of(n, num_iterations=n, max_steps=1)[0] * n for n in (2, 3))
+        drop = (two - 2 * (three - two)) / 3  # L + (L - d), and from there L - 2 d
+    else:  # two steps on the same rows; KTO's loss has a reference point that moves
+        source = flags_of(script)["dataset"][0].replace("unpaired", "preference")
+        rows = write_rows(tmp_path / "rows.jsonl", read_lines(source)[:8])
+        changes = {"algorithm": "ipo"} if script.stem.startswith("ipo") else {}
+        first, second = loss_of(0, dataset=(rows,), batch_size=8, **changes)
+        drop = first - second
+    assert drop == pytest.approx(Downhill.drop, rel=0.25)
+
+
+@every_script
+def test_token_budgets_and_gradient_checkpointing_are_memory_only(script, run):
+    small, large = {"max_tokens_per_micro_batch": 200}, {"max_tokens_per_micro_batch": 8192}
+    if any(flag.name == "max_tokens_per_rollout" for flag in flags(script)):
+        small["max_tokens_per_rollout"] = 200
+    several = [(QUICK, lean(script, **small), lean(script, gradient_checkpointing=True, **large))]
+    several += [(lean(script, **v, **small), lean(script, **v, **large)) for v in VARIANTS[script.name]]
+    keys = ("loss", "grad_norm", "grad_norm/value", "reward", "entropy", "advantage_std")
+    for settings in several:
+        first, *others = ([x for x in read(run(script, **s)) if "loss" in x] for s in settings)
         for other in others:
-            assert_close_metrics(script, lines[1:], other[1:])
-        fills = [[line.get("packing/fill", n) for line in x[1:]] for n, x in enumerate((lines, *others[:2]))]
-        assert fills[0] != fills[1] != fills[2]
+            assert_close_metrics(script, first, other, keys=keys)
+        fills = [[line.get("packing/fill", n) for line in x[:1]] for n, x in enumerate((first, *others))]
+        assert all(one != other for one, other in zip(fills[:-1], fills[1:], strict=True))
 
 
 @every_script
@@ -306,7 +321,7 @@ def test_bfloat16_is_the_same_but_for_rounding_and_continues_exactly(script, run
     """FSDP2 casts float32 masters to bfloat16 for a process group of one: the GPU's configuration."""
     settings, folder = QUICK | {"dtype": "bfloat16", "save_every": 1}, tmp_path / "run"
     whole = run(script, **settings)
-    if "num_generations" not in RUN[script.name]:  # other samples have another loss
+    if comparable_steps(script) > 1:  # other samples have another loss
         one, other = read(whole)[1], read(run(script, **QUICK))[1]
         assert one["loss"] == pytest.approx(other["loss"], rel=0.1)
     shutil.copytree(whole, folder)
@@ -316,89 +331,88 @@ def test_bfloat16_is_the_same_but_for_rounding_and_continues_exactly(script, run
     assert_same_run(folder, whole, step=2)
 
 
-BOTH_DTYPES = """
-import importlib, json, sys
-from pathlib import Path
-
-script, settings = importlib.import_module(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-for dtype in ("float32", "bfloat16"):
-    script.main(script.Args(**settings | {"dtype": dtype, "output_dir": f"{settings['output_dir']}_{dtype}"}))
-"""
+def run_both_dtypes(script, settings):
+    for dtype in ("float32", "bfloat16"):
+        main(script, settings | {"dtype": dtype, "output_dir": f"{settings['output_dir']}_{dtype}"})
 
 
 @every_script
 def test_two_processes_are_one(script, run, flags_of, tmp_path):
-    (tmp_path / "program.py").write_text(BOTH_DTYPES)
-    settings = flags_of(script, output_dir=str(tmp_path / "two"), **QUICK | {"save_every": 1})
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py"]
-    done = start(sys.executable, *torchrun, script.stem, "settings.json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for dtype, rel in (("float32", 1e-5), ("bfloat16", 0.05)):
-        folder, whole = tmp_path / f"two_{dtype}", run(script, dtype=dtype, **QUICK | {"save_every": 1})
+    steps = comparable_steps(script)
+    settings = QUICK | {"max_steps": steps, "save_every": 1, "output_dir": str(tmp_path / "two")}
+    settings = flags_of(script, **settings)
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    group["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # what torchrun sets: the store is there already
+    processes = [
+        fork(run_both_dtypes, script, settings, cwd=tmp_path, RANK=rank, LOCAL_RANK=rank, **group)
+        for rank in "01"
+    ]
+    for process in processes:
+        process.join(300)
+    codes = [process.exitcode for process in processes]
+    assert codes == [0, 0], (codes, (tmp_path / "output").read_text())
+    rounded = run(script, dtype="bfloat16", **QUICK | {"save_every": 1})
+    for dtype, whole, rel in (("float32", run(script, **QUICK), 1e-5), ("bfloat16", rounded, 0.05)):
+        folder = tmp_path / f"two_{dtype}"
         keys = ("loss", "grad_norm", "grad_norm/value", "updates", "eval/loss")[: 2 if rel > 0.01 else None]
         assert_close_metrics(script, read(folder), read(whole), keys=keys, rel=rel)
     first, wanted = read(tmp_path / "two_float32")[0], read(run(script, **QUICK))[0]  # before any update
     sampled = {k: wanted[k] for k in wanted if "reward" in k}
     assert {k: first[k] for k in sampled} == pytest.approx(sampled)
     # one process continues what two began
-    main(script, settings | {"output_dir": str(tmp_path / "two_float32"), "resume": True, "max_steps": 3})
-    assert [line["step"] for line in read(tmp_path / "two_float32")] == [0, 1, 2, 3]
+    main(
+        script,
+        settings | {"output_dir": str(tmp_path / "two_float32"), "resume": True, "max_steps": steps + 1},
+    )
+    assert [line["step"] for line in read(tmp_path / "two_float32")] == list(range(steps + 2))
+
+
+def run_until_the_second_checkpoint(script, words):
+    """The command line, killed when the tensors are written, and what says where they are is not."""
+    finish, calls = FileSystemWriter.finish, []
+
+    def finish_or_die(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return finish(self, *args, **kwargs)
+
+    FileSystemWriter.finish = finish_or_die
+    run_command(script, *words)
 
 
 @every_script
-def test_sigterm_saves_and_continuing_equals_never_having_stopped(
-    script, run, flags_of, tmp_path, monkeypatch, capsys
+def test_kill_and_sigterm_lose_nothing_saved_and_a_continued_run_equals_one_that_never_stopped(
+    script, run, flags_of, tmp_path, monkeypatch, capsys, figures
 ):
-    module, folder = importlib.import_module(script.stem), tmp_path / "run"
-
-    def log_and_terminate(self, metrics, *rest):
-        log(self, metrics, *rest)
-        if metrics["step"] == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    log = module.Logger.log
-    with monkeypatch.context() as patch:
-        patch.setattr(module.Logger, "log", log_and_terminate)
-        main(script, flags_of(script, output_dir=str(folder)))
-    assert checkpoints(folder) == ["step_00000002", "step_00000003"]
-    assert not (folder / "model").exists()
-    assert f"--resume --output-dir {folder}" in capsys.readouterr().out
-    assert [line["step"] for line in read(folder)] == [0, 1, 2, 3]
-    main(script, flags_of(script, output_dir=str(folder), resume=True))
-    assert_same_run(folder, run(script), step=6)
-
-
-KILL_WITHIN_THE_SECOND_CHECKPOINT = """
-import os, runpy, signal, sys
-from torch.distributed.checkpoint import FileSystemWriter
-
-finish, calls = FileSystemWriter.finish, []
-
-def finish_or_die(self, *args, **kwargs):  # the tensors are written, what says where they are is not
-    calls.append(self)
-    if len(calls) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return finish(self, *args, **kwargs)
-
-FileSystemWriter.finish = finish_or_die
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@every_script
-def test_kill_in_a_run_from_another_folder_loses_nothing_saved(script, run, flags_of, tmp_path):
-    """The command line in a folder of the user's, killed within its second checkpoint, then continued."""
-    hooked = [sys.executable, "-c", KILL_WITHIN_THE_SECOND_CHECKPOINT, script]
-    done = start(*hooked, *command_line(flags_of(script)), cwd=tmp_path)
-    assert done.returncode == -9, done.stderr
+    # the command line in a folder of the user's, killed within its second checkpoint
+    process = fork(run_until_the_second_checkpoint, script, command_line(flags_of(script)), cwd=tmp_path)
+    process.join(300)
+    printed = (tmp_path / "output").read_text()
+    assert process.exitcode == -9, printed
     [folder] = (tmp_path / "runs").iterdir()  # the default output folder
     assert folder.name.startswith(f"{script.stem}_1_")
     assert checkpoints(folder) == ["partial", "step_00000002"]
     assert [line["step"] for line in read(folder)] == [0, 1, 2, 3, 4]
-    assert "step 4/6" in done.stdout and "Traceback" not in done.stderr
+    assert "step 4/6" in printed and "Traceback" not in printed
+
+    # continued, and told to stop in its third step: it saves behind the next one, as it would not by itself
+    def log_and_terminate(self, metrics, *rest):
+        log(self, metrics, *rest)
+        if metrics["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    module = importlib.import_module(script.stem)
+    log = module.Logger.log
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Logger, "log", log_and_terminate)
+        main(script, flags_of(script, output_dir=str(folder), resume=True, save_every=0))
+    assert checkpoints(folder) == ["step_00000002", "step_00000004"]
+    assert not (folder / "model").exists()
+    assert f"--resume --output-dir {folder}" in capsys.readouterr().out
+    assert [line["step"] for line in read(folder)] == [0, 1, 2, 3, 4]
+
     main(script, flags_of(script, output_dir=str(folder), resume=True))
     assert_same_run(folder, run(script), step=6)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")

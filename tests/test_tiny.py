@@ -5,8 +5,9 @@ import re
 from statistics import fmean as share
 
 import pytest
-from conftest import ROOT
-from transformers import AutoConfig, AutoTokenizer
+from conftest import ROOT, read_lines
+from helpers import tiny_tokenizer
+from transformers import AutoConfig
 
 from tiny import make
 
@@ -17,12 +18,12 @@ GONE = ("gives away", "loses", "sells", "drops", "lends out")
 
 
 def read(name: str) -> list[dict]:
-    return [json.loads(line) for line in (TINY / "data" / f"{name}.jsonl").read_text("utf-8").splitlines()]
+    return read_lines(TINY / "data" / f"{name}.jsonl")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokenizer():
-    return AutoTokenizer.from_pretrained(TINY / "sft")
+    return tiny_tokenizer()
 
 
 def sums(text: str) -> list[tuple[int, int]]:

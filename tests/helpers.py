@@ -1,0 +1,162 @@
+"""What the tests of several scripts share: numbers, the rows and models of tiny/, short runs, comparisons."""
+
+import functools
+import json
+import math
+import shutil
+import weakref
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DATA, ROOT, read_lines, write_rows
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+CPU = torch.device("cpu")
+END = 2  # <|im_end|> of tiny's tokenizer
+CLOCK = {"tokens_per_second", "step_time", "peak_memory_gb", "time/rollout"}  # what no two runs share
+
+
+# Numbers, messages, models ----------------------------------------------------------------------------------
+
+
+def float64(*values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+def asked(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def said(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
+@functools.cache
+def tiny_rows(name: str, count: int = 200) -> list[dict]:
+    """The first rows of a data set of tiny/."""
+    return read_lines(ROOT / "tiny" / "data" / f"{name}.jsonl")[:count]
+
+
+@functools.cache
+def tiny_tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft")
+
+
+def stock(folder):
+    """A language model as plain transformers loads it: nothing in it knows of packed rows."""
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(ROOT / folder, **options).eval()
+
+
+def stock_classifier(folder):
+    """A classifier of one output, likewise."""
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "num_labels": 1}
+    return AutoModelForSequenceClassification.from_pretrained(ROOT / folder, **options).eval()
+
+
+def gradient_norm(model) -> float:
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+
+
+# Short runs -------------------------------------------------------------------------------------------------
+
+
+def rewards(names: str) -> tuple[str, ...]:
+    """The flag --reward for functions of data/reward_functions.py."""
+    return tuple(f"{DATA / 'reward_functions.py'}:{name}" for name in names.split())
+
+
+def trainer(script, tmp_path, **defaults):
+    """train(rows, held_out, **flags) -> output folder, lines of metrics.jsonl (None where there are none).
+
+    Equal rows are in the same file, so that a run can be continued. Evaluations are before and behind the
+    run only, models are saved behind it; step 0 is left out where nothing was evaluated. `reward` may name
+    functions of data/reward_functions.py.
+    """
+    defaults = {"eval_every": 0, "save_every": 0, "warmup_steps": 0, "log_every": 1} | defaults
+
+    def train(rows=None, held_out=None, **flags):
+        rows = tiny_rows("prompts_train", 64) if rows is None else rows
+        own = {"output_dir": str(tmp_path / f"run_{len([*tmp_path.glob('run_*')])}")}
+        for flag, some in (("dataset", rows), ("eval_dataset", held_out)):
+            if some:
+                name = f"rows_{zlib.crc32(json.dumps(some).encode())}.jsonl"
+                own[flag] = write_rows(tmp_path / name, some)
+        flags = defaults | own | {"dataset": (own["dataset"],)} | flags
+        reward = flags.get("reward")
+        if isinstance(reward, str) and ".py:" not in reward:
+            flags["reward"] = rewards(reward)
+        args = script.Args(**flags)
+        script.main(args)
+        path = Path(args.output_dir) / "metrics.jsonl"
+        lines = [line for line in read_lines(path) if len(line) > 1] if path.exists() else None
+        return path.parent, lines
+
+    return train
+
+
+def error_of(function, capture) -> str:
+    """The one line on stderr, after "error: ", with which a user's mistake ends a run at exit status 2."""
+    capture.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function()
+    [line] = filter(None, capture.readouterr().err.splitlines())
+    assert stop.value.code == 2 and line.startswith("error: "), line
+    return line.removeprefix("error: ")
+
+
+def calls_of(monkeypatch, module, name: str) -> list[tuple]:
+    """(arguments, result) of every call of a module's function from now on."""
+    calls, function = [], getattr(module, name)
+
+    def spy(*arguments, **options):
+        calls.append((arguments, function(*arguments, **options)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(module, name, spy)
+    return calls
+
+
+def models_of(monkeypatch, script) -> list[weakref.ref]:
+    """The models that a script loads from now on, as long as they are in memory."""
+    models, load_model = [], script.load_model
+
+    def load(*arguments, **options):
+        model = load_model(*arguments, **options)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(script, "load_model", load)
+    return models
+
+
+# Comparisons ------------------------------------------------------------------------------------------------
+
+
+def assert_same_metrics(one, other, rel=1e-5, abs_=1e-6, without=()):
+    """Equal lines but for what the clock decides and the keys `without`."""
+    for line, wanted in zip(one, other, strict=True):
+        assert line.keys() == wanted.keys()
+        for key in wanted.keys() - CLOCK - set(without):
+            assert line[key] == pytest.approx(wanted[key], rel=rel, abs=abs_), (key, wanted["step"])
+
+
+def assert_continues(train, *rows, **flags):
+    """A run that goes on from its checkpoint before the last equals one that never stopped."""
+    folder, wanted = train(*rows, **flags)
+    copy = folder.with_name("continued")
+    shutil.copytree(folder, copy)
+    for path in [*copy.glob("*model"), max((copy / "checkpoints").iterdir())]:
+        shutil.rmtree(path)
+    _, found = train(*rows, output_dir=str(copy), resume=True, **flags)
+    assert_same_metrics(found, wanted, 0, 0)
+    for path in folder.glob("*model/*.safetensors"):
+        tensors, others = load_file(path), load_file(copy / path.relative_to(folder))
+        assert all(torch.equal(tensors[name], others[name]) for name in tensors)
