@@ -11,8 +11,8 @@ The loop, for each of `--num-rounds`:
     3. Train     maximum likelihood of what is kept, on packed rows, as sft.py does
     4. Evaluate  sampled and greedy answers to held-out prompts; log; save
 
-`--num-rounds 0` is Best-of-N: nothing is trained, each held-out prompt gets the best of N =
-`--num-generations` samples. With F and F- the shares of answers that are no better, and worse, than y,
+`--num-rounds 0` is Best-of-N: nothing is trained, held-out prompts get the best of N = `--eval-samples`
+answers. With F and F- the shares of answers that are no better, and worse, than y,
 
     pi_N(y) = pi(y) [F^N - F-^N] / [F - F-],    KL(pi_N || pi) <= log N - (N - 1) / N,
 
@@ -25,11 +25,11 @@ Deviations from the papers, each with its reason:
     3. STaR's rationalization (show the answer, ask for the way to it) is left out: it needs other prompts.
 
     python rejection_sampling.py                               # CPU, offline, 3 minutes on 2 cores
-    python rejection_sampling.py --num-rounds 0                # Best-of-N of tiny/sft
+    python rejection_sampling.py --num-rounds 0 --eval-samples 16                  # Best-of-16 of tiny/sft
     python rejection_sampling.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k \
         --dataset-config main --learning-rate 1e-5 --batch-size 64 --max-completion-length 512
 
-Shapes: P prompts, G samples of each (N of Best-of-N), B = P G, C trained tokens of a row, F rewards.
+Shapes: P prompts, G or N samples of each, B = P G, C trained tokens of a row, F rewards.
 """
 
 import atexit
@@ -106,7 +106,7 @@ class Args:
     # Rounds
     num_rounds: NonNegativeInt = 3  # rounds of sampling and training; 0 trains nothing: Best-of-N
     prompts_per_round: NonNegativeInt = 512  # prompts that a round samples answers to; 0: all there are
-    num_generations: PositiveInt = 8  # answers sampled to each prompt, the N of Best-of-N
+    num_generations: PositiveInt = 8  # answers sampled to each prompt of a round
     filter: Filter = "all_correct"  # keep answers whose first --reward is 1, the best, or from --threshold
     threshold: float | None = None  # least reward of what is kept, under every filter; "threshold" needs it
     max_per_prompt: PositiveInt = 1  # most answers kept of a prompt and round, the best first; top1: 1
@@ -156,8 +156,9 @@ class Args:
             fail(f"{len(self.reward_weights)} --reward-weights for {len(self.reward)} rewards")
         if self.filter == "threshold" and self.threshold is None:
             fail("--filter threshold needs --threshold: from which reward on is an answer kept?")
-        if 0 < self.max_steps < self.num_rounds:
-            fail(f"--max-steps {self.max_steps}: fewer than the {self.num_rounds} rounds of --num-rounds")
+        if not self.num_rounds and not (self.eval_dataset and self.eval_samples):
+            fail("--num-rounds 0 chooses among --eval-samples answers to --eval-dataset: give both")
+        self.num_rounds = min(self.num_rounds, self.max_steps or self.num_rounds)  # a step each, at least
         if "tiny/" not in self.model and self.learning_rate == Args.learning_rate and self.num_rounds:
             say(f"--learning-rate {self.learning_rate} suits tiny/; models of billions take 1e-5")
 
@@ -244,22 +245,21 @@ def best_of_k(rows: list[dict], size: int) -> list[dict]:
     The reward chooses, the gold reward judges, majorities vote on final answers. The KL is that of the law
     that a prompt's samples show. Prompts with a sample that has no reward are left out.
     """
-    columns = [np.array([row[name] for row in rows], float) for name in ("reward", "gold_reward", "right")]
-    columns = np.stack(columns).reshape(3, -1, size)  # (3, P, N): reward, gold reward, right; None is NaN
+    columns = [np.array([row[name] for row in rows], float) for name in ("reward", "gold_reward")]
+    rewards, gold = np.stack(columns).reshape(2, -1, size)  # (P, N) each, NaN for None
     finals = [[row["final"] for row in rows[n : n + size]] for n in range(0, len(rows), size)]
-    known = np.flatnonzero(~np.isnan(columns[:2]).any((0, 2)))  # prompts
-    with_right, table = not np.isnan(columns[2, known]).any(), []
+    known, table = np.flatnonzero(~np.isnan(rewards + gold).any(1)), []  # prompts
+    tells_right = np.isin(gold[known], (0, 1)).all()
     for k in sorted({2**i for i in range(size.bit_length())} | {size}) if len(known) else ():
-        found = []
+        lines = []
         for i in known:
-            rewards, gold, right = columns[:, i]  # (N,) each
-            best = chosen_shares(rewards, k)  # (N,)
-            line = {"reward": best @ rewards, "best@k": best @ gold}
-            if with_right:
-                line |= {"pass@k": chosen_shares(right, k) @ right}
-                line |= {"maj@k": majority_right(finals[i], right, k)}
-            found.append(line | {"kl": best_of_n_kl(np.full(size, 1 / size), rewards, k)})
-        means = {name: float(np.mean([line[name] for line in found])) for name in found[0]}
+            best = chosen_shares(rewards[i], k)  # (N,)
+            lines.append({"best_reward": best @ rewards[i], "best@k": best @ gold[i]})
+            if tells_right:
+                lines[-1] |= {"pass@k": chosen_shares(gold[i], k) @ gold[i]}
+                lines[-1] |= {"maj@k": majority_right(finals[i], gold[i], k)}
+            lines[-1]["kl"] = best_of_n_kl(np.full(size, 1 / size), rewards[i], k)
+        means = {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}
         table.append({"k": k} | means | {"kl_bound": math.log(k) - (k - 1) / k})
     return table
 
@@ -287,56 +287,60 @@ def main(args: Args) -> dict:
     some = [prompts[0], *held_out[:1]]
     judges = [load_rewards(specs, some, args, device) for specs in (args.reward, args.eval_reward)]
     num_prompts, rng = args.prompts_per_round or len(prompts), np.random.default_rng(args.seed)
-    num_orders = math.ceil(args.num_rounds * num_prompts / len(prompts))
-    stream = sum([rng.permutation(len(prompts)).tolist() for _ in range(num_orders)], [])
+    num_orders = math.ceil((args.num_rounds + 1) * num_prompts / len(prompts))
+    stream = np.concatenate([rng.permutation(len(prompts)) for _ in range(num_orders)])
     say(f"first prompt:\n{tokenizer.decode(prompts[0].input_ids)}")
 
     policy = load_model(args.model, args, device)
     end_ids = end_tokens(tokenizer, policy)
     policy.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=tokenizer.pad_token_id)
-    if args.num_rounds == 0:
-        return choose_only(policy, tokenizer, held_out or prompts, judges, output_dir, args)
     matrices = {"params": [p for p in policy.parameters() if p.ndim > 1], "weight_decay": args.weight_decay}
     vectors = {"params": [p for p in policy.parameters() if p.ndim <= 1], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, vectors], betas=args.adam_betas, fused=True)
     progress = load_checkpoint(output_dir, policy, optimizer) if args.resume else {}
     step, num_tokens = progress.get("step", 0), progress.get("num_tokens", 0)
-    ends = progress.get("ends", [0])  # ends[r] is the last step of round r
     guess = args.num_rounds * math.ceil(args.num_epochs * num_prompts / args.batch_size)  # one kept a prompt
-    logger, metrics = Logger(args, output_dir, args.max_steps or guess, step), {}
+    logger = Logger(args, output_dir, args.max_steps or guess, step)
+    metrics, resumed_at, end = {}, step, 0
     if step == 0:
-        evaluated, samples = evaluate(policy, tokenizer, held_out, judges, args)
-        logger.log({"step": 0} | evaluated, samples)
-    for number in range(max(1, len(ends) - 1), args.num_rounds + 1):
-        # 1. Sample: answers of the policy as it is after step `first`
-        first = ends[number - 1]
-        asked = [prompts[i] for i in stream[(number - 1) * num_prompts : number * num_prompts]]  # P
-        rows = sample_round(policy, tokenizer, asked, judges, number, first, output_dir, args)  # B
+        evaluated, samples = evaluate(policy, tokenizer, held_out, judges, output_dir, args)
+        metrics = {"step": 0} | evaluated
+        logger.log(metrics, samples)
+    for number in range(1, args.num_rounds + 1):
+        # 1. Sample: answers of the policy as it is after step `begin`, or the file of a round that has begun
+        path, begin = output_dir / f"round_{number}.jsonl", end
+        if begin <= resumed_at and path.exists():
+            rows = [json.loads(line) for line in path.open()]
+        else:
+            asked = [prompts[i] for i in stream[(number - 1) * num_prompts : number * num_prompts]]  # P
+            rows = sample_round(policy, tokenizer, asked, judges, path, (number, begin), args)  # B
         described = {"round": number} | describe_round(rows)
 
         # 2. Filter: each row says whether it is kept; the round's steps pass over what is --num-epochs times
         kept = [(row["prompt_ids"], row["completion_ids"]) for row in rows if row["kept"]]
         if not kept:  # of a later round: the policy stays that of the round before
-            (say if step else fail)(f"round {number}: not one of {len(rows):,} answers is kept")
+            (say if begin else fail)(f"round {number}: not one of {len(rows):,} answers is kept")
             break
         sequences = [Sequence(np.array(x + y, np.int32), np.arange(len(x + y)) >= len(x)) for x, y in kept]
-        lengths = np.array([len(ids) for ids, _ in sequences])
+        lengths, rng = (
+            np.array([len(ids) for ids, _ in sequences]),
+            np.random.default_rng((args.seed, number)),
+        )
         passes = math.ceil(args.num_epochs * len(kept) / args.batch_size)
-        ends[number:] = [args.max_steps * number // args.num_rounds or first + passes]
-        size, rng = ends[number] - first, np.random.default_rng((args.seed, number))  # steps of the round
-        num_orders = math.ceil(size * args.batch_size / len(kept))
-        order = sum([rng.permutation(len(kept)).tolist() for _ in range(num_orders)], [])
+        end = args.max_steps * number // args.num_rounds or begin + passes
+        num_orders = math.ceil((end - begin) * args.batch_size / len(kept))
+        order = np.concatenate([rng.permutation(len(kept)) for _ in range(num_orders)])
         if logger.is_first:
-            logger.bar.total = args.max_steps or ends[number] + size * (args.num_rounds - number)
-        if step == first:
+            logger.bar.total = args.max_steps or end + passes * (args.num_rounds - number)
+        if step == begin:
             optimizer.state.clear()
             if args.restart:
                 policy.load_state_dict(load_model(args.model, args, device).state_dict())
 
-        while step < ends[number]:
+        while step < end:
             # 3. Train: the next answers, packed into rows that are dealt to the processes
             step, started = step + 1, time.perf_counter()
-            picks = order[(step - 1 - first) * args.batch_size : (step - first) * args.batch_size]
+            picks = order[(step - 1 - begin) * args.batch_size : (step - begin) * args.batch_size]
             packed = common.pack(lengths[picks], args.max_tokens_per_micro_batch, multiple_of=world_size)
             batch_tokens = int(lengths[picks].sum())
             num_trained = sum(int(sequences[i].trained.sum()) for i in picks)
@@ -349,7 +353,7 @@ def main(args: Args) -> dict:
                 (loss * world_size).backward()  # FSDP2 averages over processes what is to be summed
                 sums[:2] += torch.stack([loss.detach(), entropy.detach().sum()])
             for group in optimizer.param_groups:
-                factor = lr_factor(step - first, size, args.warmup_steps, args.lr_schedule)
+                factor = lr_factor(step - begin, end - begin, args.warmup_steps, args.lr_schedule)
                 group["lr"] = args.learning_rate * factor
             sums[2] = logger.stopping
             dist.all_reduce(sums)
@@ -368,7 +372,7 @@ def main(args: Args) -> dict:
             # 4. Evaluate, log, save
             metrics = described | {
                 "step": step,
-                "epoch": (step - first) * args.batch_size / len(kept),
+                "epoch": (step - begin) * args.batch_size / len(kept),
                 "loss": loss,
                 "learning_rate": group["lr"],
                 "grad_norm": grad_norm,
@@ -377,85 +381,68 @@ def main(args: Args) -> dict:
                 "tokens_per_second": batch_tokens / seconds,
                 "step_time": seconds,
             }
-            last, samples = step == ends[number] and number == args.num_rounds, []
-            if step == ends[number] or (args.eval_every and step % args.eval_every == 0):
-                evaluated, samples = evaluate(policy, tokenizer, held_out, judges, args)
+            last, samples = step == end and number == args.num_rounds, []
+            if step == end or (args.eval_every and step % args.eval_every == 0):
+                evaluated, samples = evaluate(policy, tokenizer, held_out, judges, output_dir, args)
                 metrics |= evaluated
             logger.log(metrics, samples)
             if stopping or (args.save_every and (last or step % args.save_every == 0)):
-                progress = {"step": step, "num_tokens": num_tokens, "ends": ends}
-                save_checkpoint(output_dir, policy, optimizer, progress)
+                save_checkpoint(output_dir, policy, optimizer, {"step": step, "num_tokens": num_tokens})
             if stopping and not last:
                 logger.close(f"stopped; continue with --resume --output-dir {output_dir}")
                 return metrics
-    save_model(output_dir / "model", policy, tokenizer)
-    logger.close(f"model saved to {output_dir / 'model'}")
+    if args.num_rounds:
+        save_model(output_dir / "model", policy, tokenizer)
+    logger.close(f"{'model' if args.num_rounds else 'samples.jsonl'} saved in {output_dir}")
     return metrics
 
 
-def sample_round(policy, tokenizer, asked, judges, number, step, output_dir, args) -> list[dict]:
-    """--num-generations answers to each prompt of a round, and why each is kept or not: round_<number>.jsonl.
-
-    What the policy of this `step` has answered before a run was stopped is read from there.
-    """
-    path, count = output_dir / f"round_{number}.jsonl", args.num_generations
-    rows = [json.loads(line) for line in path.open()] if path.exists() else []
-    if rows and rows[0]["step"] == step:
-        return rows
-    origin = {"round": number, "step": step, "model": args.model, "seed": args.seed}
-    seed, started = (args.seed, number), time.perf_counter()
-    found = answer(policy, tokenizer, asked, count, args.temperature, seed, judges, args)  # B
+def sample_round(policy, tokenizer, asked, judges, path, origin, args) -> list[dict]:
+    """Answers to each prompt of a round, and why each is kept or not; they are in the file `path`, too."""
+    (number, step), count, reasons, started = origin, args.num_generations, [], time.perf_counter()
+    found = answer(policy, tokenizer, asked, count, args.temperature, (args.seed, number), judges, args)  # B
     if all(row["reward"] is None for row in found):
         fail(f"--reward {', '.join(judges[0])}: None for every completion of round {number}")
-    reasons, settings = [], (args.filter, args.threshold, args.max_per_prompt)
-    for start in range(0, len(found), count):
-        reasons += reasons_against(found[start : start + count], *settings)
-    rows = [origin | row | {"kept": not why, "reason": why} for row, why in zip(found, reasons)]
-    counts = Counter(row["reason"] or "kept" for row in rows).most_common()
+    for n in range(0, len(found), count):
+        reasons += reasons_against(found[n : n + count], args.filter, args.threshold, args.max_per_prompt)
+    counts = Counter(reason or "kept" for reason in reasons).most_common()
     told = ", ".join(f"{n:,} {reason}" for reason, n in counts)
     say(f"round {number}, {time.perf_counter() - started:.0f} seconds: {told}")
+    origin = {"round": number, "step": step, "model": args.model, "seed": args.seed}
+    rows = [origin | row | {"kept": not why, "reason": why} for row, why in zip(found, reasons)]
     if dist.get_rank() == 0:
         path.with_suffix(".partial").write_text("".join(json.dumps(row) + "\n" for row in rows))
         path.with_suffix(".partial").rename(path)
     return rows
 
 
-def evaluate(policy, tokenizer, held_out, judges, args) -> tuple[dict, list[dict]]:
-    """Rewards of greedy and of sampled answers to held-out prompts; what choosing among k is worth."""
+def evaluate(policy, tokenizer, held_out, judges, output_dir, args) -> tuple[dict, list[dict]]:
+    """Rewards of answers to held-out prompts, the best of each; best_of_n.json and .png: choosing among k."""
     if not held_out:
         return {}, []
-    k, seed, table = args.eval_samples, (args.seed, 0), []
-    rows = answer(policy, tokenizer, held_out, 1, 0.0, seed, judges, args)  # P
+    size, seed = args.eval_samples or 1, (args.seed, 0)
+    rows = best = answer(policy, tokenizer, held_out, 1, 0.0, seed, judges, args)  # P
     metrics = {"eval/greedy_reward": mean_of(rows, "gold_reward")}
-    if k:
-        rows = answer(policy, tokenizer, held_out, k, args.temperature, seed, judges, args)  # P k
-        metrics["eval/reward"], table = mean_of(rows, "gold_reward"), best_of_k(rows, k)
-    metrics |= {f"eval/{name}": line[name] for line in table[-1:] for name in line if "@k" in name}
-    return metrics, [row | {"prompt": tokenizer.decode(row["prompt_ids"])} for row in rows[:: k or 1]]
-
-
-def choose_only(policy, tokenizer, prompts, judges, output_dir, args) -> dict:
-    """Best-of-N: samples.jsonl has the best answer to each prompt, best_of_n.json and .png the gain."""
-    logger, size, best = Logger(args, output_dir, 0, 0), args.num_generations, []
-    rows = sample_round(policy, tokenizer, prompts, judges, 0, 0, output_dir, args)  # P N
-    for group in (rows[n : n + size] for n in range(0, len(rows), size)):
-        best.append(max(group, key=lambda row: -math.inf if row["reward"] is None else row["reward"]))
-        best[-1]["majority"] = Counter(row["final"] for row in group).most_common(1)[0][0]
-        best[-1]["prompt"] = tokenizer.decode(group[0]["prompt_ids"])
-    table, metrics = best_of_k(rows, size), {"step": 0} | describe_round(rows)
-    for line in table:
-        say("  " + "  ".join(f"{name} {value:.4g}" for name, value in line.items()))
-        metrics |= {f"eval/{name}": line[name] for name in line if name not in ("k", "reward")}
-    if dist.get_rank() == 0:
-        (output_dir / "best_of_n.json").write_text(json.dumps(table, indent=2))
-        figure, names = Figure(), [name for name in (table or [{}])[0] if "@k" in name]
-        axes = figure.add_subplot(xscale="log", xlabel="k")
-        axes.plot([line["k"] for line in table], [[line[name] for name in names] for line in table], ".-")
-        axes.legend(names)
-        figure.savefig(output_dir / "best_of_n.png")
-    logger.log(metrics, best)
-    logger.close(f"{output_dir / 'samples.jsonl'} has the best answer to each prompt")
-    return metrics
+    if args.eval_samples:
+        rows, best = (
+            answer(policy, tokenizer, held_out, size, args.temperature, seed, judges, args),
+            [],
+        )  # P N
+        metrics["eval/reward"], table = mean_of(rows, "gold_reward"), best_of_k(rows, size)
+        metrics |= {f"eval/{name}": line[name] for line in table[-1:] for name in line if "@k" in name}
+        for group in (rows[n : n + size] for n in range(0, len(rows), size)):
+            top = max(group, key=lambda row: -math.inf if row["reward"] is None else row["reward"])
+            best.append(top | {"majority": Counter(row["final"] for row in group).most_common(1)[0][0]})
+        for line in table:
+            say("  " + "  ".join(f"{name} {value:<6.4g}" for name, value in line.items()))
+        if table and dist.get_rank() == 0:
+            (output_dir / "best_of_n.json").write_text(json.dumps(table, indent=2))
+            figure, names = Figure(), [name for name in table[0] if "@k" in name]
+            axes = figure.add_subplot(xscale="log", xlabel="k")
+            axes.plot([line["k"] for line in table], [[line[name] for name in names] for line in table], ".-")
+            axes.legend(names)
+            figure.savefig(output_dir / "best_of_n.png")
+    return metrics, [row | {"prompt": tokenizer.decode(row["prompt_ids"])} for row in best]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -549,7 +536,7 @@ def load_tokenizer(args):
         tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
     if tokenizer.chat_template is None:
         say(f"{args.model} has no chat template: conversations are written in ChatML")
-        tokenizer.chat_template = CHATML
+        tokenizer.chat_template = CHATML if not tokenizer("").input_ids else "{{ bos_token }}" + CHATML
     tokenizer.positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     return tokenizer
 
@@ -709,16 +696,12 @@ def roll_out(policy, tokenizer, prompts, group_size, temperature, seed, args) ->
 def answer(policy, tokenizer, asked, group_size, temperature, seed, judges, args) -> list[dict]:
     """Sampled answers to prompts, group after group, as rows with what rewards say of them, None for nothing.
 
-    An answer is `correct` if the first reward is 1; `right` is what the first gold reward says, if it is 0 or
-    1. Without gold rewards the rewards are gold.
+    An answer is `correct` if the first reward is 1. Without gold rewards the rewards are gold.
     """
     rollout = roll_out(policy, tokenizer, asked, group_size, temperature, seed, args)  # B
     scores, gold_scores = (score(some, rollout, group_size, args) for some in judges)  # (F, B) each
     rewards = weighted_sum(scores, args.reward_weights)  # (B,)
-    gold = weighted_sum(gold_scores, ()) if args.eval_reward else rewards  # (B,)
-    right = (gold_scores if args.eval_reward else scores)[0].clone()  # (B,)
-    right[~torch.isin(right, torch.tensor([0.0, 1.0]))] = math.nan
-    columns = {"reward": rewards, "gold_reward": gold, "right": right}
+    columns = {"reward": rewards, "gold_reward": weighted_sum(gold_scores, ()) if judges[1] else rewards}
     columns |= {f"rewards/{name}": values for name, values in zip(judges[0], scores)}
     columns = {name: [None if x != x else x for x in values.tolist()] for name, values in columns.items()}
     final_answer, rows = runpy.run_path(located("rewards.py"))["final_answer"], []
@@ -880,7 +863,7 @@ class Logger:
         step, total = metrics["step"], self.bar.total
         for name, lines in (("metrics", [metrics]), ("samples", [{"step": step} | s for s in samples])):
             with open(self.folder / f"{name}.jsonl", "a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.writelines(json.dumps({k: v for k, v in x.items() if v == v}) + "\n" for x in lines)
         if self.args.wandb:
             self.wandb.log(metrics, step=step)
         self.bar.update(step - self.bar.n)

@@ -4,15 +4,13 @@ import itertools
 import json
 import math
 import re
-import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_lines
+from helpers import assert_continues, calls_of, error_of, rewards, stock, tiny_rows, trainer
 from safetensors.torch import load_file
-from test_dapo import assert_continues, read_lines, trainer
-from transformers import AutoModelForCausalLM
 
 import rejection_sampling as rs
 import sft
@@ -24,24 +22,18 @@ SCORINGS = {
 }
 every_scoring = pytest.mark.parametrize("scores", SCORINGS.values(), ids=SCORINGS)
 CHANCES = np.array([0.4, 0.3, 0.1, 0.2])
+HELD_OUT = tiny_rows("prompts_eval", 6)
 
-
-@pytest.fixture(autouse=True)
-def own_signals():
-    """A run takes SIGTERM and Ctrl-C; behind it they are pytest's again."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture
 def train(tmp_path, one_cpu):
     """train(rows, **flags): 2 rounds of 4 prompts and 2 steps on tiny/sft."""
     settings = {"num_rounds": 2, "prompts_per_round": 4, "max_steps": 4, "filter": "top1"}
-    settings |= {"learning_rate": 1e-3, "max_completion_length": 40}
+    settings |= {"learning_rate": 1e-3, "max_completion_length": 40, "num_generations": 4, "batch_size": 16}
     run = trainer(rs, tmp_path, reward="residue")
-    return lambda rows=None, **flags: run(rows, **settings | flags)
+    return lambda rows=None, held_out=None, **flags: run(rows, held_out, **settings | flags)
 
 
 # Best of N --------------------------------------------------------------------------------------------------
@@ -120,22 +112,19 @@ def test_majority_by_hand():
     assert {k: rs.majority_right(finals, right, k) for k in shares} == pytest.approx(shares)
 
 
-def rows_of(*columns, names=("reward", "gold_reward", "right", "final")):
+def rows_of(*columns, names=("reward", "gold_reward", "final")):
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def test_table_by_hand():
     """Two prompts of four samples: the reward prefers wrong ones of the first, and ties on the second."""
     rewards, gold = [4.0, 3, 2, 1, 0, 0, 0, 0], [0.0, 0, 1, 1, 1, 0, 0, 0]
-    rows = rows_of(rewards, gold, gold, [*"abcc", *"abcd"])
-    one, two, four = rs.best_of_k(rows, 4)
-    assert one == pytest.approx(
-        {"k": 1, "reward": 1.25, "best@k": 3 / 8, "pass@k": 3 / 8, "maj@k": 3 / 8, "kl": 0, "kl_bound": 0}
-    )
-    assert two["best@k"] == pytest.approx((1 / 6 + 1 / 4) / 2) and two["pass@k"] == pytest.approx(
-        (5 / 6 + 1 / 2) / 2
-    )
-    assert two["reward"] == pytest.approx((3 * 4 + 2 * 3 + 2) / 6 / 2)
+    one, two, four = rs.best_of_k(rows_of(rewards, gold, [*"abcc", *"abcd"]), 4)
+    first = {"best_reward": 1.25, "best@k": 3 / 8, "pass@k": 3 / 8, "maj@k": 3 / 8}
+    assert one == pytest.approx(first | {"k": 1, "kl": 0, "kl_bound": 0})
+    assert two["best@k"] == pytest.approx((1 / 6 + 1 / 4) / 2)
+    assert two["pass@k"] == pytest.approx((5 / 6 + 1 / 2) / 2)
+    assert two["best_reward"] == pytest.approx((3 * 4 + 2 * 3 + 2) / 6 / 2)
     assert four["maj@k"] == 1 and four["best@k"] == pytest.approx(1 / 8) and four["pass@k"] == 1
     law = np.diff((np.arange(5) / 4) ** 4)  # of the first prompt; the second's ties leave it as it was
     assert four["kl"] == pytest.approx((law * np.log(4 * law)).sum() / 2)
@@ -144,15 +133,11 @@ def test_table_by_hand():
 
 def test_prompts_without_all_their_rewards_are_left_out_and_shares_of_right_ones_where_nothing_is_right():
     rewards = [1.0, 2.0, None, 5.0]
-    [one, two] = rs.best_of_k(rows_of(rewards, rewards, [None] * 4, "abab"), 2)
-    assert one["reward"] == 1.5 and two["best@k"] == 2 and "pass@k" not in one
-    assert rs.best_of_k(rows_of([None] * 4, [None] * 4, [None] * 4, "abab"), 2) == []
-    assert [line["k"] for line in rs.best_of_k(rows_of([0.0] * 6, [0.0] * 6, [0.0] * 6, "abcdef"), 6)] == [
-        1,
-        2,
-        4,
-        6,
-    ]
+    [one, two] = rs.best_of_k(rows_of(rewards, rewards, "abab"), 2)
+    assert one["best_reward"] == 1.5 and two["best@k"] == 2 and "pass@k" not in one
+    assert rs.best_of_k(rows_of([None] * 4, [None] * 4, "abab"), 2) == []
+    table = rs.best_of_k(rows_of([0.0] * 6, [0.0] * 6, "abcdef"), 6)
+    assert [line["k"] for line in table] == [1, 2, 4, 6]
 
 
 # What is kept -----------------------------------------------------------------------------------------------
@@ -192,12 +177,10 @@ def test_filters_by_hand(settings, kept):
 
 def test_rounds_are_on_disk_with_their_origin_and_are_what_sft_would_train_on(train):
     folder, lines = train()
-    tokenizer = sft.load_tokenizer(sft.Args(model="tiny/sft"))
+    tokenizer = sft.load_tokenizer(sft.Args())
     for number, step in ((1, 0), (2, 2)):
         rows = read_lines(folder / f"round_{number}.jsonl")
-        assert len(rows) == 16 and {row["place"] for row in rows} <= {
-            f"prompts_0.jsonl, row {n}" for n in range(65)
-        }
+        assert len(rows) == 16 and all(re.search(r"\.jsonl, row \d+$", row["place"]) for row in rows)
         for row in rows:
             assert (row["round"], row["step"], row["model"], row["seed"]) == (number, step, "tiny/sft", 1)
             assert row["reward"] == sum(row["completion_ids"]) % 7 / 3 == row["rewards/residue"]
@@ -231,7 +214,7 @@ def test_first_loss_of_a_round_is_what_the_stock_model_says_of_the_kept_answers(
     folder, lines = train(num_rounds=1, max_steps=1)
     rows = [row for row in read_lines(folder / "round_1.jsonl") if row["kept"]]
     assert len(rows) == 4  # a step of 16 has each of them as often
-    model, logps = AutoModelForCausalLM.from_pretrained(ROOT / "tiny" / "sft", dtype=torch.float32).eval(), []
+    model, logps = stock("tiny/sft"), []
     for row in rows:
         ids, start = torch.tensor(row["prompt_ids"] + row["completion_ids"]), len(row["prompt_ids"])
         scores = model(ids[None]).logits[0, start - 1 : -1].log_softmax(1)
@@ -271,69 +254,69 @@ def test_restart_trains_from_the_first_model_on_samples_of_the_newest(train, mon
         assert [row["completion_ids"] for row in one] == [row["completion_ids"] for row in other]
 
 
-def test_best_of_n_writes_the_best_answers_and_trains_nothing(train):
-    folder, _ = train(num_rounds=0, max_steps=0, num_generations=8)
-    rows, best = read_lines(folder / "round_0.jsonl"), read_lines(folder / "samples.jsonl")
-    assert not (folder / "model").exists() and len(rows) == 64 * 8 and len(best) == 64
+def test_best_of_n_writes_the_best_answers_and_trains_nothing(train, monkeypatch):
+    calls = calls_of(monkeypatch, rs, "answer")
+    folder, _ = train(None, HELD_OUT, num_rounds=0, max_steps=0, eval_samples=8)
+    (_, greedy), (_, rows) = calls
+    best = read_lines(folder / "samples.jsonl")
+    assert not (folder / "model").exists() and (len(greedy), len(rows), len(best)) == (6, 48, 6)
     for n, line in enumerate(best):
         group = rows[8 * n : 8 * n + 8]
+        assert line["completion_ids"] in [row["completion_ids"] for row in group]
         assert line["reward"] == max(row["reward"] for row in group)
         finals = [row["final"] for row in group]
         assert finals.count(line["majority"]) == max(map(finals.count, finals))
     table = json.loads((folder / "best_of_n.json").read_text())
     assert [line["k"] for line in table] == [1, 2, 4, 8] and "pass@k" not in table[0]  # rewards of 0 to 2
-    assert table[0]["reward"] == pytest.approx(np.mean([row["reward"] for row in rows]))
-    assert table[-1]["reward"] == pytest.approx(np.mean([line["reward"] for line in best]))
+    assert table[0]["best_reward"] == pytest.approx(np.mean([row["reward"] for row in rows]))
+    assert table[-1]["best_reward"] == pytest.approx(np.mean([line["reward"] for line in best]))
     assert (folder / "best_of_n.png").exists()
+    [line] = read_lines(folder / "metrics.jsonl")
+    assert line["eval/best@k"] == table[-1]["best@k"] >= line["eval/reward"] > 0
 
 
-def test_gold_rewards_judge_and_choose_nothing(train, tmp_path):
-    gold = (f"{tmp_path / 'rewards.py'}:rare",)
-    folder, lines = train(num_rounds=1, max_steps=1, eval_reward=gold, prompts_per_round=16)
+def test_gold_rewards_judge_and_choose_nothing(train):
+    settings = {"num_rounds": 1, "max_steps": 1, "prompts_per_round": 16}
+    folder, lines = train(eval_reward=rewards("rare"), **settings)
     rows = read_lines(folder / "round_1.jsonl")
     for row in rows:
-        assert row["gold_reward"] == row["right"] == (sum(row["completion_ids"]) % 3 == 0)
+        assert row["gold_reward"] == (sum(row["completion_ids"]) % 3 == 0)
         assert row["correct"] == (row["rewards/residue"] == 1)
     assert lines[0]["gold_reward"] == pytest.approx(np.mean([row["gold_reward"] for row in rows]))
-    plain, _ = train(num_rounds=1, max_steps=1, prompts_per_round=16)
+    plain, _ = train(**settings)
     kept = [[row["kept"] for row in read_lines(x / "round_1.jsonl")] for x in (folder, plain)]
     assert kept[0] == kept[1]
 
 
-def test_evaluation_by_hand(monkeypatch):
-    answers = {  # temperature 0 and above: final, reward, gold reward, right
-        0.0: [("1", 5.0, 1.0, 1.0), ("2", 0.0, 0.0, 0.0)],
-        1.0: [("1", 1.0, 1.0, 1.0), ("2", 2.0, 0.0, 0.0), ("3", 0.0, 0.0, 0.0), ("3", 1.0, 1.0, 1.0)],
+def test_evaluation_by_hand(monkeypatch, tmp_path):
+    answers = {  # temperature 0 and above: final, reward, gold reward
+        0.0: [("1", 5.0, 1.0), ("2", 0.0, 0.0)],
+        1.0: [("1", 1.0, 1.0), ("2", 2.0, 0.0), ("3", 0.0, 0.0), ("3", 1.0, 1.0)],
     }
 
     def answer(policy, tokenizer, asked, group_size, temperature, *rest):
-        rows = rows_of(*zip(*answers[temperature]), names=("final", "reward", "gold_reward", "right"))
+        rows = rows_of(*zip(*answers[temperature]), names=("final", "reward", "gold_reward"))
         return [row | {"prompt_ids": [5], "n": n} for n, row in enumerate(rows)]
 
     monkeypatch.setattr(rs, "answer", answer)
     args, tokenizer = rs.Args(eval_samples=2), rs.load_tokenizer(rs.Args())
-    metrics, samples = rs.evaluate(None, tokenizer, ["?", "!"], None, args)
+    metrics, samples = rs.evaluate(None, tokenizer, ["?", "!"], None, tmp_path, args)
     wanted = {"greedy_reward": 0.5, "reward": 0.5, "best@k": 0.5, "pass@k": 1.0, "maj@k": 0.5}
     assert metrics == pytest.approx({f"eval/{name}": value for name, value in wanted.items()})
-    assert [sample["n"] for sample in samples] == [0, 2]
+    assert [(sample["n"], sample["majority"]) for sample in samples] == [(1, "1"), (3, "3")]
+    metrics, samples = rs.evaluate(None, tokenizer, ["?", "!"], None, tmp_path, rs.Args(eval_samples=0))
+    assert metrics == {"eval/greedy_reward": 0.5} and [sample["n"] for sample in samples] == [0, 1]
 
 
-MISTAKES = [
-    (r"--filter threshold needs --threshold", {"filter": "threshold"}),
-    (r"--max-steps 2: fewer than the 3 rounds", {"max_steps": 2, "num_rounds": 3}),
-    (r"2 --reward-weights for 1 rewards", {"reward_weights": (1.0, 2.0)}),
-    (r"--max-completion-length: .* positions", {"max_completion_length": 10**6}),
-    (r"--reward nothing: None for every completion", {"reward": "nothing"}),
-    (r"round 1: not one of 16 answers is kept", {"threshold": 9.0}),
-]
-
-
-@pytest.mark.parametrize("pattern, flags", MISTAKES)
-def test_mistakes_end_the_run_with_one_line(train, capsys, pattern, flags):
-    with pytest.raises(SystemExit) as stop:
-        train(**flags)
-    [line] = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and re.search(f"^error: {pattern}", line), line
+@pytest.mark.parametrize(
+    "told, flags",
+    [
+        ("--reward nothing: None for every completion", {"reward": "nothing"}),
+        ("round 1: not one of 16 answers is kept", {"threshold": 9.0}),
+    ],
+)
+def test_round_without_a_single_answer_ends_the_run_with_one_line(train, capsys, told, flags):
+    assert told in error_of(lambda: train(**flags), capsys)
 
 
 def test_later_round_that_keeps_nothing_leaves_the_policy_of_the_one_before(train, monkeypatch):
