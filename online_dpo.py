@@ -2,8 +2,7 @@
 
     L = -E log sigma(beta log pi/ref (y_w|x) - beta log pi/ref (y_l|x))             Eq. 7, arXiv:2305.18290
 
-The loss of dpo.py (or --loss ipo, simpo), on pairs of an answer of the policy as it is and another one. The
-five algorithms are one loop with four choices:
+A pair is two answers, one or both the policy's own. Five algorithms, one loop; --loss ipo and simpo as well:
 
     --algorithm     y, y'                        who prefers            drawn        reference
     online_dpo      best and worst of G answers  --reward               every batch  start  arXiv:2402.04792
@@ -284,7 +283,7 @@ def main(args: Args) -> dict:
     longest += len(question("", "")[0]) + 1 if judging else 0
     if longest > tokenizer.positions:
         fail(f"--max-completion-length: {longest} tokens with a prompt, {tokenizer.positions} positions")
-    asked = [*prompts[: not spin], *held_out[:1]]  # spin's data need no column of a reward
+    asked = ([] if spin else prompts[:1]) + held_out[:1]  # spin's data need no column of a reward
     rewarders, gold = (load_rewards(x, asked, args, device) for x in (args.reward, args.eval_reward))
     group_size, num_prompts = args.num_generations, args.batch_size // args.num_generations
     total_steps = args.max_steps or max(1, math.ceil(args.num_epochs * len(prompts) / num_prompts))
@@ -305,6 +304,8 @@ def main(args: Args) -> dict:
     progress = load_checkpoint(output_dir, policy, optimizer) if args.resume else {}
     step, num_tokens = progress.get("step", 0), progress.get("num_tokens", 0)
     kept = lambda: output_dir / "rounds" / f"{(step - 1) // round_steps:04d}.jsonl"  # the pairs of a round
+    if step % round_steps and not kept().exists():
+        fail(f"--resume: {kept()} is missing, the pairs of the round in which the run stopped")
     pairs = [json.loads(line) for line in kept().open()] if step % round_steps else []
     logger, metrics = Logger(args, output_dir, total_steps, step), {}
     evaluation = partial(evaluate, policy, tokenizer, held_out, rewarders, gold, args)
@@ -317,13 +318,12 @@ def main(args: Args) -> dict:
         step, seed, started, drawn = step + 1, (args.seed, step + 1), time.perf_counter(), {}
         if (step - 1) % round_steps == 0:
             ids = stream[(step - 1) * num_prompts : (step - 1 + round_steps) * num_prompts]
-            asked, size, others = [prompts[i] for i in ids], group_size, []  # P; A
+            asked, size = [prompts[i] for i in ids], group_size  # P; A
             rollout = answers = roll_out(policy, tokenizer, asked, group_size, args.temperature, seed, args)
+            others = [given[i] for i in ids for _ in range(group_size)] if spin else []  # B, or none
             if nash:  # with other uniform numbers: from the same ones it would say what the policy says
                 seed, mixture = (*seed, 1), Mixture(policy, ref_policy, args.mixture_coef)
                 others = roll_out(mixture, tokenizer, asked, group_size, args.temperature, seed, args)
-            if spin:
-                others = [given[i] for i in ids for _ in range(group_size)]
             if others:
                 both = [(x, y) for pair in zip(rollout, others) for x, y in (pair, pair[::-1])]
                 answers, size = [x._replace(prompt=facing(x.prompt, y.text)) for x, y in both], 2
@@ -353,7 +353,7 @@ def main(args: Args) -> dict:
             gold_scores = weighted_sum(score({} if spin else gold, answers, size, args), ())  # (K A,)
             drawn = describe(rollout, scores, gold_scores, places, size, args)
             if in_rounds or step % args.log_every == 0:
-                groups = [(x.prompt.input_ids, [x.token_ids]) for x in rollout[: args.batch_size]]
+                groups = [[x.prompt.input_ids, x.token_ids] for x in rollout[: args.batch_size]]
                 logps = answer_sums(ref_policy, groups, args.temperature, args, device).sum().item()
                 logprobs = torch.cat([x.logprobs for x in rollout[: args.batch_size]])  # (C,) as sampled
                 drawn["kl"] = (logprobs.sum().item() - logps) / len(logprobs)  # k1
@@ -368,7 +368,7 @@ def main(args: Args) -> dict:
         sums = torch.zeros(2 + len(MEANS), device=device)  # processes told to stop, loss, MEANS
         for ids, logps in group_logps(policy, groups, args.temperature, args, device):  # (b, 2)
             ref = torch.tensor([batch_pairs[i]["ref_logps"] for i in ids], device=device).view(-1, 2)
-            counts = torch.tensor([list(map(len, groups[i][1])) for i in ids], device=device).view(-1, 2)
+            counts = torch.tensor([list(map(len, groups[i][1:])) for i in ids], device=device).view(-1, 2)
             compared = logps / counts if args.loss == "simpo" else logps - ref  # (b, 2)
             loss = LOSSES[args.loss](*compared.T, beta=args.beta, **settings).sum() / len(groups)
             (loss * world_size).backward()  # FSDP2 averages over processes what is to be summed
@@ -389,7 +389,7 @@ def main(args: Args) -> dict:
         seconds = time.perf_counter() - started
 
         # 5. Evaluate, log, save
-        batch_tokens = sum(len(prompt_ids) + sum(map(len, both)) for prompt_ids, both in groups)
+        batch_tokens = sum(len(ids) for group in groups for ids in group)
         num_tokens += batch_tokens
         metrics = {
             "step": step,
@@ -718,7 +718,8 @@ class Mixture(torch.nn.Module):
         layers, own = past_key_values.layers, len(caches[0].layers)  # the policy's, then the reference's
         if len(layers) == own:  # the first call
             layers += [common.RoomyLayer() if type(x) is DynamicLayer else x for x in caches[1].layers]
-        for model, cache, cache.layers in zip(self.models, caches, (layers[:own], layers[own:])):
+        for model, cache, part in zip(self.models, caches, (layers[:own], layers[own:])):
+            cache.layers = part
             logits.append(model(*inputs, past_key_values=cache, **options).logits)
         return SimpleNamespace(logits=mixed_logits(*logits, self.mixture_coef))
 
@@ -746,7 +747,7 @@ def given_answers(tokenizer, prompts: list[Prompt], args) -> list[Completion]:
 
 
 def load_judge(tokenizer):
-    """self_rewarding's question, a function of prompt and answer to its ids and those of each score, [id]."""
+    """self_rewarding's question: a function of prompt and answer to its ids, and then those of each score."""
     apply = common.template_of(tokenizer, {})
 
     def question_ids(prompt, answer: str, score="") -> list[int]:
@@ -759,27 +760,28 @@ def load_judge(tokenizer):
     scored = [question_ids("?", "!", digit) for digit in "012345"]
     if any(ids[:-1] != question_ids("?", "!") for ids in scored):
         fail("--algorithm self_rewarding: a score from 0 to 5 is not one token behind the generation prompt")
-    return lambda prompt, answer: (question_ids(prompt, answer), [ids[-1:] for ids in scored])
+    return lambda prompt, answer: [question_ids(prompt, answer), *(ids[-1:] for ids in scored)]
 
 
 def as_row(step: int, chosen: Completion, rejected: Completion, scores: torch.Tensor) -> dict:
     """A pair in the columns that dpo.py reads; its step, scores (2,), the place of its prompt, all ids."""
-    prompt, ids = chosen.prompt, [chosen.prompt.input_ids, [chosen.token_ids, rejected.token_ids]]
+    prompt, ids = chosen.prompt, [chosen.prompt.input_ids, chosen.token_ids, rejected.token_ids]
     row = {"prompt": prompt.row["prompt"], "chosen": chosen.text, "rejected": rejected.text, "ids": ids}
     return row | {"step": step, "scores": scores.tolist(), "place": prompt.place}
 
 
 def group_logps(model, groups: list, temperature: float, args, device):
-    """Which of groups (prompt ids, ids of each of A answers) a row holds, and their log-probs (b, A).
+    """Which of groups [prompt ids, ids of each of A answers] a row holds, and their log-probs (b, A).
 
     Of this process's rows: all have as many, at last empty ones. A group is never divided; its prompt stands
     in the row once under --attn packed.
     """
-    share, size, world_size = args.attn == "packed", len(groups[0][1]) if groups else 2, dist.get_world_size()
-    lengths = [len(x) * (1 if share else size) + sum(map(len, answers)) for x, answers in groups]
+    share, world_size = args.attn == "packed", dist.get_world_size()
+    size = len(groups[0]) - 1 if groups else 2
+    lengths = [sum(map(len, group)) + (0 if share else size - 1) * len(group[0]) for group in groups]
     rows = common.pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
     for ids in rows[dist.get_rank() :: world_size]:
-        members = [(groups[i][0], answer, n) for i in ids for n, answer in enumerate(groups[i][1])]
+        members = [(groups[i][0], answer, n) for i in ids for n, answer in enumerate(groups[i][1:])]
         sequences = [(x + y, [False] * len(x) + [True] * len(y)) for x, y, _ in members]
         shared = [len(x) if n and share else 0 for x, _, n in members]
         batch = common.collate(sequences or [([0], [False])], device, shared if any(shared) else None)
@@ -792,7 +794,7 @@ def group_logps(model, groups: list, temperature: float, args, device):
 def answer_sums(model, groups: list, temperature: float, args, device) -> torch.Tensor:
     """`group_logps` of all groups, (K, A), on every process."""
     model.eval()
-    sums = torch.zeros(len(groups), len(groups[0][1]) if groups else 2, device=device)
+    sums = torch.zeros(len(groups), len(groups[0]) - 1 if groups else 2, device=device)
     for ids, logps in group_logps(model, groups, temperature, args, device):
         sums[ids] = logps
     dist.all_reduce(sums)

@@ -43,6 +43,7 @@ RUN = {
     "grpo.py": ONLINE,
     "dapo.py": ONLINE | {"overlong_buffer": 20},
     "rloo_remax.py": ONLINE,
+    "online_dpo.py": ONLINE,
     "ppo_rlhf.py": ONLINE | {"eval_reward": ("rewards.py:math_answer",)},
     "distill.py": SFT | {"prompt_dataset": "DATA/prompts_train.jsonl", "cache_dir": "DATA/cache"},
 }
@@ -66,6 +67,11 @@ VARIANTS = {
     "rloo_remax.py": (
         {"algorithm": "remax", "kl_coef": 0.1},
         {"algorithm": "reinforce_pp", "gamma": 0.9, "num_iterations": 2, "num_minibatches": 2},
+    ),
+    "online_dpo.py": (
+        {"algorithm": "self_rewarding", "round_steps": 2},
+        {"algorithm": "spin", "dataset": ("DATA/preference_train.jsonl",), "loss": "ipo"},
+        {"algorithm": "nash_md", "loss": "simpo"},
     ),
     "ppo_rlhf.py": ({"kl_target": 1.0, "whiten_rewards": True},),
     "distill.py": (
