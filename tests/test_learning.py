@@ -24,6 +24,7 @@ LEARNT = [  # script, its --algorithm, and what its last metrics must reach
     ("dapo", None, {"eval/reward": 0.8, "eval/greedy_reward": 0.9}),
     ("rloo_remax", "rloo", {"eval/reward": 0.75, "eval/greedy_reward": 0.9}),
     ("rloo_remax", "remax", {"eval/reward": 0.75, "eval/greedy_reward": 0.9}),
+    ("online_dpo", "online_dpo", {"eval/reward": 0.75, "eval/greedy_reward": 0.88}),
     ("distill", None, {"eval/accuracy": 0.3, "eval/greedy_accuracy": 0.6}),
 ]
 
