@@ -76,13 +76,19 @@ import common
 from common import CHATML, check_packed, segment_sum, token_logprobs
 
 HERE = Path(__file__).resolve().parent
+JUDGE_PROMPT = """Add up the points of this answer, one for each that holds: it is relevant; it covers what
+was asked; it is useful; it is clear; it is right in every step. Say the sum of the points alone."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["float32", "bfloat16"]
 Algorithm = Literal["online_dpo", "iterative_dpo", "self_rewarding", "spin", "nash_md"]
-JUDGES = {"spin": (), "self_rewarding": (), "nash_md": ("tiny/reward",)}  # others: rewards.py:math_answer
-JUDGE_PROMPT = """Add up the points of this answer, one for each that holds: it is relevant; it covers what
-was asked; it is useful; it is clear; it is right in every step.\n\nQuestion: {prompt}\n\nAnswer: {completion}
-\nSay the sum of the points alone, from 0 to 5."""
+# The flags that an algorithm has for itself, and what they are where they are not given.
+SETTINGS = {
+    "online_dpo": {"reward": ("rewards.py:math_answer",)},
+    "iterative_dpo": {"reward": ("rewards.py:math_answer",), "reference": "round", "round_steps": 10},
+    "self_rewarding": {"reference": "round", "round_steps": 10},
+    "spin": {"reference": "round", "round_steps": 10},
+    "nash_md": {"reward": ("tiny/reward",), "mixture_coef": 0.25},
+}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -92,12 +98,12 @@ was asked; it is useful; it is clear; it is right in every step.\n\nQuestion: {p
 class Args:
     # Algorithm
     algorithm: Algorithm = "online_dpo"  # who answers, who judges, when: the table at the head of this file
-    reference: Literal["round", "initial"] = "round"  # with rounds: the policy as each began, or the start
-    round_steps: PositiveInt = 20  # with rounds: steps of one, whose answers are all drawn as it begins
+    reference: Literal["round", "initial"] | None = None  # round: the policy as it began; initial: the start
+    round_steps: PositiveInt | None = None  # with rounds: steps of one, all drawn as it begins; 10
     loss: Literal["dpo", "ipo", "simpo"] = "dpo"  # of a pair; simpo compares without a reference
     beta: PositiveFloat | None = None  # DPO's tie to the reference, IPO's tau, SimPO's beta; 0.1, 0.1, 2
     gamma_beta_ratio: float = 0.5  # SimPO's target margin gamma as a share of beta (SimPO: 0.3 to 1.0)
-    mixture_coef: Decay = 0.25  # share of the reference in nash_md's opponent; 0 is self-play (TRL: 0.5)
+    mixture_coef: Decay | None = None  # share of the reference in nash_md's opponent, 0: self-play; 0.25
 
     # Model
     model: str = "tiny/sft"  # model to train: a hub id or a folder
@@ -161,8 +167,12 @@ class Args:
     def __post_init__(self):
         if self.resume and not self.output_dir:
             fail("--resume needs --output-dir: which run should continue?")
-        if self.reward and JUDGES.get(self.algorithm) == ():
-            fail(f"--algorithm {self.algorithm} asks no --reward; --eval-reward is what is only logged")
+        own = SETTINGS[self.algorithm]
+        for flag in ("reward", "reference", "round_steps", "mixture_coef"):
+            if getattr(self, flag) in (None, ()):
+                setattr(self, flag, own.get(flag, getattr(self, flag)))
+            elif flag not in own:
+                fail(f"--{flag.replace('_', '-')} means nothing to --algorithm {self.algorithm}")
         least = 1 if self.algorithm in ("spin", "nash_md") else 2
         if self.num_generations < least or self.batch_size % self.num_generations:
             fail(f"--num-generations {self.num_generations}: {least} or more that divide --batch-size")
@@ -171,7 +181,6 @@ class Args:
             self.dataset = (f"tiny/data/{kind}_train.jsonl",)
             self.eval_dataset = self.eval_dataset or "tiny/data/prompts_eval.jsonl"
             self.eval_reward = self.eval_reward or ("rewards.py:math_answer",)
-        self.reward = self.reward or JUDGES.get(self.algorithm, ("rewards.py:math_answer",))
         self.beta = self.beta or (2.0 if self.loss == "simpo" else 0.1)
         if self.reward_weights and len(self.reward_weights) != len(self.reward):
             fail(f"{len(self.reward_weights)} --reward-weights for {len(self.reward)} rewards")
@@ -229,17 +238,8 @@ def best_and_worst(scores: torch.Tensor, tie: float = 1e-4) -> list[tuple[int, i
 
 
 def mixed_logits(logits: torch.Tensor, ref_logits: torch.Tensor, mixture_coef: float) -> torch.Tensor:
-    """Logits (..., V) of pi^(1 - c) ref^c, c = mixture_coef, from those of pi and ref: Nash-MD's opponent.
-
-    Every next-token distribution is mixed and normalised by itself: the form that the paper samples from
-    (arXiv:2312.00886). Its theory mixes distributions of whole answers, in which what follows counts, too.
-    """
+    """Logits (..., V) of pi^(1 - c) ref^c from those of pi and ref, token by token (arXiv:2312.00886)."""
     return (1 - mixture_coef) * logits.float() + mixture_coef * ref_logits.float()
-
-
-def expected_score(logprobs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Mean of the scores `values` (S,) by log-probs (B, S) of their tokens, as if no other came: (B,)."""
-    return logprobs.softmax(-1) @ values
 
 
 def weighted_sum(scores: torch.Tensor, weights: tuple[float, ...]) -> torch.Tensor:
@@ -259,7 +259,6 @@ def lr_factor(step: int, total_steps: int, warmup_steps: int, lr_schedule: str) 
 # ------------------------------------------------------------------------------------------------------------
 # Training
 # ------------------------------------------------------------------------------------------------------------
-LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "simpo": simpo_loss}
 MEANS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")  # over the pairs
 MEANS += ("logps/chosen", "logps/rejected", "logps/chosen_drift")
 
@@ -287,11 +286,11 @@ def main(args: Args) -> dict:
     rewarders, gold = (load_rewards(x, asked, args, device) for x in (args.reward, args.eval_reward))
     group_size, num_prompts = args.num_generations, args.batch_size // args.num_generations
     total_steps = args.max_steps or max(1, math.ceil(args.num_epochs * len(prompts) / num_prompts))
-    in_rounds = args.algorithm in ("iterative_dpo", "self_rewarding", "spin")
-    round_steps = args.round_steps if in_rounds else 1
+    in_rounds, round_steps = args.round_steps is not None, args.round_steps or 1
     num_epochs = math.ceil((total_steps + round_steps) * num_prompts / len(prompts))  # of whole rounds
     rng = np.random.default_rng(args.seed)
     stream = np.concatenate([rng.permutation(len(prompts)) for _ in range(num_epochs)])
+    say(f"first prompt:\n{tokenizer.decode(prompts[stream[0]].input_ids)}")
 
     policy = load_model(args.model, args, device)
     end_ids = end_tokens(tokenizer, policy)
@@ -303,13 +302,15 @@ def main(args: Args) -> dict:
     reference = policy if in_rounds and args.reference == "round" else ref_policy
     progress = load_checkpoint(output_dir, policy, optimizer) if args.resume else {}
     step, num_tokens = progress.get("step", 0), progress.get("num_tokens", 0)
-    kept = lambda: output_dir / "rounds" / f"{(step - 1) // round_steps:04d}.jsonl"  # the pairs of a round
+    first = lambda: step - (step - 1) % round_steps  # step of a round, whose pairs are kept in a file:
+    kept = lambda: output_dir / "rounds" / f"steps_{first():06d}_to_{first() + round_steps - 1:06d}.jsonl"
     if step % round_steps and not kept().exists():
         fail(f"--resume: {kept()} is missing, the pairs of the round in which the run stopped")
     pairs = [json.loads(line) for line in kept().open()] if step % round_steps else []
     logger, metrics = Logger(args, output_dir, total_steps, step), {}
     evaluation = partial(evaluate, policy, tokenizer, held_out, rewarders, gold, args)
-    settings = {"gamma_beta_ratio": args.gamma_beta_ratio} if args.loss == "simpo" else {}
+    simpo = partial(simpo_loss, gamma_beta_ratio=args.gamma_beta_ratio)
+    pair_loss = {"dpo": dpo_loss, "ipo": ipo_loss, "simpo": simpo}[args.loss]
     if step == 0:
         evaluated, samples = evaluation()
         logger.log({"step": 0} | evaluated, samples)
@@ -329,14 +330,13 @@ def main(args: Args) -> dict:
                 answers, size = [x._replace(prompt=facing(x.prompt, y.text)) for x, y in both], 2
 
             # 2. Judge: a score of each answer, (K A,)
-            parts = score(rewarders, answers, size, args)  # (F, K A)
-            scores = weighted_sum(parts, args.reward_weights)
+            scores = weighted_sum(score(rewarders, answers, size, args), args.reward_weights)
             if spin:
                 scores = torch.tensor([0.0, 1.0]).repeat(len(others))
-            if judging:
+            if judging:  # the mean of the points 0 to 5, by the log-probs of their tokens as if no other came
                 asked = [question(answer.prompt.row["prompt"], answer.text) for answer in answers]
                 logps = answer_sums(policy, asked, 1.0, args, device).cpu()  # (B, S)
-                scores = expected_score(logps, torch.arange(6.0))
+                scores = logps.softmax(-1) @ torch.arange(6.0)  # (B,)
             if step == 1 and scores.isnan().all():
                 fail(f"--reward {', '.join(rewarders)}: None for every completion of the first step")
 
@@ -348,10 +348,12 @@ def main(args: Args) -> dict:
             ref_logps = answer_sums(reference, groups, args.temperature, args, device).tolist()  # (K, 2)
             pairs = [pair | {"ref_logps": logps} for pair, logps in zip(pairs, ref_logps)]
             if in_rounds and dist.get_rank() == 0:
-                kept().parent.mkdir(exist_ok=True)
-                kept().write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+                unfinished = kept().with_suffix(".partial")
+                unfinished.parent.mkdir(exist_ok=True)
+                unfinished.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+                unfinished.rename(kept())  # from here on it counts
             gold_scores = weighted_sum(score({} if spin else gold, answers, size, args), ())  # (K A,)
-            drawn = describe(rollout, scores, gold_scores, places, size, args)
+            drawn = describe_pairs(rollout, scores, gold_scores, places, size, args)
             if in_rounds or step % args.log_every == 0:
                 groups = [[x.prompt.input_ids, x.token_ids] for x in rollout[: args.batch_size]]
                 logps = answer_sums(ref_policy, groups, args.temperature, args, device).sum().item()
@@ -370,7 +372,7 @@ def main(args: Args) -> dict:
             ref = torch.tensor([batch_pairs[i]["ref_logps"] for i in ids], device=device).view(-1, 2)
             counts = torch.tensor([list(map(len, groups[i][1:])) for i in ids], device=device).view(-1, 2)
             compared = logps / counts if args.loss == "simpo" else logps - ref  # (b, 2)
-            loss = LOSSES[args.loss](*compared.T, beta=args.beta, **settings).sum() / len(groups)
+            loss = pair_loss(*compared.T, beta=args.beta).sum() / len(groups)
             (loss * world_size).backward()  # FSDP2 averages over processes what is to be summed
             with torch.no_grad():
                 chosen, rejected = args.beta * compared.T  # rewards (b,) each
@@ -420,7 +422,7 @@ def main(args: Args) -> dict:
     return metrics
 
 
-def describe(rollout, scores, gold, places, size, args) -> dict:
+def describe_pairs(rollout, scores, gold, places, size, args) -> dict:
     """Metrics of the policy's answers, with scores and gold rewards (K A,), and of the pairs at `places`."""
     own = 1 if args.algorithm in ("spin", "nash_md") else size  # the second answer is the opponent's
     reward, gold_reward = (x.view(-1, size)[:, :own].nanmean().item() for x in (scores, gold))
@@ -547,7 +549,7 @@ def load_tokenizer(args):
         tokenizer.chat_template = args.chat_template.read_text(encoding="utf-8")
     if tokenizer.chat_template is None:
         say(f"{args.model} has no chat template: conversations are written in ChatML")
-        tokenizer.chat_template = CHATML
+        tokenizer.chat_template = CHATML if not tokenizer("").input_ids else "{{ bos_token }}" + CHATML
     tokenizer.positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     return tokenizer
 
@@ -752,8 +754,7 @@ def load_judge(tokenizer):
 
     def question_ids(prompt, answer: str, score="") -> list[int]:
         turns = [prompt] if isinstance(prompt, str) else [str(turn["content"]) for turn in prompt]
-        said = {"{prompt}": "\n\n".join(turns), "{completion}": answer}
-        asked = re.sub(r"\{prompt\}|\{completion\}", lambda mark: said[mark[0]], JUDGE_PROMPT)
+        asked = "\n\n".join([JUDGE_PROMPT, "Question:", *turns, "Answer:", answer, "Points, from 0 to 5:"])
         head = apply([{"role": "user", "content": asked}], add_generation_prompt=True)
         return tokenizer(head + score, add_special_tokens=False).input_ids
 
@@ -773,8 +774,7 @@ def as_row(step: int, chosen: Completion, rejected: Completion, scores: torch.Te
 def group_logps(model, groups: list, temperature: float, args, device):
     """Which of groups [prompt ids, ids of each of A answers] a row holds, and their log-probs (b, A).
 
-    Of this process's rows: all have as many, at last empty ones. A group is never divided; its prompt stands
-    in the row once under --attn packed.
+    Of the rows of this process; all have as many, at last empty ones. A group is never divided.
     """
     share, world_size = args.attn == "packed", dist.get_world_size()
     size = len(groups[0]) - 1 if groups else 2
@@ -937,7 +937,7 @@ class Logger:
         step, total = metrics["step"], self.bar.total
         for name, lines in (("metrics", [metrics]), ("samples", [{"step": step} | s for s in samples])):
             with open(self.folder / f"{name}.jsonl", "a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.writelines(json.dumps({k: v for k, v in x.items() if v == v}) + "\n" for x in lines)
         if self.args.wandb:
             self.wandb.log(metrics, step=step)
         self.bar.update(step - self.bar.n)
@@ -973,7 +973,7 @@ class Logger:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(tyro.cli(Args, description=__doc__))
     except BaseException as error:  # CheckpointException is no Exception
         if "No space left" not in str(error):
             raise
