@@ -101,7 +101,7 @@ class Args:
     reference: Literal["round", "initial"] | None = None  # round: the policy as it began; initial: the start
     round_steps: PositiveInt | None = None  # with rounds: steps of one, all drawn as it begins; 10
     loss: Literal["dpo", "ipo", "simpo"] = "dpo"  # of a pair; simpo compares without a reference
-    beta: PositiveFloat | None = None  # DPO's tie to the reference, IPO's tau, SimPO's beta; 0.1, 0.1, 2
+    beta: PositiveFloat | None = None  # DPO's tie to the reference, IPO's tau, SimPO's beta; 1, 0.1, 2
     gamma_beta_ratio: float = 0.5  # SimPO's target margin gamma as a share of beta (SimPO: 0.3 to 1.0)
     mixture_coef: Decay | None = None  # share of the reference in nash_md's opponent, 0: self-play; 0.25
 
@@ -139,7 +139,7 @@ class Args:
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay rates of AdamW's two moments
     weight_decay: NonNegativeFloat = 0.0  # AdamW's decoupled weight decay, on matrices only
     max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
-    batch_size: PositiveInt = 128  # sequences, pairs or completions per step, over all processes
+    batch_size: PositiveInt = 64  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 1024  # tokens of a packed row: memory only, never the result
     num_epochs: PositiveFloat = 1.0  # passes over the training set or the prompts, if --max-steps is 0
     max_steps: NonNegativeInt = 120  # steps, or rollouts; 0 derives them from --num-epochs
@@ -181,11 +181,11 @@ class Args:
             self.dataset = (f"tiny/data/{kind}_train.jsonl",)
             self.eval_dataset = self.eval_dataset or "tiny/data/prompts_eval.jsonl"
             self.eval_reward = self.eval_reward or ("rewards.py:math_answer",)
-        self.beta = self.beta or (2.0 if self.loss == "simpo" else 0.1)
+        self.beta = self.beta or {"dpo": 1.0, "ipo": 0.1, "simpo": 2.0}[self.loss]
         if self.reward_weights and len(self.reward_weights) != len(self.reward):
             fail(f"{len(self.reward_weights)} --reward-weights for {len(self.reward)} rewards")
         if "tiny/" not in self.model and self.learning_rate == Args.learning_rate:
-            say(f"--learning-rate {self.learning_rate} suits tiny/; models of billions take 1e-6")
+            say(f"--learning-rate {self.learning_rate} suits tiny/; models of billions take 1e-6, --beta 0.1")
 
 
 # ------------------------------------------------------------------------------------------------------------

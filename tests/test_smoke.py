@@ -69,7 +69,6 @@ VARIANTS = {
         {"algorithm": "reinforce_pp", "gamma": 0.9, "num_iterations": 2, "num_minibatches": 2},
     ),
     "online_dpo.py": (
-        {"algorithm": "iterative_dpo", "round_steps": 2},
         {"algorithm": "self_rewarding", "round_steps": 2},
         {"algorithm": "spin", "dataset": ("DATA/preference_train.jsonl",), "loss": "ipo"},
         {"algorithm": "nash_md", "loss": "simpo"},
