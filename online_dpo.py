@@ -26,7 +26,7 @@ Deviations from the papers, each with its reason:
        expected scores, not sampled ones; training on judgements before (EFT) is left to sft.py.
     3. The pairs of a round are passed over once; the mean of the loss is over pairs, of which a tie is none.
 
-    python online_dpo.py                                       # CPU, offline, 3 minutes on one core
+    python online_dpo.py                                       # CPU, offline, 2 minutes on one core
     python online_dpo.py --algorithm iterative_dpo --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k \
         --dataset-config main --learning-rate 1e-6 --beta 0.1 --batch-size 512 --max-completion-length 512
 
