@@ -19,7 +19,7 @@ import math
 import re
 from bisect import bisect_left, insort
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from types import MethodType
 
 import torch
@@ -423,6 +423,9 @@ class WithoutLora:
         self.model = model
         self.layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
 
+    def eval(self):
+        self.model.eval()
+
     def __enter__(self):
         for layer in self.layers:
             layer._disable_adapters = True  # peft's enable_adapters(False) would also freeze A and B
@@ -540,6 +543,12 @@ def draw(logits, uniforms, temperature: float):
     return tokens.squeeze(1), p.gather(1, token).log().squeeze(1)
 
 
+def next_logits(model, input_ids, **options) -> torch.Tensor:
+    """Logits (B, V), float32 whatever a model computes in, of the token behind input_ids (B, n)."""
+    states = model.get_decoder()(input_ids, use_cache=True, **options).last_hidden_state[:, -1]  # (B, H)
+    return head_logits(states, *head_settings(model))
+
+
 @torch.no_grad()
 def decode(model, prompts, uniforms, end_ids, temperature: float) -> list[tuple[list[int], torch.Tensor]]:
     """Sample a completion of each of B prompts, lists of token ids, at the uniform numbers (B, T) given.
@@ -562,17 +571,16 @@ def decode(model, prompts, uniforms, end_ids, temperature: float) -> list[tuple[
     logprobs = torch.zeros(size, longest, device=device)
     ends, alive = torch.tensor(end_ids, device=device), torch.arange(size, device=device)
     rows = torch.tensor([distinct[tuple(ids)] for ids in prompts], device=device)  # (B,)
-    head = head_settings(model)
     for t in range(longest):
         now = slice(width + t - 1 if t else 0, width + t)
-        output = model.get_decoder()(
+        logits = getattr(
+            model, "next_logits", partial(next_logits, model)
+        )(  # (B, V)
             tokens[alive, t - 1, None] if t else input_ids,
             attention_mask=seen[:, : now.stop],
             position_ids=positions[:, now],
             past_key_values=cache,
-            use_cache=True,
         )
-        logits = head_logits(output.last_hidden_state[:, -1], *head)  # (B, V)
         if t == 0:  # each prompt as often as it was given
             cache.batch_select_indices(rows)
             logits, seen, positions = logits[rows], seen[rows], positions[rows]

@@ -43,6 +43,8 @@ RUN = {
     "grpo.py": ONLINE,
     "dapo.py": ONLINE | {"overlong_buffer": 20},
     "rloo_remax.py": ONLINE,
+    "rejection_sampling.py": ONLINE | {"num_rounds": 2, "prompts_per_round": 8, "batch_size": 8},
+    "online_dpo.py": ONLINE,
     "ppo_rlhf.py": ONLINE | {"eval_reward": ("rewards.py:math_answer",)},
     "distill.py": SFT | {"prompt_dataset": "DATA/prompts_train.jsonl", "cache_dir": "DATA/cache"},
 }
@@ -68,12 +70,23 @@ VARIANTS = {
         {"algorithm": "remax", "kl_coef": 0.1},
         {"algorithm": "reinforce_pp", "gamma": 0.9, "num_iterations": 2, "num_minibatches": 2},
     ),
+    "rejection_sampling.py": ({"filter": "top1", "restart": True},),
+    "online_dpo.py": (
+        {"algorithm": "self_rewarding", "round_steps": 2},
+        {"algorithm": "spin", "dataset": ("DATA/preference_train.jsonl",), "loss": "ipo"},
+        {"algorithm": "nash_md", "loss": "simpo"},
+    ),
     "ppo_rlhf.py": ({"kl_target": 1.0, "whiten_rewards": True},),
     "distill.py": (
         {"divergence": "jsd", "cache_top_k": 4, "ce_coef": 0.5},
         {"mode": "on_policy", "divergence": "reverse_kl"},
         {"mode": "seq_kd", "max_completion_length": 48},
     ),
+}
+SAME_ROWS = {  # flags with which two steps on the same rows have the same loss
+    "ipo_kto_simpo_orpo.py": {"algorithm": "ipo"},  # KTO's reference point moves
+    "rejection_sampling.py": {"filter": "top1", "num_rounds": 1},
+    "online_dpo.py": {"eval_dataset": None},
 }
 CLOCK = {"tokens_per_second", "step_time", "peak_memory_gb"}  # what no two runs share
 SCRIPTS = [path for path in scripts() if any(flag.name == "max_steps" for flag in flags(path))]  # that train
@@ -277,8 +290,8 @@ def test_a_step_lowers_the_logged_loss_by_the_gradient_squared(script, flags_of,
     """A finite difference of every loss: it holds the sign, the normaliser and the size of the gradient."""
     if script.stem == "ppo_rlhf":
         return  # two losses, two models: test_ppo_rlhf.py has its step against stock models
-    online = "num_generations" in RUN[script.name]  # ratios may not leave the clip range
-    monkeypatch.setattr(Downhill, "drop", 3e-4 if online else 3e-3)
+    passes = any(flag.name == "num_iterations" for flag in flags(script))  # over a rollout, in its clip range
+    monkeypatch.setattr(Downhill, "drop", 3e-4 if passes else 3e-3)
     monkeypatch.setattr(torch.optim, "AdamW", Downhill)
     settings = QUICK | {"max_grad_norm": math.inf, "warmup_steps": 0}
 
@@ -287,14 +300,17 @@ def test_a_step_lowers_the_logged_loss_by_the_gradient_squared(script, flags_of,
         main(script, flags_of(script, output_dir=str(folder), **settings | changes))
         return [line["loss"] for line in read(folder)[1:]]
 
-    if online:  # what two and three passes over one rollout had to lose
+    if passes:  # what two and three passes over one rollout had to lose
         two, three = (loss_of(n, num_iterations=n, max_steps=1)[0] * n for n in (2, 3))
         drop = (two - 2 * (three - two)) / 3  # L + (L - d), and from there L - 2 d
-    else:  # two steps on the same rows; KTO's loss has a reference point that moves
+    else:  # two steps on the same rows
         source = flags_of(script)["dataset"][0].replace("unpaired", "preference")
         rows = write_rows(tmp_path / "rows.jsonl", read_lines(source)[:8])
-        changes = {"algorithm": "ipo"} if script.stem.startswith("ipo") else {}
-        first, second = loss_of(0, dataset=(rows,), batch_size=8, **changes)
+        if script.stem == "online_dpo":  # the second step has the answers of the first
+            module, answers = importlib.import_module(script.stem), []
+            roll_out = lambda *args, draw=module.roll_out: answers or answers.extend(draw(*args)) or answers
+            monkeypatch.setattr(module, "roll_out", roll_out)
+        first, second = loss_of(0, dataset=(rows,), batch_size=8, **SAME_ROWS.get(script.name, {}))
         drop = first - second
     assert drop == pytest.approx(Downhill.drop, rel=0.25)
 

@@ -58,3 +58,11 @@ def rubric(completions, rubric, **columns):
 
 def positional(completions):
     return [0.0] * len(completions)
+
+
+def same(completions, **columns):
+    return [1.0] * len(completions)
+
+
+def beats(completions, opponent, **columns):
+    return [None if y is None else float(x[-1]["content"] > y) for x, y in zip(completions, opponent)]
