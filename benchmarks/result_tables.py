@@ -26,6 +26,8 @@ HEADLINES = {
     "grpo.py": "sampled answers right {grpo eval/reward}",
     "dapo.py": "sampled answers right {dapo eval/reward}",
     "rloo_remax.py": "sampled answers right: RLOO {rloo eval/reward}, ReMax {remax eval/reward}",
+    "constitutional_ai.py": "rude answers {constitutional_ai eval/violations} by revision, right ones "
+    "{constitutional_ai eval/reward}",
     "distill.py": "greedy answers right {distill_token_kd_forward eval/greedy_accuracy}, half the layers",
     "merge.py": "half-way from base to SFT: answers right {merge_sweep#points.5.accuracy}, perplexity of old "
     "text {merge_sweep#points.5.perplexity} (SFT: {merge_sweep#points.10.accuracy} and "

@@ -50,7 +50,7 @@ def functions(path, section):
 def layout(path):
     source = path.read_text()
     tree, titles = ast.parse(source), [title for title, _ in sections(source)]
-    work = "Merging" if "Merging" in titles else "Training"  # merge.py trains nothing
+    work = next((title for title in ("Merging", "Sampling") if title in titles), "Training")  # or nothing
     rules = re.findall(r"^#\s*[-=*#]{20,}.*", source, re.MULTILINE)
     problems = [] if ast.get_docstring(tree) else ["no module docstring"]
     if titles != [*SECTIONS[:2], work, SECTIONS[3]] or rules != [RULE] * 2 * len(titles):
