@@ -252,10 +252,10 @@ def main(args: Args) -> dict:
         made = make_rows(cases[(step - 1) * size : step * size])
 
         # 4. Write what was said; log what rules say of it, at the end of held-out prompts, too
-        metrics = {"step": step} | describe(made) | {"step_time": time.perf_counter() - started}
+        metrics = {"step": step} | summed_up(made) | {"step_time": time.perf_counter() - started}
         if step == total_steps and held_out:
             samples = sum([make_rows(held_out[n : n + size]) for n in range(0, len(held_out), size)], [])
-            metrics |= {f"eval/{k.removesuffix('/after')}": value for k, value in describe(samples).items()}
+            metrics |= {f"eval/{k.removesuffix('/after')}": value for k, value in summed_up(samples).items()}
             write(output_dir / "samples.jsonl", samples)
         log(output_dir, metrics)
         rows += made
@@ -282,7 +282,7 @@ def revise(models, principles: list[str], rules, args, cases) -> list[dict]:
         critiques.append(converse(turns, number=2 * number + 1))
         turns = [before + reply(critique, REVISION_REQUEST) for before, critique in zip(turns, critiques[-1])]
         answers.append(converse(turns, number=2 * number + 2))
-    violations, rewards = (measure(rule, answers, args) for rule in rules)  # (B, 1 + rounds) each
+    violations, rewards = (by_rule(rule, answers, args) for rule in rules)  # (B, 1 + rounds) each
     rows = []
     for i, (case, *own) in enumerate(zip(cases, *answers)):
         row = {"prompt": case.messages, "completion": reply(own[-1]), "first_answer": own[0].text}
@@ -316,7 +316,7 @@ def compare(models, principles: list[str], rules, args, cases) -> list[dict]:
     shown = first_shown(logprobs)  # (B, 2)
     preferences, (leans, same_place) = preference(shown), position_bias(shown)  # (B,) each
     label_mass = logprobs.exp().sum(-1).mean(1)  # (B,)
-    violations, rewards = (measure(rule, pairs, args) for rule in rules)  # (B, 2) each
+    violations, rewards = (by_rule(rule, pairs, args) for rule in rules)  # (B, 2) each
     rows = []
     for i, case in enumerate(cases):
         order = (0, 1) if preferences[i] < 0.5 else (1, 0)  # rejected, chosen
@@ -337,7 +337,7 @@ def evaluate(models, held_out, rules, args) -> dict:
     """How often the model's own answers to held-out prompts break the rules, and their gold reward."""
     turns = [case.messages for case in held_out]
     answers = say_next(*models[:2], turns, held_out, 0, args, args.temperature)  # B
-    violations, rewards = (measure(rule, [answers], args) for rule in rules)  # (B, 1) each
+    violations, rewards = (by_rule(rule, [answers], args) for rule in rules)  # (B, 1) each
     return {"eval/violations": mean(violations), "eval/reward": mean(rewards)}
 
 
@@ -701,7 +701,7 @@ def label_logprobs(judge, tokenizer, labels: list[list[int]], turns: list[list[d
     return torch.tensor([found[n] for n in range(len(turns))])
 
 
-def measure(rewarders: dict, answers: list[list[Completion]], args) -> list[list[float | None]]:
+def by_rule(rewarders: dict, answers: list[list[Completion]], args) -> list[list[float | None]]:
     """What rules say, (B, n), of n lists of B answers; None where there is no rule, or it says nothing."""
     values = [weighted_sum(score(rewarders, some, 1, args), ()) for some in answers]  # n times (B,)
     return [[None if x != x else x for x in line] for line in torch.stack(values, 1).tolist()]
@@ -713,7 +713,7 @@ def mean(values: list[list[float | None]]) -> float:
     return float(np.mean(known)) if known else math.nan
 
 
-def describe(rows: list[dict]) -> dict:
+def summed_up(rows: list[dict]) -> dict:
     """Metrics: what rules say of first answers and of last revisions, or of all answers and of the chosen."""
     judged, metrics = "chosen" in rows[0], {}
     for name, column in (("violations", "violations"), ("reward", "rewards")):
@@ -789,7 +789,7 @@ def write_dataset(output_dir: Path, rows: list[dict], args):
     reasons = [reason_against(row, args.min_margin) for row in rows]
     path = output_dir / ("sft.jsonl" if args.stage == "revise" else "preference.jsonl")
     write(path, [row for row, reason in zip(rows, reasons) if not reason])
-    for name, value in describe(rows).items() if rows else ():
+    for name, value in summed_up(rows).items() if rows else ():
         say(f"  {name:<26} {value:.3g}")
     counts = Counter(reason or "written" for reason in reasons)
     say(f"{path}: {', '.join(f'{count:,} {reason}' for reason, count in counts.items()) or 'no rows'}")

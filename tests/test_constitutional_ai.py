@@ -19,7 +19,7 @@ import reward_model
 import sft
 
 pytestmark = pytest.mark.usefixtures("one_cpu")
-SHORT = {"num_rows": 5, "batch_size": 2, "num_eval": 2, "max_completion_length": 40}
+SHORT = {"num_rows": 6, "batch_size": 2, "num_eval": 2, "max_completion_length": 40}
 PAIR = {"stage": "judge", "min_margin": 0.0, "judge": "tiny/sft"}
 STAGES = {"revise": {"rounds": 2}, "judge": PAIR}
 CLOCK = "step_time"
@@ -157,15 +157,15 @@ def test_judge_that_knows_better_is_followed_in_both_orders(make_rows, monkeypat
 def test_every_round_asks_about_the_newest_answer_by_another_principle(make_rows, monkeypatch):
     talks = []
 
-    def say_next(policy, tokenizer, turns, cases, number, args):
-        talks.append((number, turns))
+    def say_next(policy, tokenizer, turns, cases, number, args, temperature):
+        talks.extend([(number, turns)] if cases[0].key[1] == 0 else [])  # not of held-out prompts
         return [script.Completion(c.prompt, [2], None, f"{number} of {c.key[1:]}", True) for c in cases]
 
     monkeypatch.setattr(script, "say_next", say_next)
     rows = make_rows(num_rows=2, rounds=2)[1]
     rules = (ROOT / "tiny" / "constitution.txt").read_text().splitlines()
     for n, row in enumerate(rows):
-        own = [(number, turns[n]) for number, turns in talks if len(turns) == 2]
+        own = [(number, turns[n]) for number, turns in talks]
         whose, first, second = f"of (0, {row['index']})", *row["principles"]
         assert {first, second} <= {*rules} and first != second
         answers = [said(f"{number} {whose}") for number in range(5)]
@@ -228,8 +228,8 @@ def test_continued_run_makes_the_rows_of_one_that_never_stopped(stage, whole, ma
             assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
     told = error_of(lambda: make_rows(**flags, output_dir=str(folder), resume=True, temperature=0.5), capsys)
     assert told == "--resume: temperature was 1.0 and is 0.5"
-    more = make_rows(**flags, output_dir=str(folder), resume=True, num_rows=6, num_eval=1)[1]
-    assert more[:4] == rows[:4] and len(more) == 6
+    more = make_rows(**flags, output_dir=str(folder), resume=True, num_rows=7, num_eval=1)[1]
+    assert more[:6] == rows and len(more) == 7
 
 
 @every_stage
