@@ -186,46 +186,37 @@ def rows_of(maker, count: int = 400) -> list[dict]:
     return make.draw(maker(random.Random(0), make.Asked(set()), clean=False), count)
 
 
-def test_critiques_name_what_is_wrong_and_revisions_mend_that_and_nothing_else():
+def test_critiques_tell_good_from_bad_and_revisions_mend_words_only_when_told_and_sums_always():
     lines = (TINY / "constitution.txt").read_text(encoding="utf-8").splitlines()
     assert sorted(lines) == sorted(sum(make.CONSTITUTION.values(), ()))
-    counts = []
+    seen = []
     for row in rows_of(make.revisions_rows):
         request, answer, critique, revision = (row["messages"][n]["content"] for n in (-4, -5, -3, -1))
         due, rude = solve(question(row)), bool(re.search(make.RUDE_WORDS, answer))
-        counts.append((rude, closing(answer) != due))
-        if any(line in request for line in make.CONSTITUTION["polite"]):
-            assert not re.search(make.RUDE_WORDS, revision) and plain(revision) == plain(answer)
-            assert critique == (f'"{answer.splitlines()[0]}" is rude.' if rude else "Nothing in it is rude.")
-        else:
-            assert (
-                is_right(revision)
-                and closing(revision) == due
-                and rude == bool(re.search(make.RUDE_WORDS, revision))
-            )
-            verdicts = re.findall(r"(\d+ [-+*] \d+ = \d+) is (right|wrong)(?:, it is (\d+))?\.", critique)
-            for text, verdict, correction in verdicts:
-                [(stated, right)] = sums(text)
-                assert (
-                    text in answer
-                    and (verdict == "right") == (stated == right)
-                    and correction in ("", str(right))
-                )
-            assert ("wrong" in critique) == (closing(answer) != due)
-    assert share(rude for rude, _ in counts) == pytest.approx(make.RUDE_SHARE, abs=0.06)
-    assert share(wrong for _, wrong in counts) == pytest.approx(make.SFT_NOISE, abs=0.06)
+        seen.append((rude, closing(answer) != due))
+        polite = any(line in request for line in make.CONSTITUTION["polite"])
+        told = f"{plain(revision)[: plain(revision).index('#')]}It says {closing(answer)}: "
+        told += "wrong." if closing(answer) != due else "right."
+        assert critique == (f"It is {'rude' if rude else 'polite'}." if polite else told), row
+        assert bool(re.search(make.RUDE_WORDS, revision)) == (rude and not polite)
+        assert is_right(revision) and closing(revision) == due
+    assert share(rude for rude, _ in seen) == pytest.approx(make.RUDE_SHARE, abs=0.06)
+    assert share(wrong for _, wrong in seen) == pytest.approx(make.SFT_NOISE, abs=0.06)
 
 
 def test_judgements_go_by_their_principle_in_both_places():
     decided = []
     for row in rows_of(make.judgements_rows):
-        asked, label = (turn["content"] for turn in row["messages"])
-        question_, first, second, request = re.fullmatch(
-            r"(.*)\n\nA: (.*)\n\nB: (.*)\n\n(.*)", asked, re.DOTALL
-        ).groups()
-        polite = any(line in request for line in make.CONSTITUTION["polite"])
-        due = solve(question_[: question_.rindex("?") + 1].rpartition("User: ")[2])
-        good = [not re.search(make.RUDE_WORDS, x) if polite else closing(x) == due for x in (first, second)]
+        asked, thought, _, label = (turn["content"] for turn in row["messages"])
+        parts = re.fullmatch(r"(.*)\n\nA: (.*)\n\nB: (.*)\n\nCheck (.*)", asked, re.DOTALL).groups()
+        polite = any(line in parts[3] for line in make.CONSTITUTION["polite"])
+        due = solve(parts[0][: parts[0].rindex("?") + 1].rpartition("User: ")[2])
+        good = [not re.search(make.RUDE_WORDS, x) if polite else closing(x) == due for x in parts[1:3]]
+        verdicts = [f"{who} is {'polite' if kind else 'rude'}." for who, kind in zip("AB", good, strict=True)]
+        if not polite:
+            said = zip("AB", parts[1:3], good, strict=True)
+            verdicts = [f"{who} says {closing(x)}: {'right' if kind else 'wrong'}." for who, x, kind in said]
+        assert thought.split("\n")[-2:] == verdicts and all(said == right for said, right in sums(thought))
         if good[0] != good[1]:
             decided.append(label)
             assert label == "AB"[good[1]], row
