@@ -111,10 +111,10 @@ def pipeline(seed: int, folder: Path) -> dict:
 
 
 def summary(runs: list[dict]) -> dict:
-    """Means and standard deviations of what runs have at the same place."""
+    """Means and standard deviations of what runs have at the same place; of one run what it has."""
     if isinstance(runs[0], dict):
         return {key: summary([one[key] for one in runs]) for key in runs[0]}
-    return {"mean": float(np.mean(runs)), "std": float(np.std(runs, ddof=1)) if len(runs) > 1 else 0.0}
+    return {"mean": float(np.mean(runs)), "std": float(np.std(runs, ddof=1))} if len(runs) > 1 else runs[0]
 
 
 def main(args: Args):
@@ -128,13 +128,16 @@ def main(args: Args):
         "seeds": list(args.seeds),
     }
     result |= summary([{key: one[key] for key in ("stages", "rounds", "judge", "pairs")} for one in runs])
-    result |= {"before": result["stages"][FIRST], "after": result["stages"]["revisions"], "runs": runs}
+    for when, name in (("before", FIRST), ("after", "revisions")):  # what the README shows
+        values = result["stages"][name].items()
+        result[when] = {key: x if isinstance(x, dict) else {"mean": x, "std": 0.0} for key, x in values}
+    result["runs"] = runs
     result["machine"] = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
     result["versions"] = {package: version(package) for package in ("torch", "transformers")}
     path = ROOT / "benchmarks" / "results" / "constitutional_ai.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     for name, values in result["stages"].items():
-        print(name, {key: round(value["mean"], 3) for key, value in values.items()})
+        print(name, values)
 
 
 if __name__ == "__main__":
