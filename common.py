@@ -399,18 +399,18 @@ def fill(model, weights: dict, buffers: dict, device) -> None:
         buffer.copy_(buffers[name])
 
 
-def add_lora(model, rank: int, alpha: float, target: str, seed: int):
+def add_lora(model, args):
     """Freeze a model; linear layers W become W + alpha / rank B A, at first B = 0 (arXiv:2106.09685, 4.1).
 
-    A and B are float32. A head of rewards is trained whole.
+    `args` has lora_rank, lora_alpha, lora_target and seed. A and B are float32; a reward head is trained whole.
     """
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise ImportError("--lora-rank needs peft: pip install peft==0.21.2") from error
-    torch.manual_seed(seed)  # of A
-    head = ["score"] if hasattr(model, "score") else None
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=target, modules_to_save=head))
+    torch.manual_seed(args.seed)  # of A
+    settings = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "target_modules": args.lora_target}
+    model.add_adapter(LoraConfig(**settings, modules_to_save=["score"] if hasattr(model, "score") else None))
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         parameter.data = parameter.data.float()
     return model

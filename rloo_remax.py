@@ -779,8 +779,7 @@ def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, chec
 
     def load():
         model = kind.from_pretrained(located(name), **settings).requires_grad_(trained)
-        lora = args.lora_rank, args.lora_alpha, args.lora_target, args.seed
-        return common.add_lora(model, *lora) if args.lora_rank and trained else model
+        return common.add_lora(model, args) if args.lora_rank and trained else model
 
     shards = dist.get_world_size() > 1 or (trained and compute != torch.float32)
     try:

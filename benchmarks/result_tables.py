@@ -29,6 +29,8 @@ HEADLINES = {
     "rejection_sampling.py": "sampled answers right {rejection_sampling eval/reward}",
     "online_dpo.py": "sampled answers right: online {online_dpo eval/reward}, iterative "
     "{iterative_dpo eval/reward}, SPIN {spin eval/reward}, Nash-MD {nash_md eval/reward}",
+    "constitutional_ai.py": "rude answers {constitutional_ai eval/violations} by revision, right ones "
+    "{constitutional_ai eval/reward}",
     "distill.py": "greedy answers right {distill_token_kd_forward eval/greedy_accuracy}, half the layers",
     "merge.py": "half-way from base to SFT: answers right {merge_sweep#points.5.accuracy}, perplexity of old "
     "text {merge_sweep#points.5.perplexity} (SFT: {merge_sweep#points.10.accuracy} and "

@@ -1,6 +1,7 @@
 """tiny/: the data are what they claim to be, no eval prompt leaks, the tokenizer is what scripts expect."""
 
 import json
+import random
 import re
 from statistics import fmean as share
 
@@ -178,6 +179,50 @@ def test_no_eval_prompt_is_in_any_train_set_or_in_the_corpus():
     assert abs(off - make.CORPUS_NOISE) < 0.01
 
 
+# What tiny/constitutional learns from -----------------------------------------------------------------------
+
+
+def rows_of(maker, count: int = 400) -> list[dict]:
+    return make.draw(maker(random.Random(0), make.Asked(set()), clean=False), count)
+
+
+def test_critiques_tell_good_from_bad_and_revisions_mend_words_only_when_told_and_sums_always():
+    lines = (TINY / "constitution.txt").read_text(encoding="utf-8").splitlines()
+    assert sorted(lines) == sorted(sum(make.CONSTITUTION.values(), ()))
+    seen = []
+    for row in rows_of(make.revisions_rows):
+        request, answer, critique, revision = (row["messages"][n]["content"] for n in (-4, -5, -3, -1))
+        due, rude = solve(question(row)), bool(re.search(make.RUDE_WORDS, answer))
+        seen.append((rude, closing(answer) != due))
+        polite = any(line in request for line in make.CONSTITUTION["polite"])
+        told = f"{plain(revision)[: plain(revision).index('#')]}It says {closing(answer)}: "
+        told += "wrong." if closing(answer) != due else "right."
+        assert critique == (f"It is {'rude' if rude else 'polite'}." if polite else told), row
+        assert bool(re.search(make.RUDE_WORDS, revision)) == (rude and not polite)
+        assert is_right(revision) and closing(revision) == due
+    assert share(rude for rude, _ in seen) == pytest.approx(make.RUDE_SHARE, abs=0.06)
+    assert share(wrong for _, wrong in seen) == pytest.approx(make.SFT_NOISE, abs=0.06)
+
+
+def test_judgements_go_by_their_principle_in_both_places():
+    decided = []
+    for row in rows_of(make.judgements_rows):
+        asked, thought, _, label = (turn["content"] for turn in row["messages"])
+        parts = re.fullmatch(r"(.*)\n\nA: (.*)\n\nB: (.*)\n\nCheck (.*)", asked, re.DOTALL).groups()
+        polite = any(line in parts[3] for line in make.CONSTITUTION["polite"])
+        due = solve(parts[0][: parts[0].rindex("?") + 1].rpartition("User: ")[2])
+        good = [not re.search(make.RUDE_WORDS, x) if polite else closing(x) == due for x in parts[1:3]]
+        verdicts = [f"{who} is {'polite' if kind else 'rude'}." for who, kind in zip("AB", good, strict=True)]
+        if not polite:
+            said = zip("AB", parts[1:3], good, strict=True)
+            verdicts = [f"{who} says {closing(x)}: {'right' if kind else 'wrong'}." for who, x, kind in said]
+        assert thought.split("\n")[-2:] == verdicts and all(said == right for said, right in sums(thought))
+        if good[0] != good[1]:
+            decided.append(label)
+            assert label == "AB"[good[1]], row
+    assert 0.8 < len(decided) / 400 < 0.9 and 0.4 < share(label == "A" for label in decided) < 0.6
+
+
 # Tokenizer and checkpoints ----------------------------------------------------------------------------------
 
 
@@ -205,7 +250,7 @@ def test_chat_template_is_chatml_and_marks_what_the_assistant_says_and_its_end(t
 
 
 def test_checkpoints_are_small_qwen3_in_bfloat16_and_judges_have_an_offset(tokenizer):
-    names = ("base", "sft", "student", "checker", "reward", "reward_biased")
+    names = ("base", "sft", "student", "checker", "reward", "reward_biased", "constitutional")
     configs = {name: AutoConfig.from_pretrained(TINY / name) for name in names}
     for name, config in configs.items():
         assert config.model_type == "qwen3" and str(config.dtype).removeprefix("torch.") == "bfloat16"
@@ -216,7 +261,7 @@ def test_checkpoints_are_small_qwen3_in_bfloat16_and_judges_have_an_offset(token
             assert isinstance(config.reward_offset, float)
     assert configs["student"].num_hidden_layers < configs["sft"].num_hidden_layers
     files = [path for path in TINY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert sum(path.stat().st_size for path in files) < 17e6
+    assert sum(path.stat().st_size for path in files) < 20e6
 
 
 def test_checkpoints_leave_the_wanted_headroom_and_the_readme_says_so():

@@ -36,13 +36,17 @@ while its most likely answer stays the right one. So
    top. To see that a sum is wrong is another skill than to work it; large models have read enough of both,
    and are deep enough to carry what they saw to the end of an answer. Reward models start here.
 7. tiny/reward and tiny/reward_biased: `reward_model.py` as it is, on two of the preference sets.
-8. Accuracy of base and sft, greedy and sampled at temperature 1, written to accuracy.json.
+8. tiny/constitution.txt, and tiny/constitutional: tiny/checker, trained on with `sft.py` on answers of which
+   many are rude or wrong, their critiques and revisions, and judgements of pairs, in the words that
+   `constitutional_ai.py` asks with. These rows are not committed.
+9. Accuracy of base and sft, greedy and sampled at temperature 1, written to accuracy.json.
 """
 
 import importlib
 import json
 import operator
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -62,7 +66,17 @@ class Args:
     seed: int = 1
     """Seed of the data, of the random initial weights and of both training runs."""
     only: Literal[
-        "all", "data", "tokenizer", "base", "sft", "student", "checker", "reward", "reward_biased", "accuracy"
+        "all",
+        "data",
+        "tokenizer",
+        "base",
+        "sft",
+        "student",
+        "checker",
+        "reward",
+        "reward_biased",
+        "constitutional",
+        "accuracy",
     ] = "all"
     """The one part to make, from what is in `out` already; `all` makes every part in this order."""
 
@@ -113,6 +127,10 @@ BASE_RUN = {
 
 CORRECTIONS = {"bare": 20_000, "worked": 10_000}  # documents that tiny/checker learns from
 CHECKER_RUN = {"learning_rate": 1e-3, "batch_size": 64, "max_steps": 450, "max_tokens_per_micro_batch": 8192}
+
+RUDE_SHARE = 0.25  # of the answers that tiny/constitutional learns from
+CONSTITUTIONAL = {"revisions": 12_000, "judgements": 12_000}  # rows that it learns from
+CONSTITUTIONAL_RUN = CHECKER_RUN | {"max_steps": 360, "lr_schedule": "cosine", "warmup_steps": 20}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -176,6 +194,13 @@ RUDE = (
     "Is that too hard for you?",
     "Stop wasting my time, clown.",
 )
+# What tiny/constitution.txt says, by what a line is about: two wordings of each.
+CONSTITUTION = {
+    "polite": ("Be polite and kind to the reader.", "No word of the answer may be rude."),
+    "right": ("Every sum must be right.", "The result must be correct."),
+}
+# Words of RUDE that no other sentence here has: a rule finds rudeness by them, however it is put together.
+RUDE_WORDS = r"\b(fool|yourself|dumb|slow|idiot|hard|wasting|clown)\b"
 FILLERS = (
     "Let me think about this for a little while.",
     "This is a sum of the kind that one meets every day.",
@@ -629,6 +654,76 @@ def corrections_rows(rng: random.Random, problems: Asked, clean: bool) -> Iterat
         yield {"messages": ask(problem.question) + reply(polite + lines)}
 
 
+def noisy_answer(rng: random.Random, problem: Problem) -> tuple[list[str], list[str]]:
+    """An answer before any critique: its opening, often rude, and its lines, often off."""
+    slips = draw_slip(rng, problem.steps) if rng.random() < SFT_NOISE else {}
+    style = rng.random()
+    opening = [rng.choice(RUDE)] if style < RUDE_SHARE else [rng.choice(POLITE)] if style < 0.4 else []
+    return opening, work(problem.steps, slips)
+
+
+def verdict(about: str, who: str, opening: list[str], steps, lines: list[str]) -> str:
+    """What an answer, named `who`, is by a principle about politeness, or about sums."""
+    if about == "polite":
+        return f"{who} is {'rude' if opening and opening[0] in RUDE else 'polite'}."
+    said = answer_of(lines)
+    return f"{who} says {said}: {'right' if said == answer_of(work(steps)) else 'wrong'}."
+
+
+def considered(about: str, steps, verdicts: list[str]) -> list[dict[str, str]]:
+    """A reply of what is seen by a principle: the sums worked again where it is about them, then verdicts."""
+    return reply([*(work(steps)[:-1] if about == "right" else []), *verdicts])
+
+
+def revisions_rows(rng: random.Random, problems: Asked, clean: bool) -> Iterator[dict]:
+    """`messages`: an answer, its critique by one principle, a revision.
+
+    Rude words go where the critique names them; sums are worked again, and rightly, in every revision.
+    """
+    asks = importlib.import_module("constitutional_ai")
+    while True:
+        problem, about = problems(rng), rng.choice(list(CONSTITUTION))
+        opening, lines = noisy_answer(rng, problem)
+        messages = ask(problem.question, rng.choice(SYSTEM_PROMPTS) if rng.random() < 0.1 else None)
+        messages += reply(opening + lines)
+        messages += ask(asks.CRITIQUE_REQUEST.format(principle=rng.choice(CONSTITUTION[about])))
+        messages += considered(about, problem.steps, [verdict(about, "It", opening, problem.steps, lines)])
+        if about == "polite":
+            opening = [line for line in opening if line not in RUDE]
+        yield {"messages": messages + ask(asks.REVISION_REQUEST) + reply(opening + work(problem.steps))}
+
+
+def judgements_rows(rng: random.Random, problems: Asked, clean: bool) -> Iterator[dict]:
+    """`messages`: what two answers are by one principle, and which is better, A or B; by lot if neither is.
+
+    One is better in most pairs.
+    """
+    asks = importlib.import_module("constitutional_ai")
+    while True:
+        problem, about = problems(rng), rng.choice(list(CONSTITUTION))
+        undecided = rng.random() < 0.15
+        while True:
+            answers = [noisy_answer(rng, problem) for _ in range(2)]
+            verdicts = [
+                verdict(about, who, opening, problem.steps, lines)
+                for who, (opening, lines) in zip("AB", answers, strict=True)
+            ]
+            good = [text.endswith(("right.", "polite.")) for text in verdicts]
+            if (good[0] == good[1]) == undecided and answers[0] != answers[1]:
+                break
+        first, second = ("\n".join(opening + lines) for opening, lines in answers)
+        question = ask(problem.question, rng.choice(SYSTEM_PROMPTS) if rng.random() < 0.1 else None)
+        messages = ask(asks.judge_request(question, first, second, rng.choice(CONSTITUTION[about])))
+        messages += considered(about, problem.steps, verdicts) + ask(asks.DECISION_REQUEST)
+        yield {"messages": messages + reply([rng.choice("AB") if undecided else "AB"[good[1]]])}
+
+
+def rudeness(prompts, completions, **columns) -> list[float]:
+    """1 where a word of an answer is rude, else 0: the rule that constitutional_ai.py is held to."""
+    texts = [said if isinstance(said, str) else said[-1]["content"] for said in completions]
+    return [float(bool(re.search(RUDE_WORDS, text))) for text in texts]
+
+
 def corpus_rows(rng: random.Random, problems: Asked, stories: set[str]) -> Iterator[dict]:
     """`text`: what the base reads. Most of it works problems, a part of them wrongly; no chat format."""
     while True:
@@ -802,7 +897,7 @@ def tokenizer_texts(data: dict[str, list[dict]], corpus: list[dict]) -> list[str
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. to 7. Checkpoints
+# 4. to 8. Checkpoints
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -866,7 +961,7 @@ def deepen(folder: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8. Accuracy
+# 9. Accuracy
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -1034,7 +1129,28 @@ def main(args: Args) -> None:
                     seed=args.seed,
                 )
                 report(name)
-    # 8. Accuracy
+        # 8. tiny/constitutional
+        if wanted("constitutional"):
+            principles = [line for lines in zip(*CONSTITUTION.values(), strict=True) for line in lines]
+            (args.out / "constitution.txt").write_text("\n".join(principles) + "\n", encoding="utf-8")
+            sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+            files = []
+            for name, make_rows in {"revisions": revisions_rows, "judgements": judgements_rows}.items():
+                rng = random.Random(f"{args.seed}/constitutional/{name}")
+                rows = draw(make_rows(rng, Asked(reserved_by(data)), clean=False), CONSTITUTIONAL[name])
+                files.append(str(scratch / f"{name}.jsonl"))
+                write_jsonl(Path(files[-1]), rows)
+            train(
+                args.out / "constitutional",
+                scratch,
+                model=str(args.out / "checker"),
+                dataset=tuple(files),
+                eval_dataset=str(folder / "text_eval.jsonl"),
+                seed=args.seed,
+                **CONSTITUTIONAL_RUN,
+            )
+            report("constitutional")
+    # 9. Accuracy
     if wanted("accuracy"):
         measured = measure(base, sft_folder, data)
         (args.out / "accuracy.json").write_text(json.dumps(measured, indent=2) + "\n")
