@@ -402,7 +402,7 @@ def fill(model, weights: dict, buffers: dict, device) -> None:
 def add_lora(model, args):
     """Freeze a model; linear layers W become W + alpha / rank B A, at first B = 0 (arXiv:2106.09685, 4.1).
 
-    `args` has lora_rank, lora_alpha, lora_target and seed. A and B are float32; a reward head is trained whole.
+    `args` has lora_rank, lora_alpha, lora_target, seed. A and B are float32; a reward head is trained whole.
     """
     try:
         from peft import LoraConfig

@@ -20,7 +20,7 @@ SCRIPTS = scripts()
 MODULES = sorted(ROOT.glob("*.py"))
 
 # Physical lines by file; 200 of one that is not listed.
-LIMITS = {"common": 690, "rewards": 500, "mathematics": 500, "sandbox": 500, "sandbox_judge": 500}
+LIMITS = {"common": 700, "rewards": 500, "mathematics": 500, "sandbox": 500, "sandbox_judge": 500}
 LIMITS |= {"ipo_kto_simpo_orpo": 930, "reward_model": 930, "process_reward_model": 930, "ppo_rlhf": 1180}
 LIMITS |= {"sft": 710, "dpo": 1050}
 LIMITS |= {"grpo": 960, "dapo": 960, "rloo_remax": 960, "online_dpo": 1010, "distill": 1230, "merge": 920}
@@ -105,7 +105,8 @@ def flag_use(path):
         losses = [node for node in functions(path, "Algorithm") if isinstance(node, ast.FunctionDef)]
         read |= {setting.arg for loss in losses for setting in loss.args.kwonlyargs}
     tree.body.remove(class_args(tree))
-    problems = [f"nothing reads {name}" for name in known - read - {*reads(tree, "args")}]
+    read |= {*reads(tree, "args"), *reads(parse(ROOT / "common.py"), "args")}
+    problems = [f"nothing reads {name}" for name in known - read]
     assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
     constants = [node for node in assigned if re.fullmatch(r"[\d.e+-]+|'.*'", ast.unparse(node.value))]
     targets = [ast.unparse(target) for node in constants for target in node.targets]
