@@ -40,7 +40,9 @@ CASES = {  # name: data of tiny/, tokens of its rows on average, flags, what is 
     "grpo": ("prompts_train", 51, {"beta": 0.01}, {}),
     "ppo_rlhf": ("prompts_train", 51, {"reward": ("rewards.py:math_answer",)}, {}),
 }
-ROWS, SAMPLED, LONGEST = {"13M": 4096, "120M": 512}, 64, 126  # tokens of a row, an answer, with its prompt
+ROWS, SAMPLED, LONGEST = {"13M": 2048, "120M": 256}, 64, 126  # tokens of a row, an answer, with its prompt
+RUNS = [("13M", case) for case in CASES]
+RUNS += [("120M", case) for case in ("sft", "ppo_rlhf", "grpo", "dpo, live", "sft, LoRA", "reward_model")]
 CONFIG = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size"
 CONFIG = [*CONFIG.split(), "vocab_size", "tie_word_embeddings"]  # a Shape in transformers' words
 
@@ -48,7 +50,7 @@ CONFIG = [*CONFIG.split(), "vocab_size", "tie_word_embeddings"]  # a Shape in tr
 def run_of(case: str, model: str) -> Run:
     """What is measured, as the formula takes it: a batch is two rows or a little more."""
     name, (_, length, _, more) = case.partition(",")[0], CASES[case]
-    batch = 2 * ROWS[model] // length // 8 * 8
+    batch = max(8, 2 * ROWS[model] // length // 8 * 8)
     run = Run(f"{name}.py", bytes_each=4, row=ROWS[model], checkpointing=False, batch=batch, longest=LONGEST)
     return replace(run, on_cuda=False, **more)
 
@@ -56,13 +58,14 @@ def run_of(case: str, model: str) -> Run:
 def measure(case: str, model: str) -> int:
     """Train a random model for two steps in this process -> bytes at the peak, above the start."""
     sys.path.insert(0, str(ROOT))
-    import peft  # noqa: F401
     import torch
     import transformers
 
     (data, _, flags, _), run, shape, seen = CASES[case], run_of(case, model), SMALL[model], {}
     module = importlib.import_module(run.script.removesuffix(".py"))
     load_model, online = module.load_model, SCRIPTS[run.script].rollouts
+    if run.lora_rank:
+        importlib.import_module("peft")
 
     def begin(*args, **options):
         if not seen:
@@ -90,20 +93,14 @@ def measure(case: str, model: str) -> int:
     return seen["peak"]
 
 
-def measure_all() -> dict:
-    """Every case in a process of its own, beside the formula."""
+def measured(case: str, model: str) -> dict:
+    """One case in a process of its own, beside the formula."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment["MALLOC_MMAP_THRESHOLD_"] = "131072"  # bytes; larger buffers go back when they are freed
-    runs = {}
-    for model, case in ((model, case) for model in SMALL for case in CASES):
-        command = [sys.executable, __file__, "--case", case, "--model", model]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-        gigabytes = {"formula GB": peak(SMALL[model], run_of(case, model)) / 1e9}
-        gigabytes["measured GB"] = int(done.stdout.split()[-1]) / 1e9
-        ratio = gigabytes["measured GB"] / gigabytes["formula GB"]
-        runs[f"{case}, {model}"] = gigabytes | {"measured / formula": ratio}
-        print(f"{case}, {model}: {runs[f'{case}, {model}']}", flush=True)
-    return runs
+    command = [sys.executable, __file__, "--case", case, "--model", model]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    found, wanted = int(done.stdout.split()[-1]), peak(SMALL[model], run_of(case, model))
+    return {"formula GB": wanted / 1e9, "measured GB": found / 1e9, "measured / formula": found / wanted}
 
 
 @dataclass
@@ -119,14 +116,17 @@ def main(args: Args):
         return
     result = {
         "command": "python benchmarks/memory_measured.py",
-        "runs": measure_all(),
+        "runs": {},
         "shapes": {name: shape._asdict() for name, shape in SMALL.items()},
         "settings": {"row": ROWS, "answer": SAMPLED, "steps": 2, "dtype": "float32"},
         "machine": {"cpu": cpu_name(), "cores": 1, "python": platform.python_version()},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
     path = ROOT / "benchmarks" / "results" / "memory.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    for model, case in RUNS:
+        result["runs"][f"{case}, {model}"] = found = measured(case, model)
+        print(f"{case}, {model}:", {name: round(x, 3) for name, x in found.items()}, flush=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
