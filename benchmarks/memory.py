@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from result_tables import ROOT, results_block
+from result_tables import ROOT, fits_table, load_result
 
 
 class Shape(NamedTuple):
@@ -191,7 +191,7 @@ def main():
     result = {"command": "python benchmarks/memory.py", "gpus": GPUS, "usable": USABLE, "needed": needed()}
     path = ROOT / "benchmarks" / "results" / "memory_table.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(results_block("memory_table", ROOT))
+    print(fits_table(load_result("memory_table", ROOT)))
 
 
 if __name__ == "__main__":
