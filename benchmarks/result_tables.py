@@ -204,6 +204,23 @@ def record_table(result: dict, path: str) -> str:
     return f"{head}\n\n{as_table(cells)}".strip()
 
 
+def fits_table(result: dict) -> str:
+    """What a run needs on each GPU (benchmarks/memory.py), and the smallest GPU that has it."""
+    sizes = ", ".join(map(str, result["gpus"][:-1])) + f" and {result['gpus'][-1]}"
+    head = (
+        f"GB on each GPU, computed by `{result['command']}`. In brackets the smallest GPU of {sizes} GB that "
+    )
+    head += f"has it within {result['usable']:.0%} of its memory, none where the largest has not."
+    counts = list(next(iter(result["needed"].values())))
+    rows = [["", *(f"{n} GPU{'s' * (n != '1')}" for n in counts)]]
+    for name, needed in result["needed"].items():
+        fitting = [[gpu for gpu in result["gpus"] if x <= result["usable"] * gpu] for x in needed.values()]
+        cells = [f"{x:.0f} ({gpus[0] if gpus else 'none'})" for x, gpus in zip(needed.values(), fitting)]
+        command, _, model = name.rpartition(", ")
+        rows.append([f"`{command}`, {model}", *cells])
+    return f"{head}\n\n{as_table(rows)}"
+
+
 def commands_block(root: Path) -> str:
     """The commands that measured every learning curve in benchmarks/results/."""
     lines = []
@@ -226,6 +243,8 @@ def results_block(spec: str, root: Path) -> str:
     results = [load_result(name.partition("#")[0], root) for name in names]
     if "contenders" in results[0] and "#" not in spec:
         return peer_table(names, results)
+    if "needed" in results[0]:
+        return fits_table(results[0])
     if "curves" in results[0] and "#" not in spec:
         return learning_table(results[0]) if len(results) == 1 else comparison_table(results, root)
     return "\n\n".join(record_table(r, n.partition("#")[2]) for n, r in zip(names, results, strict=True))
