@@ -29,7 +29,8 @@ import tempfile
 import time
 import traceback
 from contextlib import contextmanager
-from importlib.metadata import distributions
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,6 +88,7 @@ def load_shape(size, device, frozen=False, compile=False):
         with device:
             return AutoModelForCausalLM.from_config(config, **settings)
 
+    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         args = sft.Args(model=folder, dtype="bfloat16", compile=compile)
@@ -318,11 +320,10 @@ def run_cases(args, device, peak, bandwidth, deadline, say, save) -> list[dict]:
                         model.gradient_checkpointing_disable()
                     warm_up = 2 if compile_it else 1
                     case |= measure(size, name, model, optimizer, device, peak, bandwidth, warm_up)
-                shown = f"{case['tokens_per_second']:,.0f} tokens/s, MFU {case.get('mfu', math.nan):.1%}"
-                say(f"{label}: {shown}, {case.get('peak_memory_gb', math.nan):.1f} GiB")
+                say(f"{label}: {case['tokens_per_second']:,.0f} tokens/s, MFU {case['mfu']:.1%}")
             except (Exception, SystemExit) as error:
                 case["error"] = described(error)
-                if isinstance(error, torch.OutOfMemoryError):
+                if isinstance(error, torch.cuda.OutOfMemoryError):
                     case["fits"] = False
                     too_large |= {(size, again)} if name == "sft" else set()
                 say(f"FAIL    {label}: {case['error']}")
@@ -343,9 +344,9 @@ def show(cases):
         if "tokens" not in case:
             print(f"{label:<34}  {case.get('skipped') or case['error']}")
             continue
-        times = "".join(f"{case['split'].get(part, math.nan):>11.3f}" for part in parts).replace("nan", "  -")
-        memory, mfu = case.get("peak_memory_gb", math.nan), case.get("mfu", math.nan)
-        print(f"{label:<34}{case['tokens_per_second']:>10,.0f}{mfu:>7.1%}{memory:>7.1f}{times}")
+        times = "".join(f"{case['split'].get(part, math.nan):>11.3f}" for part in parts)
+        memory, speed = case.get("peak_memory_gb", math.nan), case["tokens_per_second"]
+        print(f"{label:<34}{speed:>10,.0f}{case['mfu']:>7.1%}{memory:>7.1f}{times}".replace("nan", "  -"))
 
 
 def main():
@@ -383,7 +384,7 @@ def main():
         "varlen_attn_without_enable_gqa": gpu_checks.OLD_VARLEN,
         "shapes": {size: SHAPES[size][0] for size in SHAPES},
     }
-    report["versions"] |= {x.name: x.version for x in distributions() if x.name in PACKAGES}
+    report["versions"] |= {name: version(name) for name in PACKAGES if find_spec(name)}
     report["device"] |= {"bandwidth": bandwidth, "world_size": dist.get_world_size()}
     report["device"] |= measure_device(device, args.tiny)
     peak = peak or report["device"]["matmul_flops_per_second"]

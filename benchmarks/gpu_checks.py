@@ -122,6 +122,8 @@ def load(device, dtype="bfloat16", frozen=False, script=sft, **flags):
 
 
 def forget_models():
+    """Free what is no longer used, compiled code included: a few variants too many, and nothing is compiled."""
+    torch._dynamo.reset()
     gc.collect()  # FSDP's modules refer to each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
