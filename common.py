@@ -166,7 +166,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         raise ValueError(f"{type(module).__name__} keeps its sliding window in the mask: use --attn eager")
     if key_lengths is not None:  # shared prompts: (1, kv_heads, K, D), each sequence's keys in one piece
         key, value = (x.index_select(2, kwargs["packed_key_index"]) for x in (key, value))
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if has_kernel(query):
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)  # W includes the token itself
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
         ends, sizes = ([kwargs[f"{name}_{x}"] for x in "qk"] for name in ("cu_seq_lens", "max_length"))
@@ -175,6 +175,11 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         return out[None], None
     key_lengths = lengths if key_lengths is None else key_lengths
     return sdpa_per_sequence(query, key, value, lengths, key_lengths, scaling, sliding_window), None
+
+
+def has_kernel(query) -> bool:
+    """Whether `varlen_attn` runs on such queries: on CUDA in half precision."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
 @torch.compiler.disable  # the boundaries move with every row
@@ -218,7 +223,7 @@ def packed_hidden_states(model, batch: PackedBatch) -> torch.Tensor:
         position_ids=batch.position_ids,
         use_cache=False,
         cu_seq_lens_q=batch.cu_seqlens,
-        cu_seq_lens_k=cu_keys.to(batch.input_ids.device),
+        cu_seq_lens_k=cu_keys.to(batch.input_ids.device, non_blocking=True),
         max_length_q=max(batch.lengths),
         max_length_k=max(batch.key_lengths or batch.lengths),
         packed_lengths=torch.tensor(batch.lengths),  # on the host; a tensor, or torch.compile specialises
