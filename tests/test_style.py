@@ -20,7 +20,7 @@ SCRIPTS = scripts()
 MODULES = sorted(ROOT.glob("*.py"))
 
 # Physical lines by file; 200 of one that is not listed.
-LIMITS = {"common": 700, "rewards": 500, "mathematics": 500, "sandbox": 500, "sandbox_judge": 500}
+LIMITS = {"common": 710, "rewards": 500, "mathematics": 500, "sandbox": 500, "sandbox_judge": 500}
 LIMITS |= {"ipo_kto_simpo_orpo": 930, "reward_model": 930, "process_reward_model": 930, "ppo_rlhf": 1180}
 LIMITS |= {"sft": 710, "dpo": 1050}
 LIMITS |= {"grpo": 960, "dapo": 960, "rloo_remax": 960, "online_dpo": 1010, "distill": 1230, "merge": 920}
