@@ -260,21 +260,11 @@ def test_two_processes_are_one(whole, make_rows, tmp_path):
     for process in processes:
         process.join(300)
     assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "output").read_text()
-    texts = (
-        "completion",
-        "critiques",
-        "chosen",
-        "rejected",
-        "principles",
-        "principle",
-        "violations",
-        "rewards",
-    )
+    names = "completion critiques chosen rejected principles principle violations rewards".split()
     for stage in STAGES:
-        one, two = whole(stage)[1], read_lines(tmp_path / stage / "rows.jsonl")
-        assert [{k: row.get(k) for k in texts} for row in two] == [
-            {k: row.get(k) for k in texts} for row in one
-        ]
+        runs = whole(stage)[1], read_lines(tmp_path / stage / "rows.jsonl")
+        one, two = ([[row.get(name) for name in names] for row in rows] for rows in runs)
+        assert one == two
     rounded = make_rows(**PAIR, dtype="bfloat16")[1]
     two = read_lines(tmp_path / "bfloat16" / "rows.jsonl")
     assert [row["principle"] for row in two] == [row["principle"] for row in rounded]
