@@ -35,7 +35,7 @@ COMMANDS = {
     "revise": "constitutional_ai.py",
     "sl_cai": f"sft.py --model {FIRST} --dataset {{folder}}/revise/sft.jsonl --learning-rate 3e-4",
     "judge": JUDGE,
-    "rlaif": f"dpo.py --model {FIRST} --dataset {{folder}}/judge/preference.jsonl --num-epochs 3",
+    "rlaif": f"dpo.py --model {FIRST} --dataset {{folder}}/judge/preference.jsonl",
     "judge_sl": f"{JUDGE} --model {{folder}}/sl_cai/model --num-rows 2048",
     "rl_cai": "dpo.py --model {folder}/sl_cai/model --dataset {folder}/judge_sl/preference.jsonl",
 }
