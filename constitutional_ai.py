@@ -242,7 +242,7 @@ def main(args: Args) -> dict:
     stopping, metrics = torch.zeros(1, device=device), {}
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.fill_(1))
-    make_rows = partial(revise if args.stage == "revise" else compare, models, principles, rules, args)
+    make_rows = partial(revise if args.stage == "revise" else judge_pairs, models, principles, rules, args)
     if step == 0:
         metrics = {"step": 0} | (evaluate(models, held_out, rules, args) if held_out else {})
         log(output_dir, metrics)
@@ -293,7 +293,7 @@ def revise(models, principles: list[str], rules, args, cases) -> list[dict]:
     return rows
 
 
-def compare(models, principles: list[str], rules, args, cases) -> list[dict]:
+def judge_pairs(models, principles: list[str], rules, args, cases) -> list[dict]:
     """A row for each of B cases: two answers, the better one as `chosen` by a principle, and by how much."""
     # 1. Answer
     converse = partial(say_next, *models[:2], cases=cases, args=args, temperature=args.temperature)
