@@ -1,4 +1,4 @@
-"""The one module that every script shares: packed rows, log-probs, sampling, KL estimators, chat formats.
+"""The mathematics that every script shares: packed rows, log-probs, sampling, KL estimators, chat formats.
 
 A batch is a list of sequences laid end to end in one row, without padding. Everything that is known per token
 is known for the trained tokens only:
@@ -19,20 +19,18 @@ import math
 import re
 from bisect import bisect_left, insort
 from dataclasses import dataclass, replace
-from functools import partial, wraps
-from types import MethodType
+from functools import partial
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from loading import fsdp_forward
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -336,108 +334,6 @@ class _HeadLogprobs(torch.autograd.Function):
                 grad_bias += (grad * factor).sum(0)
         grads = (x if x is None else x.to(weight.dtype) for x in (grad_weight, grad_bias))
         return grad_hidden, *grads, *[None] * 7
-
-
-def fsdp_forward(function):
-    """Let function(model, ...) run inside FSDP2's hooks: outside, the root's parameters stay sharded."""
-
-    @wraps(function)
-    def inside(model, *args, **kwargs):
-        if isinstance(model, WithoutLora):
-            with model:
-                return inside(model.model, *args, **kwargs)
-        if not isinstance(model, FSDPModule):
-            return function(model, *args, **kwargs)
-        name = f"_{function.__name__}"
-        if not hasattr(model, name):
-            setattr(model, name, MethodType(function, model))
-            register_fsdp_forward_method(model, name)
-        return getattr(model, name)(*args, **kwargs)
-
-    return inside
-
-
-def unsharded(function):
-    """Let function(model, ...) find FSDP2's parameters whole on every process, sharded again behind it.
-
-    Sampling then needs no communication per token; an optimizer over whole parameters would update copies.
-    """
-
-    @wraps(function)
-    def inside(model, *args, **kwargs):
-        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        for module in modules:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
-        try:
-            return function(model, *args, **kwargs)
-        finally:
-            for module in modules:
-                module.set_reshard_after_forward(module is not model, recurse=False)
-                module.reshard()
-
-    return inside
-
-
-def read_once(load) -> tuple:
-    """load()'s model on `meta` in every process, and its weights and buffers, for `fill`: the first calls it.
-
-    So hosts hold one copy of the weights, and a GPU nothing but its shards.
-    """
-    weights, found = {}, [None, None]
-    if dist.get_rank() == 0:
-        model = load()
-        weights, buffers = model.state_dict(), dict(model.named_buffers())
-        found = [model.to("meta"), buffers]
-    dist.broadcast_object_list(found)
-    model, buffers = found
-    model.tie_weights()  # on another device, and in another process, one tensor has become two
-    return model, weights, buffers
-
-
-def fill(model, weights: dict, buffers: dict, device) -> None:
-    """Give a model on `meta`, sharded or not, its weights from the first process, and all buffers."""
-    model.to_empty(device=device).tie_weights()
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, weights, options=options)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
-
-
-def add_lora(model, args):
-    """Freeze a model; linear layers W become W + alpha / rank B A, at first B = 0 (arXiv:2106.09685, 4.1).
-
-    `args` has lora_rank, lora_alpha, lora_target, seed. A and B are float32; a reward head is trained whole.
-    """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ImportError("--lora-rank needs peft: pip install peft==0.21.2") from error
-    torch.manual_seed(args.seed)  # of A
-    settings = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "target_modules": args.lora_target}
-    model.add_adapter(LoraConfig(**settings, modules_to_save=["score"] if hasattr(model, "score") else None))
-    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
-        parameter.data = parameter.data.float()
-    return model
-
-
-class WithoutLora:
-    """What a model was before `add_lora`, for `token_logprobs`: a reference that takes no memory."""
-
-    def __init__(self, model):
-        self.model = model
-        self.layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
-
-    def eval(self):
-        self.model.eval()
-
-    def __enter__(self):
-        for layer in self.layers:
-            layer._disable_adapters = True  # peft's enable_adapters(False) would also freeze A and B
-
-    def __exit__(self, *_):
-        for layer in self.layers:
-            layer._disable_adapters = False
 
 
 @fsdp_forward

@@ -63,15 +63,14 @@ import torch.distributed as dist
 import transformers
 import tyro
 from pydantic import Field, FilePath, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
+import loading
 from common import CHATML, check_packed, segment_sum, token_logprobs
 
 HERE = Path(__file__).resolve().parent
-Dtype = Literal["float32", "bfloat16"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rounds = Annotated[int, Field(ge=1, le=3)]
 
@@ -99,8 +98,8 @@ class Args:
     judge: str | None = None  # model that judges pairs, with its own chat template; by default --model
     chat_template: FilePath | None = None  # Jinja chat template to use instead of the tokenizer's own
     attn: str = "packed"  # packed, or flash_attention_2 where it is installed, or eager (exact, slow)
-    dtype: Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # what is computed in
-    gradient_checkpointing = compile = lora_rank = False  # no flags: nothing is trained
+    dtype: loading.Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # what is computed in
+    gradient_checkpointing = compile = lora_rank = optimizer = False  # no flags: nothing is trained
 
     # Data
     dataset: tuple[str, ...] = ("tiny/data/prompts_train.jsonl",)  # hub ids, files, saved datasets
@@ -148,8 +147,6 @@ class Args:
             self.eval_dataset = self.eval_dataset or "tiny/data/prompts_eval.jsonl"
             self.violation = self.violation or "tiny/make.py:rudeness"
             self.eval_reward = self.eval_reward or ("rewards.py:math_answer",)
-        if self.resume and not self.output_dir:
-            fail("--resume needs --output-dir: which run should continue?")
         if self.judge and self.stage == "revise":
             fail("--judge needs --stage judge: answers are revised by the model that gave them")
 
@@ -400,7 +397,7 @@ def choose_output_dir(args) -> Path:
     folder = Path(names[0])
     if args.resume:
         if not (folder / "args.json").exists():
-            fail(f"--resume: {folder} holds no run")
+            fail(f"--resume: {folder} holds no run; --output-dir says which one should continue")
         before, now = json.loads((folder / "args.json").read_text()), json.loads(as_json(args))
         for flag in (flag for flag in before if before[flag] != now.get(flag) and flag != "resume"):
             stop_or_say = fail if flag in "script model dataset seed weight_decay adam_betas".split() else say
@@ -581,46 +578,34 @@ def end_tokens(tokenizer, model) -> list[int]:
 def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, check=check_packed):
     """A model without dropout that passed `check`: float32, or frozen in --dtype; FSDP2 shards and casts."""
     compute, trained = getattr(torch, args.dtype), not frozen
-    settings = {"dtype": torch.float32 if trained and not args.lora_rank else compute}
-    settings["attn_implementation"] = args.attn
+    dtype = torch.float32 if trained and not args.lora_rank else compute
 
     def load():
-        model = kind.from_pretrained(located(name), **settings).requires_grad_(trained)
-        return common.add_lora(model, args) if args.lora_rank and trained else model
+        model = kind.from_pretrained(located(name), dtype=dtype, attn_implementation=args.attn)
+        model.requires_grad_(trained)
+        return loading.add_lora(model, args) if args.lora_rank and trained else model
 
     shards = dist.get_world_size() > 1 or (trained and compute != torch.float32)
     try:
-        model, *weights = common.read_once(load) if shards else [load()]
+        loading.check_packages(args)
+        model = loading.sharded(load, compute, device) if shards else load().to(device)
+        model.compute_dtype = compute
+        for module in model.modules():
+            for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
+                if isinstance(getattr(module, rate, None), float):
+                    setattr(module, rate, 0.0)
+        check(model)
+        model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
     except (ImportError, OSError, ValueError) as error:  # ImportError: an --attn that is not installed
         fail(f"{name}: {error}".splitlines()[0])
-    model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
-    model.compute_dtype = compute
-    for module in model.modules():
-        for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
-            if isinstance(getattr(module, rate, None), float):
-                setattr(module, rate, 0.0)
+    if shards:
+        model.reshard()  # FSDP2 leaves a trained root whole behind its pass
     if args.gradient_checkpointing and trained:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    if shards:
-        mixed = {"param_dtype": compute, "reduce_dtype": torch.float32}
-        if hasattr(model, "score"):  # a reward head stays in float32
-            exact = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float32)
-            fully_shard(model.score, mp_policy=exact)
-        for layer in layers:
-            fully_shard(layer, mp_policy=MixedPrecisionPolicy(**mixed))
-        fully_shard(model, mp_policy=MixedPrecisionPolicy(**mixed, cast_forward_inputs=False))
-        common.fill(model, *weights, device)
-    try:
-        check(model.to(device))
-    except ValueError as error:
-        fail(f"{name}: {error}".splitlines()[0])
-    if shards:
-        model.reshard()  # FSDP2 leaves a root whole behind its pass
-    for layer in layers if args.compile else ():
+    for layer in loading.layers_of(model) if args.compile else ():
         layer.compile()
-    size = sum(p.numel() for p in model.parameters())
-    say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, {args.attn} attention")
+    size = f"{model.num_parameters():,} parameters"
+    say(f"{name}: {model.config.model_type}, {size}, {device.type}, {args.attn} attention")
     return model
 
 
@@ -671,7 +656,7 @@ def label_tokens(tokenizer, args) -> list[list[int]]:
     return found
 
 
-@common.unsharded
+@loading.unsharded
 def say_next(policy, tokenizer, turns: list[list[dict]], cases: list[Case], number: int, args, temperature):
     """What a model says next in each of B conversations, as Completions.
 

@@ -60,19 +60,19 @@ import transformers
 import tyro
 from matplotlib.figure import Figure
 from pydantic import Field, FilePath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import common
+import loading
 from common import CHATML, check_packed, kl_full, segment_sum, token_logprobs
 
 HERE = Path(__file__).resolve().parent
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Dtype = Literal["float32", "bfloat16"]
 MarginLoss = Literal["sigmoid", "robust", "hinge", "exo", "discopop", "sigmoid_norm", "step_dpo"]
 AnswerLoss = Literal["nca", "bco", "sppo", "apo_zero", "apo_down", "dpop", "tdpo2"]  # not of the margin alone
 
@@ -90,7 +90,7 @@ class Args:
     sync_ref_alpha: Share = 0.6  # share of the policy in the moved reference (TR-DPO, arXiv:2404.09656: 0.6)
     chat_template: FilePath | None = None  # Jinja chat template to use instead of the tokenizer's own
     attn: str = "packed"  # packed, or flash_attention_2 where it is installed, or eager (exact, slow)
-    dtype: Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # what is computed in
+    dtype: loading.Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # what is computed in
     gradient_checkpointing: bool = False  # recompute activations: about 30 % slower, far less memory
     compile: bool = False  # compile each layer with torch.compile
     lora_rank: NonNegativeInt = 0  # train a LoRA of this rank and leave the model as it is; 0: no LoRA
@@ -115,6 +115,7 @@ class Args:
     sft_coef: NonNegativeFloat = 0.0  # weight of the chosen answers' NLL a token (RPO, arXiv:2404.19733: 1)
 
     # Optimization
+    optimizer: loading.Optimizer = "adamw"  # adamw8bit: its moments in 8 bits, a quarter of their memory
     learning_rate: NonNegativeFloat = 1e-4  # peak of AdamW's, for tiny/; billions need 1e-5 (SFT) to 1e-6
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # after warm-up; the first two end at 0
     warmup_steps: NonNegativeInt = 10  # steps over which the learning rate rises linearly from 0
@@ -150,8 +151,6 @@ class Args:
     def __post_init__(self):
         if self.dataset == Args.dataset:
             self.eval_dataset = self.eval_dataset or "tiny/data/preference_eval.jsonl"
-        if self.resume and not self.output_dir:
-            fail("--resume needs --output-dir: which run should continue?")
         if self.loss == "robust" and self.label_smoothing >= 0.5:
             fail("--loss robust divides by 1 - 2 x --label-smoothing, which must therefore be below 0.5")
         if self.loss == "exo" and self.label_smoothing == 0:
@@ -275,7 +274,7 @@ def preferred(margins: torch.Tensor, tie: float = 1e-4) -> torch.Tensor:
     return (1 + margins.sign() * (margins.abs() > tie)) / 2
 
 
-@common.fsdp_forward
+@loading.fsdp_forward
 def logprobs_and_kls(policy, batch, ref_states, ref_head, chunk_size: int = 512):
     """Of each trained token of a row: log-prob under policy and reference, and KL(ref || policy), (C,) each.
 
@@ -329,9 +328,7 @@ def main(args: Args) -> dict:
 
     policy = load_model(args.model, args, device)
     policy.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=tokenizer.pad_token_id)
-    matrices = {"params": [p for p in policy.parameters() if p.ndim > 1], "weight_decay": args.weight_decay}
-    vectors = {"params": [p for p in policy.parameters() if p.ndim <= 1], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([matrices, vectors], betas=args.adam_betas, fused=True)
+    optimizer = loading.adamw(args, policy)
     ref_policy = policy  # as long as it is not trained
     if args.ref_model or args.ref == "live":
         ref_policy = load_model(args.ref_model or args.model, args, device, frozen=True)
@@ -346,6 +343,7 @@ def main(args: Args) -> dict:
     (chosen_ids, _), (rejected_ids, trained) = pairs[stream[0]]
     say(f"first pair:\n{tokenizer.decode(chosen_ids)}\nrejected:\n{tokenizer.decode(rejected_ids[trained])}")
 
+    answer_tokens = torch.from_numpy(counts).to(device)  # (P, 2)
     # 0. Reference: log-probs (P, 2) of both answers under it and, for their drift, under the starting policy
     ref_logps = start_logps = held_out_logps = None
     if args.ref == "cached" or args.ref_model or args.sync_ref_every:
@@ -376,16 +374,17 @@ def main(args: Args) -> dict:
         sums = torch.zeros(2 + len(MEANS), device=device)  # processes told to stop, loss, MEANS
         for row in rows[dist.get_rank() :: world_size]:
             # 2. Log-probs: columns (B, 2) are the chosen and the rejected answer of every pair
-            ids = picks[row]
-            batch = collate_pairs([pairs[i] for i in ids], args, device)
+            batch = collate_pairs([pairs[i] for i in picks[row]], args, device)
+            ids = torch.from_numpy(picks[row]).to(device, non_blocking=True)  # (B,)
             logps, live_logps, kls = answer_logps(policy, ref_policy, batch, args.loss)
             logps = logps[: len(ids)]  # none of the filler's
             ref = ref_logps[ids] if ref_policy is None else live_logps[: len(ids)]  # (B, 2)
             start = ref if start_logps is None else start_logps[ids]  # (B, 2)
 
             # 3. Loss: each row adds its part of the mean over the pairs of the whole optimizer batch
-            divisor = torch.tensor(counts[ids] if args.loss == "sigmoid_norm" else 1, device=device)
-            log_ratios = ((logps - ref) / divisor).T  # (2, B)
+            log_ratios = (
+                (logps - ref) / (answer_tokens[ids] if args.loss == "sigmoid_norm" else 1)
+            ).T  # (2, B)
             losses = pair_loss(*log_ratios, **{name: kl[: len(ids)] for name, kl in kls.items()})  # (B,)
             nll = -logps[:, 0].sum() / chosen_tokens
             loss = losses.sum() / len(picks) + args.sft_coef * nll
@@ -403,8 +402,7 @@ def main(args: Args) -> dict:
         sums[0] = logger.stopping
         dist.all_reduce(sums)
         stopping, loss, *means = sums.tolist()
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-        grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
+        grad_norm = loading.clip_grad_norm(policy, args.max_grad_norm)
         if not math.isfinite(loss + grad_norm):
             fail(f"step {step}: loss {loss}, gradient norm {grad_norm}; --resume goes back to a checkpoint")
         optimizer.step()
@@ -447,7 +445,7 @@ def answer_logps(policy, ref_policy, batch, loss: str):
     """
     if loss == "tdpo2":
         with torch.no_grad():
-            ref_states = common.fsdp_forward(common.completion_states)(ref_policy, batch)  # (C, H)
+            ref_states = loading.fsdp_forward(common.completion_states)(ref_policy, batch)  # (C, H)
         per_token = logprobs_and_kls(policy, batch, ref_states, common.head_settings(ref_policy))  # (C,) each
         logps, ref_logps, kls = (pair_sums(x, batch) for x in per_token)  # (B, 2) each
         return logps, ref_logps, {"chosen_kls": kls[:, 0], "rejected_kls": kls[:, 1]}
@@ -476,7 +474,8 @@ def evaluate(policy, ref_policy, tokenizer, held_out, ref_logps, args, device) -
         "eval/margin": margins.mean().item(),
         "eval/chosen_log_ratio": log_ratio[:, 0].mean().item(),
     }
-    samples = sample_answers(policy, tokenizer, [pair.chosen for pair in held_out], args, device)
+    asked = [pair.chosen for pair in held_out]
+    samples = sample_answers(policy, tokenizer, asked, args, device) if args.max_completion_length else []
     if samples:
         lengths = [len(tokenizer(s["completion"], add_special_tokens=False).input_ids) for s in samples]
         right = [sample["right"] for sample in samples]
@@ -557,7 +556,7 @@ def choose_output_dir(args) -> Path:
     folder = Path(names[0])
     if args.resume:
         if not (folder / "args.json").exists():
-            fail(f"--resume: {folder} holds no run")
+            fail(f"--resume: {folder} holds no run; --output-dir says which one should continue")
         before, now = json.loads((folder / "args.json").read_text()), json.loads(as_json(args))
         for flag in (flag for flag in before if before[flag] != now.get(flag) and flag != "resume"):
             stop_or_say = fail if flag in "script model dataset seed weight_decay adam_betas".split() else say
@@ -819,50 +818,38 @@ def pair_logps(model, pairs: list, args, device) -> torch.Tensor:
 def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, check=check_packed):
     """A model without dropout that passed `check`: float32, or frozen in --dtype; FSDP2 shards and casts."""
     compute, trained = getattr(torch, args.dtype), not frozen
-    settings = {"dtype": torch.float32 if trained and not args.lora_rank else compute}
-    settings["attn_implementation"] = args.attn
+    dtype = torch.float32 if trained and not args.lora_rank else compute
 
     def load():
-        model = kind.from_pretrained(located(name), **settings).requires_grad_(trained)
-        return common.add_lora(model, args) if args.lora_rank and trained else model
+        model = kind.from_pretrained(located(name), dtype=dtype, attn_implementation=args.attn)
+        model.requires_grad_(trained)
+        return loading.add_lora(model, args) if args.lora_rank and trained else model
 
     shards = dist.get_world_size() > 1 or (trained and compute != torch.float32)
     try:
-        model, *weights = common.read_once(load) if shards else [load()]
+        loading.check_packages(args)
+        model = loading.sharded(load, compute, device) if shards else load().to(device)
+        model.compute_dtype = compute
+        for module in model.modules():
+            for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
+                if isinstance(getattr(module, rate, None), float):
+                    setattr(module, rate, 0.0)
+        check(model)
+        model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
     except (ImportError, OSError, ValueError) as error:  # ImportError: an --attn that is not installed
         fail(f"{name}: {error}".splitlines()[0])
-    model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
-    model.compute_dtype = compute
-    for module in model.modules():
-        for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
-            if isinstance(getattr(module, rate, None), float):
-                setattr(module, rate, 0.0)
+    if shards:
+        model.reshard()  # FSDP2 leaves a trained root whole behind its pass
     if args.gradient_checkpointing and trained:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    if shards:
-        mixed = {"param_dtype": compute, "reduce_dtype": torch.float32}
-        if hasattr(model, "score"):  # a reward head stays in float32
-            exact = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float32)
-            fully_shard(model.score, mp_policy=exact)
-        for layer in layers:
-            fully_shard(layer, mp_policy=MixedPrecisionPolicy(**mixed))
-        fully_shard(model, mp_policy=MixedPrecisionPolicy(**mixed, cast_forward_inputs=False))
-        common.fill(model, *weights, device)
-    try:
-        check(model.to(device))
-    except ValueError as error:
-        fail(f"{name}: {error}".splitlines()[0])
-    if shards:
-        model.reshard()  # FSDP2 leaves a root whole behind its pass
-    for layer in layers if args.compile else ():
+    for layer in loading.layers_of(model) if args.compile else ():
         layer.compile()
-    size = sum(p.numel() for p in model.parameters())
-    say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, {args.attn} attention")
+    size = f"{model.num_parameters():,} parameters"
+    say(f"{name}: {model.config.model_type}, {size}, {device.type}, {args.attn} attention")
     return model
 
 
-@common.unsharded
+@loading.unsharded
 def sample_answers(model, tokenizer, sequences, args, device) -> list[dict]:
     """Sample an answer to what each sequence asks before its last trained turn; compare final answers."""
     starts = [int(np.flatnonzero(~trained)[-1]) + 1 for _, trained in sequences]
@@ -871,7 +858,7 @@ def sample_answers(model, tokenizer, sequences, args, device) -> list[dict]:
     lengths, world_size = [len(ids) + args.max_completion_length for ids, _ in asked], dist.get_world_size()
     rows = common.pack(lengths, args.max_tokens_per_micro_batch, multiple_of=world_size)
     samples, everyones, end_ids = [], [None] * world_size, model.generation_config.eos_token_id
-    for row in filter(len, rows[dist.get_rank() :: world_size] if args.max_completion_length else ()):
+    for row in filter(len, rows[dist.get_rank() :: world_size]):
         prompts, numbers = [asked[i][0] for i in row], torch.tensor(uniforms[row], device=device)
         sampled = common.decode(model, prompts, numbers, end_ids, args.temperature)
         for i, (completion_ids, _) in zip(row, sampled):
@@ -920,21 +907,10 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
 
 def save_model(folder: Path, model, tokenizer):
     """Write the model, in the dtype it came in, and its tokenizer as transformers, vLLM and TRL load them."""
-    whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = dcp_state.get_model_state_dict(model, options=whole)
+    twin, weights = loading.whole(model)
     if dist.get_rank() == 0:
-        plain = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-        with torch.device("meta"):  # a shell of the model's own class; its weights are given beside it
-            shell = plain._from_config(model.config, dtype=model.stored_dtype)
-        shell.generation_config = model.generation_config
-        if model._hf_peft_config_loaded:  # the LoRA alone is written, as peft does
-            shell.add_adapter(model.peft_config["default"])
-        tied = shell.all_tied_weights_keys  # a tied head is stored once, as the embeddings
-        weights = {name: x for name, x in weights.items() if name not in tied}
-        for name in (name for name in weights if ".lora_" not in name):  # peft keeps a LoRA in float32
-            weights[name] = weights[name].to(model.stored_dtype)
         unfinished = folder.with_name(f"{folder.name}.partial")
-        shell.save_pretrained(unfinished, state_dict=weights)
+        twin.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was continued beyond its end
         unfinished.rename(folder)
@@ -954,7 +930,7 @@ class Logger:
         if not self.is_first:
             return
         (folder / "args.json").write_text(as_json(args))
-        for path in (Path(__file__), HERE / "common.py"):
+        for path in (Path(__file__), HERE / "common.py", HERE / "loading.py"):
             shutil.copy(path, folder)
         for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
             path.touch()  # of a run that continues: what followed its checkpoint goes

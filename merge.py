@@ -67,6 +67,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+import loading
+
 HERE = Path(__file__).resolve().parent
 Kept = Annotated[float, Field(gt=0, le=1)]
 Dropped = Annotated[float, Field(ge=0, lt=1)]
@@ -676,34 +678,26 @@ class Checkpoint:
 
 
 class Adapter(Checkpoint):
-    """A LoRA as peft saves it, read as the model that it makes of its base: W + alpha / r B A."""
+    """A LoRA, read as the model that it makes of its base."""
 
     def __init__(self, name: str):
-        folder = Path(name)
-        lora = read(folder / "adapter_config.json", lambda path: {**json.loads(path.read_bytes())})
-        more = "use_dora use_rslora fan_in_fan_out rank_pattern alpha_pattern modules_to_save lora_bias"
-        if lora.get("peft_type") != "LORA" or any(map(lora.get, more.split())):
-            fail(f"{name}: an adapter of peft that is more than a plain LoRA; merge it with peft")
-        base = lora["base_model_name_or_path"]
+        self.lora = read(Path(name), loading.SavedLora)
+        base = self.lora.base
         super().__init__(base if Path(base).exists() or not (HERE / base).exists() else str(HERE / base))
-        self.name, self.folder, self.scale = name, folder, lora["lora_alpha"] / lora["r"]
-        file = folder / "adapter_model.safetensors"
-        self.low_rank = read(file, lambda path: safe_open(path, framework="pt"))
-        layers = {re.sub(r"^base_model\.model\.|lora_[AB]\.", "", key) for key in self.low_rank.keys()}
-        if layers - self.shapes.keys():
-            fail(f"{name}: {base} has no {some(layers - self.shapes.keys())}")
+        self.name, self.folder = name, Path(name)
+        if absent := self.lora.names - self.shapes.keys():
+            fail(f"{name}: {base} has no {some(absent)}")
 
     def values(self, name: str) -> Callable:
-        flat, key = self[name], f"base_model.model.{name.removesuffix('.weight')}.lora_"
-        if f"{key}A.weight" not in self.low_rank.keys():
+        if name not in self.lora.names:
             return super().values(name)
-        a, b = (self.low_rank.get_tensor(f"{key}{x}.weight").float() for x in "AB")  # (r, in), (out, r)
+        flat, width = self[name], self.shapes[name][-1]
 
         def of_tile(tile: slice) -> torch.Tensor:
             start, stop, _ = tile.indices(len(flat))
-            first = start // a.shape[1]  # of the rows of B A that the tile touches
-            rows = self.scale * (b[first : -(-stop // a.shape[1])] @ a).view(-1)
-            return flat[tile].float() + rows[start - first * a.shape[1] :][: stop - start]
+            first = start // width  # of the rows that the tile touches
+            added = self.lora.addition(name, slice(first, -(-stop // width))).view(-1)
+            return flat[tile].float() + added[start - first * width :][: stop - start]
 
         return of_tile
 
@@ -737,14 +731,12 @@ def check_models(base, models: list, args: Args):
             problems.append(f"{pair} differ in model_type or tie_word_embeddings: {lead.kind}, {other.kind}")
         if lead.tokens and other.tokens:  # a longer vocabulary is a difference, if it is not to be padded
             shared = min(lead.num_tokens, other.num_tokens) if args.pad_vocab else math.inf
-            unequal = {i for _, i in lead.tokens.items() ^ other.tokens.items() if i < shared}
-            if unequal:
+            if unequal := {i for _, i in lead.tokens.items() ^ other.tokens.items() if i < shared}:
                 problems.append(f"{pair} differ in the tokens with the ids {some(unequal)}")
             other.rows = other.num_tokens if other.num_tokens < lead.num_tokens else None
         else:
             say(f"note: without a tokenizer.json in both, tokens of {pair} are not compared")
-        changed = [key for key in CONFIG_KEYS_COMPARED if lead.config.get(key) != other.config.get(key)]
-        if changed:
+        if changed := [x for x in CONFIG_KEYS_COMPARED if lead.config.get(x) != other.config.get(x)]:
             say(f"note: the configs of {pair} differ in {some(changed)}; that of {lead.name} is kept")
     unknown = {dtype for model in every for dtype in model.dtypes.values()} - DTYPES.keys()
     problems += [f"{dtype} is no type that can be merged" for dtype in sorted(unknown)]
@@ -770,8 +762,7 @@ class Rule(NamedTuple):
 
 def read_rule(text: str, args: Args) -> Rule:
     """`layers.*:weight.2=0,1`: pattern, a parameter of the method and the model that it is of, values."""
-    match = re.fullmatch(r"(.+):(\w+)(?:\.(\d+))?=(.+)", text)
-    if not match:
+    if not (match := re.fullmatch(r"(.+):(\w+)(?:\.(\d+))?=(.+)", text)):
         fail(f"--rule {text!r} is not PATTERN:NAME=V[,V...]")
     pattern, name, number, values = match.groups()
     if args.method not in METHODS_WITH.get(name, ()):

@@ -79,8 +79,6 @@ import transformers
 import tyro
 from matplotlib.figure import Figure
 from pydantic import Field, FilePath, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -91,12 +89,12 @@ from transformers import (
 )
 
 import common
+import loading
 from common import CHATML, check_packed, kl_k1, kl_k3, token_logprobs
 
 HERE = Path(__file__).resolve().parent
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Dtype = Literal["float32", "bfloat16"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -110,7 +108,7 @@ class Args:
     value_model: str | None = None  # start of the value model: the first reward model, else --model, head 0
     chat_template: FilePath | None = None  # Jinja chat template to use instead of the tokenizer's own
     attn: str = "packed"  # packed, or flash_attention_2 where it is installed, or eager (exact, slow)
-    dtype: Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # what is computed in
+    dtype: loading.Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # what is computed in
     gradient_checkpointing: bool = False  # recompute activations: about 30 % slower, far less memory
     compile: bool = False  # compile each layer with torch.compile
     lora_rank: NonNegativeInt = 0  # train a LoRA of this rank and leave the model as it is; 0: no LoRA
@@ -160,6 +158,7 @@ class Args:
     num_minibatches: PositiveInt = 2  # optimizer updates that a pass over a rollout is cut into
 
     # Optimization
+    optimizer: loading.Optimizer = "adamw"  # adamw8bit: its moments in 8 bits, a quarter of their memory
     learning_rate: NonNegativeFloat = 1e-4  # peak of AdamW's, for tiny/; billions need 1e-5 (SFT) to 1e-6
     value_learning_rate: NonNegativeFloat = 3e-4  # the value model's (OpenRLHF: nine times the policy's)
     lr_schedule: Literal["linear", "cosine", "constant"] = "constant"  # after warm-up; the first two end at 0
@@ -201,8 +200,6 @@ class Args:
             self.value_model = re.sub(":(mean|min|mean_minus_std)$", "", [*reward_models, self.model][0])
         if self.epsilon_high is None:
             self.epsilon_high = self.epsilon
-        if self.resume and not self.output_dir:
-            fail("--resume needs --output-dir: which run should continue?")
         if self.batch_size % self.num_generations:
             fail(f"--batch-size {self.batch_size} is no multiple of --num-generations {self.num_generations}")
         if self.batch_size // self.num_generations < self.num_minibatches:
@@ -369,16 +366,11 @@ def main(args: Args) -> dict:
         policy.decode = engine(located(args.model), args.vllm_memory, args).decode
     value_model = load_model(value_start, args, device, kind=ValueModel, check=check_values)
     models = torch.nn.ModuleDict({"policy": policy, "value_model": value_model})
-    groups, peaks = [], []  # of the optimizer: matrices and vectors of both models, their learning rates
-    for model, peak in ((policy, args.learning_rate), (value_model, args.value_learning_rate)):
-        for is_matrix, weight_decay in ((True, args.weight_decay), (False, 0.0)):
-            parameters = [p for p in model.parameters() if (p.ndim > 1) == is_matrix]
-            groups.append({"params": parameters, "weight_decay": weight_decay})
-            peaks.append(peak)
-    optimizer = torch.optim.AdamW(groups, betas=args.adam_betas, fused=True)
+    optimizer = loading.adamw(args, policy, value_model)
+    peaks = [args.learning_rate] * 2 + [args.value_learning_rate] * 2  # of its groups
     kl_every = 1 if args.kl_coef or args.max_kl else args.log_every  # as a metric alone: now and then
     if args.lora_rank and not args.ref_model:
-        ref_policy = common.WithoutLora(policy)
+        ref_policy = loading.WithoutLora(policy)
     elif kl_every <= total_steps:
         ref_policy = load_model(args.ref_model or args.model, args, device, frozen=True)
     progress = load_checkpoint(output_dir, models, optimizer) if args.resume else {}
@@ -474,10 +466,7 @@ def main(args: Args) -> dict:
                     sums["val/ratio"] += ratio.sum()
                     gap = row.old_logprobs - row.sampler_logprobs  # (C,)
                     sums["sampling/logp_difference_mean"] += gap.abs().sum()
-            norms = []  # of policy and value model
-            for model in (policy, value_model):
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+            norms = [loading.clip_grad_norm(model, args.max_grad_norm) for model in (policy, value_model)]
             grad_norms.append(norms)
             if not math.isfinite(sum(norms)):
                 fail(f"step {step}: gradient norms {norms}; --resume goes back to a checkpoint")
@@ -571,7 +560,7 @@ def evaluate(policy, tokenizer, held_out, rewarders, gold_rewarders, args) -> tu
     return {f"eval/{name}": value for name, value in metrics.items()}, samples
 
 
-@common.fsdp_forward
+@loading.fsdp_forward
 def token_values(value_model, batch) -> torch.Tensor:
     """The value of the state before each trained token, (C,), float32, in units of the score."""
     states = common.completion_states(value_model, batch)  # (C, H)
@@ -636,7 +625,7 @@ def choose_output_dir(args) -> Path:
     folder = Path(names[0])
     if args.resume:
         if not (folder / "args.json").exists():
-            fail(f"--resume: {folder} holds no run")
+            fail(f"--resume: {folder} holds no run; --output-dir says which one should continue")
         before, now = json.loads((folder / "args.json").read_text()), json.loads(as_json(args))
         for flag in (flag for flag in before if before[flag] != now.get(flag) and flag != "resume"):
             stop_or_say = fail if flag in "script model dataset seed weight_decay adam_betas".split() else say
@@ -805,7 +794,7 @@ def my_share(size: int, group_size: int) -> list[int]:
     return np.array_split(groups, dist.get_world_size())[dist.get_rank()].flatten().tolist()
 
 
-@common.unsharded
+@loading.unsharded
 def roll_out(policy, tokenizer, prompts, group_size, temperature, seed, args) -> list[Completion]:
     """Sample `group_size` completions of each prompt; `seed` and its place say what one is, nothing else."""
     policy.eval()
@@ -906,7 +895,7 @@ class ValueModel:
 
 
 @torch.no_grad()
-@common.fsdp_forward
+@loading.fsdp_forward
 def check_values(model):
     """Raise ValueError unless a packed row gives two sequences the states that each has in the stock model.
 
@@ -931,46 +920,34 @@ def check_values(model):
 def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, check=check_packed):
     """A model without dropout that passed `check`: float32, or frozen in --dtype; FSDP2 shards and casts."""
     compute, trained = getattr(torch, args.dtype), not frozen
-    settings = {"dtype": torch.float32 if trained and not args.lora_rank else compute}
-    settings["attn_implementation"] = args.attn
+    dtype = torch.float32 if trained and not args.lora_rank else compute
 
     def load():
-        model = kind.from_pretrained(located(name), **settings).requires_grad_(trained)
-        return common.add_lora(model, args) if args.lora_rank and trained else model
+        model = kind.from_pretrained(located(name), dtype=dtype, attn_implementation=args.attn)
+        model.requires_grad_(trained)
+        return loading.add_lora(model, args) if args.lora_rank and trained else model
 
     shards = dist.get_world_size() > 1 or (trained and compute != torch.float32)
     try:
-        model, *weights = common.read_once(load) if shards else [load()]
+        loading.check_packages(args)
+        model = loading.sharded(load, compute, device) if shards else load().to(device)
+        model.compute_dtype = compute
+        for module in model.modules():
+            for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
+                if isinstance(getattr(module, rate, None), float):
+                    setattr(module, rate, 0.0)
+        check(model)
+        model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
     except (ImportError, OSError, ValueError) as error:  # ImportError: an --attn that is not installed
         fail(f"{name}: {error}".splitlines()[0])
-    model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
-    model.compute_dtype = compute
-    for module in model.modules():
-        for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
-            if isinstance(getattr(module, rate, None), float):
-                setattr(module, rate, 0.0)
+    if shards:
+        model.reshard()  # FSDP2 leaves a trained root whole behind its pass
     if args.gradient_checkpointing and trained:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    if shards:
-        mixed = {"param_dtype": compute, "reduce_dtype": torch.float32}
-        if hasattr(model, "score"):  # a reward head stays in float32
-            exact = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float32)
-            fully_shard(model.score, mp_policy=exact)
-        for layer in layers:
-            fully_shard(layer, mp_policy=MixedPrecisionPolicy(**mixed))
-        fully_shard(model, mp_policy=MixedPrecisionPolicy(**mixed, cast_forward_inputs=False))
-        common.fill(model, *weights, device)
-    try:
-        check(model.to(device))
-    except ValueError as error:
-        fail(f"{name}: {error}".splitlines()[0])
-    if shards:
-        model.reshard()  # FSDP2 leaves a root whole behind its pass
-    for layer in layers if args.compile else ():
+    for layer in loading.layers_of(model) if args.compile else ():
         layer.compile()
-    size = sum(p.numel() for p in model.parameters())
-    say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, {args.attn} attention")
+    size = f"{model.num_parameters():,} parameters"
+    say(f"{name}: {model.config.model_type}, {size}, {device.type}, {args.attn} attention")
     return model
 
 
@@ -1011,21 +988,10 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
 
 def save_model(folder: Path, model, tokenizer):
     """Write the model, in the dtype it came in, and its tokenizer as transformers, vLLM and TRL load them."""
-    whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = dcp_state.get_model_state_dict(model, options=whole)
+    twin, weights = loading.whole(model)
     if dist.get_rank() == 0:
-        plain = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-        with torch.device("meta"):  # a shell of the model's own class; its weights are given beside it
-            shell = plain._from_config(model.config, dtype=model.stored_dtype)
-        shell.generation_config = model.generation_config
-        if model._hf_peft_config_loaded:  # the LoRA alone is written, as peft does
-            shell.add_adapter(model.peft_config["default"])
-        tied = shell.all_tied_weights_keys  # a tied head is stored once, as the embeddings
-        weights = {name: x for name, x in weights.items() if name not in tied}
-        for name in (name for name in weights if ".lora_" not in name):  # peft keeps a LoRA in float32
-            weights[name] = weights[name].to(model.stored_dtype)
         unfinished = folder.with_name(f"{folder.name}.partial")
-        shell.save_pretrained(unfinished, state_dict=weights)
+        twin.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was continued beyond its end
         unfinished.rename(folder)
@@ -1045,7 +1011,7 @@ class Logger:
         if not self.is_first:
             return
         (folder / "args.json").write_text(as_json(args))
-        for path in (Path(__file__), HERE / "common.py"):
+        for path in (Path(__file__), HERE / "common.py", HERE / "loading.py"):
             shutil.copy(path, folder)
         for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
             path.touch()  # of a run that continues: what followed its checkpoint goes

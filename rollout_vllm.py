@@ -95,7 +95,7 @@ class Engine:
         """Token ids and log-probs of a completion of each prompt, under the policy's weights as they are.
 
         The first of a completion's numbers `uniforms` (B, T) becomes its seed; T is its longest length. The
-        weights must be whole, as within `common.unsharded`.
+        weights must be whole, as within `loading.unsharded`.
         """
         if self.sleeps:
             torch.cuda.empty_cache()

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+import loading  # noqa: E402
 
 
 def read_json_lines(kind, data_files, split):
@@ -365,7 +366,7 @@ def sampler_equals_trainer(device):
     model = load(device).eval()
     prompts = [ids[: int(trained.argmax())].tolist() for ids, trained in text_sequences(8)]
     uniforms = torch.rand(8, 32, generator=torch.Generator().manual_seed(0)).to(device)
-    sampled = common.unsharded(common.decode)(model, prompts, uniforms, [END], 1.0)
+    sampled = loading.unsharded(common.decode)(model, prompts, uniforms, [END], 1.0)
     rows = [(p + ids, [False] * len(p) + [True] * len(ids)) for p, (ids, _) in zip(prompts, sampled)]
     with torch.no_grad():
         logprobs = common.token_logprobs(model, common.collate(rows, device)).cpu()  # (C,)
@@ -396,7 +397,7 @@ def lora(device):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # zero at first: a LoRA that does nothing
                 (parameter.to_local() if isinstance(parameter, DTensor) else parameter).fill_(0.02)
-        on, off = (common.token_logprobs(x, batch) for x in (model, common.WithoutLora(model)))
+        on, off = (common.token_logprobs(x, batch) for x in (model, loading.WithoutLora(model)))
         expected = common.token_logprobs(base, batch)
     if float((on - off).abs().max()) < 0.05:
         raise AssertionError("the LoRA changes nothing")

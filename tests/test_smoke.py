@@ -206,7 +206,6 @@ def assert_close_metrics(script, lines, others, keys=("loss", "grad_norm"), rel=
             "error: --learning-rate nan: Input should be greater than or equal to 0",
         ),
         ({"batch_size": 0}, "error: --batch-size 0: Input should be greater than 0"),
-        ({"resume": True}, "error: --resume needs --output-dir: which run should continue?"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -431,5 +430,5 @@ def test_kill_and_sigterm_lose_nothing_saved_and_a_continued_run_equals_one_that
     main(script, flags_of(script, output_dir=str(folder), resume=True))
     assert_same_run(folder, run(script), step=6)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    for path in (script, ROOT / "common.py"):
+    for path in (script, ROOT / "common.py", ROOT / "loading.py"):
         assert (folder / path.name).read_bytes() == path.read_bytes()

@@ -1,6 +1,6 @@
-"""LoRA: the adapter is peft's, the reference is the model without it, merge.py makes whole weights of it.
+"""loading.py. LoRA: the adapter is peft's, the reference is the model without it, merge.py makes it whole.
 
-And how weights come into memory: read once, by the first process.
+And how weights come into memory, read once, by the first process; AdamW in 8 bits.
 """
 
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import common
 import dpo
 import grpo
+import loading
 import merge
 import reward_model
 import sft
@@ -110,7 +111,7 @@ def test_model_without_its_lora_is_the_one_that_it_was_made_from():
     before = common.token_logprobs(grpo.load_model("tiny/sft", grpo.Args(), CPU), batch)
     with_lora = common.token_logprobs(model, batch)
     torch.testing.assert_close(
-        common.token_logprobs(common.WithoutLora(model), batch), before, rtol=0, atol=1e-5
+        common.token_logprobs(loading.WithoutLora(model), batch), before, rtol=0, atol=1e-5
     )
     assert (with_lora - before).abs().max() > 0.1
     assert torch.equal(common.token_logprobs(model, batch), with_lora)  # it is on again
@@ -138,6 +139,10 @@ def read_in_two(rank, path):
     calls, read = [], AutoModelForCausalLM.from_pretrained
     kind = SimpleNamespace(from_pretrained=lambda *given, **more: calls.append(1) or read(*given, **more))
     model = sft.load_model("tiny/sft", sft.Args(), CPU, kind=kind)
+    frozen = sft.load_model("tiny/sft", sft.Args(), CPU, frozen=True)
+    frozen = loading.unsharded(lambda x: x)(frozen)
+    common.token_logprobs(frozen, common.collate([([5, 6, 7], [0, 1, 1])]))
+    assert frozen.lm_head.weight.to_local().shape[0] < frozen.lm_head.weight.shape[0]  # a part again
     total = sum(p.full_tensor().double().sum() for p in model.parameters())
     buffers = sum(b.double().sum() for b in model.buffers())
     (path / f"{rank}.txt").write_text(f"{len(calls)} {float(total)} {float(buffers)}")
@@ -157,3 +162,24 @@ def test_only_the_first_process_reads_weights(tmp_path):
     for rank, calls in (("0", 1), ("1", 0)):
         found = list(map(float, (tmp_path / f"{rank}.txt").read_text().split()))
         assert found == pytest.approx([calls, *wanted], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags, package", [({"lora_rank": 4}, "peft"), ({"optimizer": "adamw8bit"}, "torchao")]
+)
+def test_missing_package_is_said_before_a_model_is_read(train, flags, package, capsys, monkeypatch):
+    monkeypatch.setattr(loading, "find_spec", lambda name: None if name == package else "there")
+    run = lambda: train(sft, ROWS, **{"lora_rank": 0} | flags)
+    assert error_of(run, capsys).startswith("tiny/base: ") and package in error_of(run, capsys)
+
+
+@pytest.mark.slow  # torchao compiles its step
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adamw_in_8_bits_learns_alike_and_continues_exactly(train, dtype):
+    pytest.importorskip("torchao")
+    flags = {"lora_rank": 0, "learning_rate": 1e-3, "dtype": dtype, "model": "tiny/sft", "save_every": 1}
+    _, wanted = train(sft, ROWS, **flags)
+    _, found = train(sft, ROWS, **flags, optimizer="adamw8bit")
+    assert found[-1]["loss"] == pytest.approx(wanted[-1]["loss"], rel=0.02) != wanted[0]["loss"]
+    assert found[-1]["learning_rate"] == wanted[-1]["learning_rate"]
+    assert_continues(lambda *given, **more: train(sft, *given, **flags | more), ROWS, optimizer="adamw8bit")
