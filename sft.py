@@ -89,6 +89,7 @@ class Args:
     order: Literal["shuffled", "given", "length"] = "shuffled"  # within an epoch; length: short to long
     max_length: PositiveInt = 1024  # longest sequence in tokens; longer ones are dropped and counted
     train_on_prompt: bool = False  # train on every token, not only the assistant's
+    ewc_dataset: str | None = None  # what --ewc-coef keeps the model from forgetting, --num-eval rows of it
 
     # Optimization
     optimizer: loading.Optimizer = "adamw"  # adamw8bit: its moments in 8 bits, a quarter of their memory
@@ -100,6 +101,7 @@ class Args:
     max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
     batch_size: PositiveInt = 32  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 8192  # tokens of a packed row: memory only, never the result
+    ewc_coef: NonNegativeFloat = 0.0  # weight of the pull back to weights that --ewc-dataset needs (EWC)
     num_epochs: PositiveFloat = 3.0  # passes over the training set or the prompts, if --max-steps is 0
     max_steps: NonNegativeInt = 0  # steps, or rollouts; 0 derives them from --num-epochs
 
@@ -128,6 +130,8 @@ class Args:
         if self.dataset == Args.dataset:
             self.eval_dataset = self.eval_dataset or "tiny/data/sft_eval.jsonl"
             self.forgetting_dataset = self.forgetting_dataset or "tiny/data/text_eval.jsonl"
+        if bool(self.ewc_coef) != bool(self.ewc_dataset):
+            fail("--ewc-coef and --ewc-dataset go together: how much is kept, and of what")
         if self.dataset_weights and len(self.dataset_weights) != len(self.dataset):
             fail(f"{len(self.dataset_weights)} --dataset-weights for {len(self.dataset)} datasets")
         if "tiny/" not in self.model and self.learning_rate == Args.learning_rate:
@@ -144,6 +148,11 @@ def sft_loss(logprobs: torch.Tensor, batch_tokens: int) -> torch.Tensor:
     a row must not change the objective.
     """
     return -logprobs.sum() / batch_tokens
+
+
+def ewc_gradient(weight: torch.Tensor, start: torch.Tensor, fisher: torch.Tensor, ewc_coef: float):
+    """That of EWC's penalty, ewc_coef / 2 sum_i F_i (theta_i - theta*_i)^2 (arXiv:1612.00796, Eq. 3)."""
+    return ewc_coef * fisher * (weight - start)
 
 
 def lr_factor(step: int, total_steps: int, warmup_steps: int, lr_schedule: str) -> float:
@@ -169,6 +178,7 @@ def main(args: Args) -> dict:
     sequences = [source[i * len(source) // n] for source, n in zip(sources, counts) for i in range(n)]
     held_out = load_sequences(tokenizer, args.eval_dataset, args.eval_split, args, args.num_eval)
     forgetting = load_sequences(tokenizer, args.forgetting_dataset, args.eval_split, args, args.num_eval)
+    to_keep = load_sequences(tokenizer, args.ewc_dataset, args.dataset_split, args, args.num_eval)
     lengths = np.array([len(sequence.input_ids) for sequence in sequences])
     steps_per_epoch = len(sequences) / args.batch_size
     total_steps = args.max_steps or max(1, math.ceil(args.num_epochs * steps_per_epoch))
@@ -183,6 +193,7 @@ def main(args: Args) -> dict:
     end_ids = sorted(special | {tokenizer.eos_token_id})
     model.generation_config = GenerationConfig(eos_token_id=end_ids, pad_token_id=tokenizer.pad_token_id)
     optimizer = loading.adamw(args, model)
+    anchors = fisher_information(model, to_keep, device) if to_keep else []
     step = load_checkpoint(output_dir, model, optimizer).get("step", 0) if args.resume else 0
     logger, metrics = Logger(args, output_dir, total_steps, step), {}
     if step == 0:
@@ -210,6 +221,8 @@ def main(args: Args) -> dict:
         for group in optimizer.param_groups:
             factor = lr_factor(step, total_steps, args.warmup_steps, args.lr_schedule)
             group["lr"] = args.learning_rate * factor
+        for weight, start, fisher in anchors:
+            weight.grad += ewc_gradient(weight.detach(), start, fisher, args.ewc_coef)
         sums[3] = logger.stopping
         dist.all_reduce(sums)
         loss, right, entropy, stopping = sums.tolist()
@@ -247,6 +260,17 @@ def main(args: Args) -> dict:
     save_model(output_dir / "model", model, tokenizer)
     logger.close(f"model saved to {output_dir / 'model'}")
     return metrics
+
+
+def fisher_information(model, sequences, device) -> list[tuple]:
+    """(weight, its value now, its Fisher information) of all that is trained: mean squared gradients."""
+    anchors = [(p, p.detach().clone(), torch.zeros_like(p)) for p in model.parameters() if p.requires_grad]
+    for ids, trained in sequences:  # alike in every process
+        token_logprobs(model, common.collate([(ids, trained)], device)).sum().backward()
+        for weight, _, fisher in anchors:
+            fisher += weight.grad.square() / len(sequences)
+        model.zero_grad()
+    return anchors
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA, read_lines, write_rows
-from helpers import asked, calls_of, error_of, said, stock, trainer
+from helpers import asked, calls_of, error_of, said, stock, tiny_rows, trainer
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config
@@ -456,3 +456,27 @@ def test_learning_rate_at_its_ends(lr_schedule):
     assert factor(56) == pytest.approx(middle)
     assert factor(3, total_steps=3, warmup_steps=10) == 0.3  # shorter than its warm-up
     assert factor(5, total_steps=5, warmup_steps=5) == 1
+
+
+def test_ewc_holds_the_weights_that_old_data_need(train, encode, random_model, tmp_path, one_cpu):
+    _, found = encode(*({"messages": CHAT[n : n + 2]} for n in (0, 2)))
+    model = sft.load_model(str(random_model), sft.Args(), sft.setup_distributed())
+    anchors = sft.fisher_information(model, [sequence for sequence, *_ in found], model.device)
+    wanted = [torch.zeros_like(p) for p in model.parameters()]
+    for (ids, trained), *_ in found:
+        ids = torch.tensor(ids[None]).long()
+        logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        slopes = torch.autograd.grad(logprobs[trained[1:]].sum(), list(model.parameters()))
+        wanted = [total + slope**2 / 2 for total, slope in zip(wanted, slopes)]
+    for (weight, start, fisher), expected in zip(anchors, wanted, strict=True):
+        torch.testing.assert_close(fisher, expected, rtol=1e-4, atol=1e-7)
+        assert torch.equal(weight, start)
+    weight, fisher = torch.tensor([1.0, 3.0], requires_grad=True), torch.tensor([2.0, 0.5])
+    (4.0 / 2 * fisher * (weight - 2) ** 2).sum().backward()
+    assert torch.equal(weight.grad, sft.ewc_gradient(weight.detach(), torch.full((2,), 2.0), fisher, 4.0))
+    old = write_rows(tmp_path / "old.jsonl", tiny_rows("text_train", 16))
+    flags = {"model": "tiny/base", "learning_rate": 3e-3, "max_steps": 4, "forgetting_dataset": old}
+    held = {"ewc_coef": 100.0, "ewc_dataset": old}
+    runs = [train(sums(20), sums(2), **flags, **ewc)[1] for ewc in ({}, held)]
+    rises = [lines[-1]["eval/forgetting_loss"] - lines[0]["eval/forgetting_loss"] for lines in runs]
+    assert 0 < rises[1] < 0.75 * rises[0]
