@@ -29,7 +29,7 @@ LIMITS = {
     "sandbox_judge": 500,
 }
 LIMITS |= {"ipo_kto_simpo_orpo": 900, "reward_model": 900, "process_reward_model": 900, "ppo_rlhf": 1150}
-LIMITS |= {"sft": 680, "dpo": 1020, "online_dpo": 980, "distill": 1200, "merge": 910, "evaluate": 800}
+LIMITS |= {"sft": 690, "dpo": 1020, "online_dpo": 980, "distill": 1200, "merge": 910, "evaluate": 800}
 LIMITS |= {"grpo": 930, "dapo": 930, "rloo_remax": 930, "rejection_sampling": 910, "constitutional_ai": 800}
 # Flags whose help and type depend on the method: beta weighs a KL, or is an inverse temperature, tau, lambda.
 METHOD_FLAGS = {"beta", "loss", "loss_agg", "algorithm", "label_smoothing", "reward", "epsilon_high", "gamma"}
