@@ -32,11 +32,11 @@ from learning import ROOT, cpu_name
 
 PATH = ROOT / "benchmarks" / "results" / "real_model.json"
 HELD_OUT = 64  # questions
-ALL = "--max-completion-length 160 --max-tokens-per-micro-batch 4096 --num-eval 64 --save-every 10 --log-every 1"
+ALL = "--max-completion-length 160 --max-tokens-per-micro-batch 4096 --num-eval 64 --save-every 10"
 ONLINE = f"{ALL} --batch-size 64 --num-generations 8 --eval-samples 8 --eval-every 50 --max-steps 400"
 STAGES = {  # two epochs, one of the pairs, and as many rollouts as time allows
     "sft": f"{ALL} --learning-rate 2e-5 --batch-size 16 --max-length 512 --eval-every 100 --max-steps 934",
-    "dpo": f"{ALL} --learning-rate 1e-6 --beta 0.1 --batch-size 16 --eval-every 20 --max-steps 60",
+    "dpo": f"{ALL} --learning-rate 1e-6 --beta 0.1 --batch-size 16 --eval-every 10 --max-steps 35",
     "grpo": f"{ONLINE} --learning-rate 5e-6 --beta 0",
     "dapo": f"{ONLINE} --learning-rate 5e-6",
 }
