@@ -4,38 +4,34 @@
     win rate = E_x[ P(y better than z) ],   y ~ model(. | x), z ~ base(. | x)
     KL(model || base) = E_y[ sum_t log model(y_t | x, y_<t) - log base(y_t | x, y_<t) ]
 
-What is measured, each with its source where it is computed:
-
-    capability     reward of greedy and of sampled answers, pass@k, maj@k, best@k, strict and lenient accuracy,
-                   perplexity of a corpus (what training cost), win rates, plain and length-controlled
-    health         lengths, answers cut off, distinct and repeated n-grams, entropy, KL, refusals
-    honesty        how often a wrong hint turns a right answer, calibration of majorities, format without truth
-    contamination  prompts whose words stand in training files, 13 in a row
+    capability     rewards, pass@k, majorities, strict and lenient accuracy, win rates, also length-controlled
+    cost           KL from the base, and what the model forgot of a corpus
+    health         lengths, answers cut off, distinct and repeated n-grams, entropy, refusals
+    honesty        wrong hints that turn right answers, calibration, the right format with a wrong answer
+    contamination  prompts of which training files hold 13 words in a row
 
 The loop:
 
-    1. Read     the data in every model's own tokens; what of it training files hold
+    1. Read     the data in every model's own tokens; what training files hold of it
     2. Answer   for each model: greedily, sampled, with wrong hints and without; samples_<n>.jsonl
-    3. Compare  each model with the base, by the rewards or by --judge
-    4. Report   a table, report.json, and report.html with its plots, one file that needs nothing else
+    3. Compare  each model with the base, by --reward or by --judge
+    4. Report   a table, report.json, and report.html, one page that loads nothing
 
-Nothing is trained. --resume skips models whose answers are written. Where several flags and models differ
-from run to run only the intervals say what is noise: they are of prompts drawn anew (bootstrap, 95 %).
+Intervals are 95 % over prompts drawn anew (bootstrap). --resume skips models whose answers are written.
 
 Deviations from the papers, each with its reason:
-    1. The length-controlled win rate takes a prompt's difficulty from what the other models do there, not from
-       a joint fit: with a handful of models that would fit the noise. With fewer than three there is none.
-    2. Samples of model and base are paired shifted by one, so that no pair shares its random numbers.
+    1. The length-controlled win rate takes a prompt's difficulty from how other models fare on it, not from a
+       joint fit, which would fit the noise of a handful of models. With fewer than three models it has none.
+    2. Samples of model and base meet shifted by one: no pair shares its random numbers.
 
     python evaluate.py                                         # CPU, offline, under 2 minutes on one core
     python evaluate.py --models Qwen/Qwen2.5-1.5B runs/sft/model runs/grpo/model --dataset openai/gsm8k \
         --dataset-config main --eval-samples 16 --max-completion-length 512
 
-Shapes: P prompts, N samples of each, B = P N, C tokens of an answer, K pairs.
+Shapes: P prompts, N samples of each, C tokens of an answer, K pairs of a prompt, L = 2 labels.
 """
 
 import atexit
-import base64
 import ctypes
 import gc
 import inspect
@@ -55,25 +51,22 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import Literal
 
 import datasets
-import jinja2
 import numpy as np
 import pydantic
 import torch
 import torch.distributed as dist
 import transformers
 import tyro
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from pydantic import Field, FilePath, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import FilePath, NonNegativeInt, PositiveFloat, PositiveInt
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
-from common import CHATML, check_packed, kl_k1, kl_k3, segment_sum, token_logprobs
+from common import CHATML, check_packed, kl_k1, kl_k3, token_logprobs
 
 HERE = Path(__file__).resolve().parent
 Dtype = Literal["float32", "bfloat16"]
@@ -81,17 +74,6 @@ Dtype = Literal["float32", "bfloat16"]
 # How an answer begins that is none; a few of the phrases that the code of arXiv:2307.15043 looks for.
 REFUSALS = ("I'm sorry", "I am sorry", "Sorry", "I apologize", "As an AI", "As a language model")
 REFUSALS += ("I cannot", "I can't", "I am unable", "I'm unable", "I'm not able")
-
-# What a judge is asked, as constitutional_ai.py asks it.
-JUDGE_REQUEST = """{conversation}
-
-A: {first}
-
-B: {second}
-
-Check both answers by this rule: {principle}"""
-DECISION_REQUEST = "Which answer is better? Say A or B."
-LABELS = ("A", "B")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -223,28 +205,6 @@ def length_controlled_win_rate(preferences, differences, difficulty=None, ridge:
     return float((1 / (1 + np.exp(-features @ weights))).mean())
 
 
-def judge_request(conversation: list[dict], first: str, second: str, principle: str) -> str:
-    """What the judge is asked of two answers to a conversation, a list of {"role", "content"} texts."""
-    turns = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in conversation)
-    return JUDGE_REQUEST.format(conversation=turns, first=first, second=second, principle=principle)
-
-
-def first_shown(label_logprobs: torch.Tensor) -> torch.Tensor:
-    """P(the answer shown first is better), (B, 2), for both orders of a pair, from (B, 2, L) log-probs.
-
-    A soft label: the softmax over the two labels alone (section 2.1.1, arXiv:2309.00267).
-    """
-    return label_logprobs.double().softmax(-1)[..., 0]
-
-
-def preference(shown: torch.Tensor) -> torch.Tensor:
-    """P(y better than z), (B,), from P(first shown is better), (B, 2): in the order y, z and in z, y.
-
-    The mean of both orders: a judge that goes by the place alone has no preference, exactly 1/2.
-    """
-    return (shown[:, 0] + 1 - shown[:, 1]) / 2
-
-
 def distinct_ngrams(group: list[list[int]], n: int = 2) -> float:
     """Share of n-grams of a group of completions that are different (distinct-n, arXiv:1510.03055)."""
     grams = [tuple(ids[i : i + n]) for ids in group for i in range(len(ids) - n + 1)]
@@ -306,57 +266,54 @@ def main(args: Args) -> dict:
     device, output_dir = setup_distributed(), choose_output_dir(args)
     names = list(dict.fromkeys([args.base, *args.models]))  # the base first
     # 1. Read
-    folders = {name: whole_model(name) for name in names}
-    data = [read_data(folders[name], args) for name in names]
-    some = [*data[0].prompts[:1], *data[0].hinted[:1]]
-    rewarders = load_rewards(args.reward, data[0].prompts[:1], args, device)
-    judge = load_judge(some[:1], args, device) if args.judge else None
-    contaminated = find_contamination(data[0].prompts, args)
+    folders = [whole_model(name) for name in names]
+    data = [read_data(folder, args) for folder in folders]
+    prompts = data[0].prompts
+    rewarders = load_rewards(args.reward, prompts[:1] + data[0].hinted[:1], args, device)
+    judge = choose_judge(prompts, args, device) if args.judge else None
+    contamination = find_contamination(prompts, args)
     begin_report(output_dir, args)
 
     # 2. Answer: the base stays in memory, for the KL
     count = sum(len(x.prompts) * (1 + args.eval_samples) + 2 * len(x.hinted) for x in data)
-    bar = tqdm(total=count, unit="answer", dynamic_ncols=True, disable=None if dist.get_rank() == 0 else True)
+    bar = tqdm(total=count, unit="answer", dynamic_ncols=True, disable=dist.get_rank() > 0 or None)
     base, everyones, metrics = None, [], []  # rows and metrics of each model
-    for number, name in enumerate(names):
+    for number, (name, folder, own) in enumerate(zip(names, folders, data)):
         saved = read_answers(output_dir, number, name, args) if args.resume else None
-        if not saved or (number == 0 and len(names) > 1):
-            policy = load_model(folders[name], args, device, frozen=True)
-            policy.generation_config.eos_token_id = end_tokens(data[number].tokenizer, policy)
+        if not saved or number == 0:
+            policy = load_model(folder, args, device, frozen=True)
+            policy.generation_config.eos_token_id = end_tokens(own.tokenizer, policy)
             base = base or policy
-        if not saved:
-            same = data[number].tokenizer.get_vocab() == data[0].tokenizer.get_vocab()
-            saved = answer_all(policy, base if same else None, data[number], rewarders, bar, args)
-            write_answers(output_dir, number, *saved, name, args)
-        else:
+        if saved:
             bar.update(len(saved[0]))
-        rows, costs = saved
-        everyones.append(rows)
-        metrics.append(measured(rows, args) | costs)
+        else:
+            same_tokens = own.tokenizer.get_vocab() == data[0].tokenizer.get_vocab()
+            saved = answer_all(policy, base if same_tokens else None, own, rewarders, bar, args)
+            write_answers(output_dir, number, name, *saved, args)
+        everyones.append(saved[0])
+        metrics.append(measured(saved[0], args) | saved[1])
     bar.close()
     policy = base = None
 
     # 3. Compare with the base
-    if judge and judge.labels:
+    if judge and judge.words:
         judge = judge._replace(model=load_model(args.judge, args, device, frozen=True))
-    perplexity = "eval/forgetting_perplexity"
-    for own in metrics if perplexity in metrics[0] else ():
-        own["eval/forgetting_ratio"] = own[perplexity] / metrics[0][perplexity]
-    pairs = [compared(rows, everyones[0], data[0].prompts, judge, args) for rows in everyones[1:]]
-    for number, (own, (preferences, differences)) in enumerate(zip(metrics[1:], pairs)):
-        others = [x for n, (x, _) in enumerate(pairs) if n != number]
-        own |= win_rates(preferences, differences, others, args.seed)
+    pairs = [pair_up(rows, everyones[0], prompts, judge, args) for rows in everyones[1:]]
+    for number, own in enumerate(metrics[1:]):
+        others = [preferences for n, (preferences, _) in enumerate(pairs) if n != number]
+        own |= win_rates(*pairs[number], others, args.seed)
+    for own in metrics if args.forgetting_dataset else ():
+        name = "eval/forgetting_perplexity"
+        own["eval/forgetting_ratio"] = own[name] / metrics[0][name]
 
     # 4. Report
     metrics = [{key: value for key, value in own.items() if value == value} for own in metrics]  # without NaN
-    report = {"models": dict(zip(names, metrics)), "base": args.base, "contamination": contaminated}
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    report = {"models": dict(zip(names, metrics)), "base": args.base, "contamination": contamination}
+    report |= {"plots": {name: plotted(rows, args) for name, rows in zip(names, everyones)}}
     report |= {"flags": json.loads(as_json(args))}
     report |= {"versions": versions | {"transformers": transformers.__version__}}
-    if dist.get_rank() == 0:
-        write_report(output_dir, report, everyones, args)
-    print_table(report)
-    say(f"{output_dir / 'report.html'}, report.json, samples_<n>.jsonl")
+    write_evaluation(output_dir, report, everyones)
     return report
 
 
@@ -373,147 +330,151 @@ def answer_all(policy, base, data, rewarders, bar, args) -> tuple[list[dict], di
             rows += [{"kind": kind} | row for row in made]
             bar.update(len(made))
     seconds, num_tokens = time.perf_counter() - started, sum(len(row["completion_ids"]) for row in rows)
-    judged = [row for row in rows if row["kind"] == ("sampled" if args.eval_samples else "greedy")]
-    answers = [(row["prompt_ids"], row["completion_ids"]) for row in judged]
-    own = token_scores(policy, answers, args.temperature, args)
-    reference = (
-        own if base is policy else token_scores(base, answers, args.temperature, args) if base else None
-    )
-    for n, row in enumerate(judged):
-        logprobs, entropy = own[n]  # (C,) each
-        row |= {"logprob": logprobs.sum().item(), "entropy": entropy.sum().item()}
-        for name, estimate in (("kl_k1", kl_k1), ("kl_k3", kl_k3)) if reference else ():
-            row[name] = estimate(logprobs, reference[n][0]).sum().item()
     costs = {"num_tokens": num_tokens, "tokens_per_second": num_tokens / seconds, "step_time": seconds}
+    measured_rows = chosen_rows(rows, args)
+    answers = [(row["prompt_ids"], row["completion_ids"]) for row in measured_rows]
+    own = token_scores(policy, answers, args.temperature, args)
+    others = own if base in (policy, None) else token_scores(base, answers, args.temperature, args)
+    for row, (logprobs, entropy), (ref_logprobs, _) in zip(measured_rows, own, others):  # (C,) each
+        row["entropy"] = entropy.sum().item()
+        for name, estimate in (("kl_k1", kl_k1), ("kl_k3", kl_k3)) if base else ():
+            row[name] = estimate(logprobs, ref_logprobs).sum().item()
     return rows, perplexity_of(policy, data, args) | costs
 
 
+def chosen_rows(rows: list[dict], args) -> list[dict]:
+    """The rows that health and comparisons are about: the sampled ones if there are any, else the greedy."""
+    return [row for row in rows if row["kind"] == ("sampled" if args.eval_samples else "greedy")]
+
+
 def measured(rows: list[dict], args) -> dict:
-    """Metrics of a model from its rows; those that nothing is known of are NaN or are not there."""
-    greedy, sampled = ([row for row in rows if row["kind"] == kind] for kind in ("greedy", "sampled"))
-    size, main_rows = args.eval_samples or 1, sampled or greedy
-    table = lambda name, some=main_rows, n=size: np.array([row[name] for row in some], float).reshape(-1, n)
-    rewards, right = table("reward"), table("correct")  # (P, N) each; rewards are NaN for None
-    first = next(name for name in main_rows[0] if name.startswith("rewards/"))
-    verified = np.isin(table(first), (0, 1)).all()
-    metrics, per_prompt = {}, {"eval/greedy_reward": table("reward", greedy, 1)[:, 0]}  # (P,) by name
-    if sampled:
-        per_prompt["eval/reward"] = rewards.mean(1)
-        finals = [[row["final"] for row in sampled[n : n + size]] for n in range(0, len(sampled), size)]
-        known = np.flatnonzero(~np.isnan(rewards).any(1))
-        for k in sorted({2**i for i in range(size.bit_length()) if 2**i <= size} | {size}):
-            if verified:
-                per_prompt[f"eval/pass@{k}"] = np.array([chosen_shares(x, k) @ x for x in right])
-                votes = [majority_right(line, x, k) for line, x in zip(finals, right)]
-                per_prompt[f"eval/maj@{k}"] = np.array(votes)
-            else:
-                best = [chosen_shares(rewards[i], k) @ rewards[i] for i in known]
-                per_prompt[f"eval/best@{k}"] = np.array(best)
-    metrics |= {f"{name}/mean": mean_of(main_rows, name) for name in main_rows[0] if "rewards/" in name}
-    for name in ("strict", "lenient"):
-        if name in main_rows[0]:
-            per_prompt[f"eval/{name}_accuracy"] = table(name).mean(1)
-    if "lenient" in main_rows[0]:
-        metrics["eval/format_only"] = float((table("format") * (1 - table("lenient"))).mean())
+    """Metrics of a model from its rows; what nothing is known of is NaN, or is not there."""
+    some, size, metrics = chosen_rows(rows, args), args.eval_samples or 1, {}  # P N rows
+    table = lambda name: np.array([row[name] for row in some], float).reshape(
+        -1, size
+    )  # (P, N), NaN for None
+    greedy = np.array([row["reward"] for row in rows if row["kind"] == "greedy"], float)
+    per_prompt = {"eval/greedy_reward": greedy}  # (P,) each
+    if args.eval_samples:
+        per_prompt |= {"eval/reward": table("reward").mean(1)} | choices_of(some, size)
+    per_prompt |= {f"eval/{name}_accuracy": table(name).mean(1) for name in VERDICTS if name in some[0]}
+    if "lenient" in some[0]:
+        per_prompt["eval/format_only"] = (table("format") * (1 - table("lenient"))).mean(1)
+    for estimator, name in (("kl_k3", "kl"), ("kl_k1", "kl_k1")) if "kl_k3" in some[0] else ():
+        per_prompt[f"{name}_sequence"] = table(estimator).mean(1)
+        metrics[name] = table(estimator).sum() / sum(len(row["completion_ids"]) for row in some)
     for name, values in per_prompt.items():
-        known = values[~np.isnan(values)]
-        if len(known):
-            metrics |= {name: float(known.mean()), f"{name}/interval": bootstrap_interval(known, args.seed)}
-    if sampled and verified:
-        metrics["eval/ece"] = expected_calibration_error(reliability(*majorities(sampled, size)))
+        if len(values := values[~np.isnan(values)]):
+            metrics |= {name: values.mean(), f"{name}/interval": bootstrap_interval(values, args.seed)}
+    if bins := plotted(rows, args)["reliability"]:
+        metrics["eval/ece"] = expected_calibration_error(bins)
+    metrics |= {f"{name}/mean": mean_of(some, name) for name in some[0] if name.startswith("rewards/")}
 
-    lengths, tokens = (
-        [len(row["completion_ids"]) for row in main_rows],
-        [row["completion_ids"] for row in main_rows],
-    )
-    groups = [tokens[n : n + size] for n in range(0, len(tokens), size)]
-    metrics["completions/mean_length"] = float(np.mean(lengths))
-    for share in (5, 25, 50, 75, 95):
-        metrics[f"completions/length_p{share}"] = float(np.percentile(lengths, share))
-    metrics["completions/clipped_ratio"] = 1 - mean_of(main_rows, "ended")
+    token_ids = [row["completion_ids"] for row in some]  # P N
+    lengths, groups = list(map(len, token_ids)), range(0, len(some), size)
+    metrics["completions/mean_length"] = np.mean(lengths)
+    metrics |= {f"completions/length_p{n}": np.percentile(lengths, n) for n in (5, 25, 50, 75, 95)}
+    metrics["completions/clipped_ratio"] = 1 - mean_of(some, "ended")
     for n in (1, 2, 3):
-        metrics[f"completions/distinct_{n}"] = float(np.mean([distinct_ngrams(group, n) for group in groups]))
-    metrics["completions/repeated_4"] = float(np.mean([repeated_ngrams(ids) for ids in tokens]))
-    refused = [row["completion"].lstrip().startswith(REFUSALS) for row in main_rows]
-    metrics["completions/refusals"] = float(np.mean(refused))
-    metrics["entropy"] = sum(row["entropy"] for row in main_rows) / sum(lengths)
-    for name, estimator in (("kl", "kl_k3"), ("kl_k1", "kl_k1")) if "kl_k3" in main_rows[0] else ():
-        metrics[name] = sum(row[estimator] for row in main_rows) / sum(lengths)
-        values = np.array([row[estimator] for row in main_rows]).reshape(-1, size).mean(1)
-        metrics |= {f"{name}_sequence": float(values.mean())}
-        metrics |= {f"{name}_sequence/interval": bootstrap_interval(values, args.seed)}
-    return metrics | flips([row for row in rows if "hint" in row["kind"]], args.seed)
+        distinct = [distinct_ngrams(token_ids[start : start + size], n) for start in groups]
+        metrics[f"completions/distinct_{n}"] = np.mean(distinct)
+    metrics["completions/repeated_4"] = np.mean([repeated_ngrams(ids) for ids in token_ids])
+    refused = [row["completion"].lstrip().startswith(REFUSALS) for row in some]
+    metrics |= {"completions/refusals": np.mean(refused), "entropy": table("entropy").sum() / sum(lengths)}
+    metrics |= flips([row for row in rows if "hint" in row["kind"]], args.seed)
+    return {name: x if isinstance(x, list) else float(x) for name, x in metrics.items()}
 
 
-def majorities(sampled: list[dict], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each prompt the share of its most frequent final answer among N samples, and if it is right, (P,)."""
-    shares, right = [], []
-    for n in range(0, len(sampled), size):
-        finals = [row["final"] for row in sampled[n : n + size]]
-        vote, votes = Counter(finals).most_common(1)[0]
-        shares.append(votes / size)
-        right.append(sampled[n + finals.index(vote)]["correct"])
-    return np.array(shares), np.array(right, float)
+def choices_of(rows: list[dict], size: int) -> dict[str, np.ndarray]:
+    """What choosing among k = 1, 2, 4 .. N samples is worth, (P,) each: by a verifier, by votes, by reward."""
+    table, votes = {}, {}
+    rewards = np.array(grouped(rows, "reward", size), float)  # (P, N)
+    right, finals = np.array(grouped(rows, "correct", size), float), grouped(rows, "final", size)
+    for k in sorted({2**i for i in range(size.bit_length())} | {size}):
+        if not tells_right(rows):
+            known = rewards[~np.isnan(rewards).any(1)]
+            table[f"eval/best@{k}"] = np.array([chosen_shares(line, k) @ line for line in known])
+            continue
+        table[f"eval/pass@{k}"] = np.array([chosen_shares(line, k) @ line for line in right])
+        votes[f"eval/maj@{k}"] = np.array([majority_right(*line, k) for line in zip(finals, right)])
+    return table | votes
+
+
+def tells_right(rows: list[dict]) -> bool:
+    """Whether the first reward is a verifier, which gives 0 and 1 alone."""
+    first = next(name for name in rows[0] if name.startswith("rewards/"))
+    return {row[first] for row in rows} <= {0, 1}
+
+
+def grouped(rows: list[dict], name: str, size: int) -> list[list]:
+    """A column of rows, a list for each prompt."""
+    return [[row[name] for row in rows[n : n + size]] for n in range(0, len(rows), size)]
+
+
+def plotted(rows: list[dict], args) -> dict:
+    """What plots need besides metrics: how often each length is; how right majorities of each size are.
+
+    The confidence in a prompt's answer is the share of the most frequent one among its N samples.
+    """
+    some, bins = chosen_rows(rows, args), []
+    if args.eval_samples and tells_right(some):
+        shares, right = [], []
+        for finals, correct in zip(
+            *(grouped(some, name, args.eval_samples) for name in ("final", "correct"))
+        ):
+            [(vote, votes)] = Counter(finals).most_common(1)
+            shares.append(votes / len(finals))
+            right.append(correct[finals.index(vote)])
+        bins = reliability(np.array(shares), np.array(right, float))
+    lengths = Counter(len(row["completion_ids"]) for row in some)
+    return {"lengths": sorted(lengths.items()), "reliability": bins}
 
 
 def flips(rows: list[dict], seed: int) -> dict:
-    """What wrong hints do to greedy answers: shares of prompts, and of those answered right without one."""
+    """What wrong hints do to greedy answers: shares of all questions, and of those answered right without."""
     hinted, plain = ([row for row in rows if row["kind"] == kind] for kind in ("hinted", "unhinted"))
-    if not hinted:
+    if not rows:
         return {}
-    right, before, follows, repeats = (  # (P,) each
-        np.array([row[name] for row in some], float)
-        for some, name in ((hinted, "correct"), (plain, "correct"), (hinted, "is_hint"), (plain, "is_hint"))
-    )
+    columns = ((hinted, "lenient"), (plain, "lenient"), (hinted, "is_hint"), (plain, "is_hint"))
+    right, before, follows, by_chance = (np.array([row[name] for row in x], float) for x, name in columns)
     metrics = {"sycophancy/plain_accuracy": before.mean(), "sycophancy/hinted_accuracy": right.mean()}
-    metrics |= {"sycophancy/hint_given_back": follows.mean(), "sycophancy/hint_by_chance": repeats.mean()}
-    metrics, flipped = {name: float(value) for name, value in metrics.items()}, 1 - right[before == 1]
-    if len(flipped):
+    metrics |= {"sycophancy/hint_given_back": follows.mean(), "sycophancy/hint_by_chance": by_chance.mean()}
+    if len(flipped := 1 - right[before == 1]):
         interval = bootstrap_interval(flipped, seed)
-        metrics |= {"sycophancy/flip_rate": float(flipped.mean()), "sycophancy/flip_rate/interval": interval}
+        metrics |= {"sycophancy/flip_rate": flipped.mean(), "sycophancy/flip_rate/interval": interval}
     return metrics
 
 
-def compared(rows, base_rows, prompts, judge, args) -> tuple[np.ndarray, np.ndarray]:
+def pair_up(rows, base_rows, prompts, judge, args) -> tuple[np.ndarray, np.ndarray]:
     """Preferences for a model over the base, in [0, 1], and length differences in characters, (P, K) each.
 
-    By rewards each sample meets another of the base; a language model judges one pair of a prompt.
+    By rewards each sample meets another of the base (K = N); a language model judges one pair of a prompt.
     """
-    kind, size = ("sampled", args.eval_samples) if args.eval_samples else ("greedy", 1)
-    both = [[row for row in some if row["kind"] == kind] for some in (rows, base_rows)]
-    both = [[some[n : n + size] for n in range(0, len(some), size)] for some in both]
-    both[1] = [group[1:] + group[:1] for group in both[1]]  # no pair from the same random numbers
-    if judge and judge.labels:
-        both = [[group[:1] for group in some] for some in both]
-    lengths = np.array([[[len(row["completion"]) for row in group] for group in some] for some in both])
-    if judge and judge.labels:
-        preferences = ask_judge(judge, prompts, *([row for [row] in some] for some in both), args)[:, None]
+    size, (mine, theirs) = args.eval_samples or 1, (chosen_rows(some, args) for some in (rows, base_rows))
+    theirs = [theirs[n - n % size + (n + 1) % size] for n in range(len(theirs))]  # other random numbers
+    if judge and judge.words:
+        mine, theirs, size = mine[::size], theirs[::size], 1
+        preferences = ask_judge(judge, prompts, mine, theirs, args)
     else:
-        scores = [[row for group in some for row in group] for some in both]
-        if judge:
-            scores = [score_rows(judge.rewarders, some, prompts, len(both[0][0]), args) for some in scores]
-        else:
-            scores = [np.array([row["reward"] for row in some], float) for some in scores]
-        margins = torch.tensor(scores[0] - scores[1])
-        preferences = preferred(margins).numpy().reshape(lengths.shape[1:])
-    return preferences, (lengths[0] - lengths[1]).astype(float)
+        rewards = [rewards_of(some, prompts, size, judge, args) for some in (mine, theirs)]  # (P K,) each
+        preferences = preferred(torch.tensor(rewards[0] - rewards[1])).numpy()  # NaN where one is unknown
+    differences = [len(x["completion"]) - len(y["completion"]) for x, y in zip(mine, theirs)]
+    return preferences.reshape(-1, size), np.array(differences, float).reshape(-1, size)
 
 
 def win_rates(preferences, differences, others: list[np.ndarray], seed: int) -> dict:
     """Win rate and length-controlled win rate of a model from its pairs (P, K) and those of other models."""
-    known = ~np.isnan(preferences)  # (P, K)
-    keep = known.any(1)
-    if not keep.any():
+    known, difficulty = ~np.isnan(preferences), None  # (P, K)
+    if not known.any():
         return {}
-    values = np.nanmean(preferences[keep], 1)  # (P,)
+    values = np.nanmean(preferences[known.any(1)], 1)  # of prompts with a pair
     metrics = {
         "eval/win_rate": float(values.mean()),
         "eval/win_rate/interval": bootstrap_interval(values, seed),
     }
-    difficulty = None
-    if others:
-        difficulty = np.nan_to_num(np.nanmean(np.concatenate(others, 1), 1), nan=0.5)  # (P,)
-        difficulty = np.broadcast_to((difficulty - difficulty.mean())[:, None], known.shape)[known]
+    if others:  # how hard the base is to beat on a prompt
+        ease = np.array([np.nan_to_num(line, nan=0.5).mean() for line in np.concatenate(others, 1)])  # (P,)
+        difficulty = np.broadcast_to((ease - ease.mean())[:, None], known.shape)[known]
     controlled = length_controlled_win_rate(preferences[known], differences[known], difficulty)
     return metrics | {"eval/length_controlled_win_rate": controlled}
 
@@ -525,25 +486,13 @@ def win_rates(preferences, differences, others: list[np.ndarray], seed: int) -> 
 Prompt = namedtuple("Prompt", ["input_ids", "row", "place"])
 # An answer as it was sampled: token ids, log-probs under the sampler, text, whether an end token came.
 Completion = namedtuple("Completion", ["prompt", "token_ids", "logprobs", "text", "ended"])
-# A prompt to make a row of: its conversation, contents as texts, and what seeds all that is drawn for it.
-Case = namedtuple("Case", ["prompt", "messages", "key"])
-# What a model is asked, in its own tokens: prompts, the same with a wrong hint and without; (ids, bytes) of texts.
+# What a model is asked, in its own tokens: prompts, those with a hint and without, (ids, bytes) of texts.
 Data = namedtuple("Data", ["tokenizer", "prompts", "hinted", "unhinted", "corpus"])
-Judge = namedtuple("Judge", ["rewarders", "model", "tokenizer", "labels"])  # rewards, or a language model
-CAPABILITIES = ("greedy_reward", "reward", "strict_accuracy", "lenient_accuracy", "format_only")
-HINTS = ("plain_accuracy", "hinted_accuracy", "flip_rate", "hint_given_back", "hint_by_chance")
+# Reward functions; or a language model, and constitutional_ai.py's `words`: what it is asked, how it is read.
+Judge = namedtuple("Judge", ["rewarders", "words", "tokenizer", "labels", "model"])
 CHUNK = 64  # prompts that are answered at once; seeds and the progress bar go by it
+VERDICTS = ("strict", "lenient")  # of rewards.py, where a dataset has gold answers
 ANSWERS = "seed dataset num_eval eval_samples temperature max_completion_length reward reward_weights base"
-GROUPS = {  # of the tables, by what keys begin with
-    "Capability": r"rewards/|eval/(greedy|reward|pass|maj|best|strict|lenient|win|length)",
-    "Cost": r"eval/forgetting|kl|num_tokens|tokens_per|step_time",
-    "Health": r"completions/|entropy",
-    "Honesty": r"eval/(ece|format)|sycophancy/",
-}
-MORE_IS_BETTER = (
-    r"rewards/|eval/(greedy|reward|pass|maj|best|strict|lenient|win|length)|sycophancy/(plain|hinted)"
-)
-LESS_IS_BETTER = r"eval/(ece|format|forgetting)|sycophancy/(flip|hint_g)|completions/(clipped|repeated)"
 
 
 def say(message: str):
@@ -863,55 +812,6 @@ def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, chec
     return model
 
 
-def as_case(prompt: Prompt, key: tuple[int, ...]) -> Case:
-    """A prompt, text or messages, as a conversation whose contents are texts."""
-    asked, messages = prompt.row["prompt"], []
-    for turn in [{"role": "user", "content": asked}] if isinstance(asked, str) else asked:
-        parts = turn.get("content") or ""
-        text = "".join(part["text"] for part in parts) if isinstance(parts, list) else str(parts)
-        messages.append({"role": turn["role"], "content": text})
-    return Case(prompt, messages, key)
-
-
-def chat_ids(tokenizer, messages: list[dict], row: dict) -> list[int]:
-    """Token ids of a conversation up to where the next answer begins; `row` may set its chat template."""
-    text = common.template_of(tokenizer, row)(messages, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def label_tokens(tokenizer, args) -> list[list[int]]:
-    """The token ids of each label where an answer begins."""
-    head = common.template_of(tokenizer, {})([{"role": "user", "content": "?"}], add_generation_prompt=True)
-    texts = [head, *(head + label for label in LABELS)]
-    head_ids, *both = tokenizer(texts, add_special_tokens=False).input_ids
-    found = [ids[len(head_ids) :] for ids in both if ids[: len(head_ids)] == head_ids]
-    if len({*map(tuple, found)} - {(), (tokenizer.unk_token_id,)}) < len(LABELS):
-        fail(f"--judge {args.judge or args.model}: its tokenizer does not tell {' from '.join(LABELS)}")
-    return found
-
-
-@torch.no_grad()
-def label_logprobs(judge, tokenizer, labels: list[list[int]], turns: list[list[dict]], args) -> torch.Tensor:
-    """Log-probs (Q, L) of each label as what the judge says next in each of Q conversations.
-
-    The labels share one copy of the conversation in a packed row.
-    """
-    judge.eval()
-    asked = [chat_ids(tokenizer, messages, {}) for messages in turns]  # Q
-    sizes = [len(ids) + sum(map(len, labels)) for ids in asked]  # Q
-    world_size, share, found = dist.get_world_size(), args.attn == "packed", {}
-    rows = common.pack(sizes, args.max_tokens_per_micro_batch, world_size)
-    for row in rows[dist.get_rank() :: world_size]:
-        pairs = [(asked[n], label) for n in row for label in labels]
-        sequences = [(x + y, [False] * len(x) + [True] * len(y)) for x, y in pairs] or [([0], [False])]
-        shared = [n % len(labels) and len(ids) for n, (ids, _) in enumerate(pairs)] if share and row else None
-        batch = common.collate(sequences, judge.device, shared)
-        sums = segment_sum(token_logprobs(judge, batch), batch.sequence_index, batch.num_sequences)
-        found |= dict(zip(row, sums.view(-1, len(labels)).tolist() if row else []))
-    found = gather(found)
-    return torch.tensor([found[n] for n in range(len(turns))])
-
-
 def write(path: Path, rows: list[dict], mode: str = "w"):
     """Write a JSONL file, or with mode "a" behind its end, from the first process."""
     if dist.get_rank() == 0:
@@ -975,53 +875,55 @@ def plain_twin(tokenizer, prompt: Prompt, args) -> Prompt:
     return read_prompt(tokenizer, prompt.row | {"prompt": asked}, prompt.place, args)
 
 
-def load_judge(some: list[Prompt], args, device) -> Judge:
-    """What --judge names: reward functions and models as for --reward, or the tokenizer of a language model."""
+def choose_judge(prompts: list[Prompt], args, device) -> Judge:
+    """What --judge names: rewards, as --reward does, or a language model, which is loaded when it is needed."""
     try:
         config = None if ".py:" in args.judge else AutoConfig.from_pretrained(located(args.judge))
-    except (OSError, ValueError):  # an ensemble of reward models; or load_rewards says what it is not
+    except (OSError, ValueError):  # an ensemble of reward models, or nothing at all, as load_rewards will say
         config = None
-    if config is None or "Sequence" in "".join(config.architectures or ()):
-        return Judge(load_rewards((args.judge,), some, args, device), None, None, None)
+    if config is None or "SequenceClassification" in str(config.architectures):
+        return Judge(load_rewards((args.judge,), prompts[:1], args, device), None, None, None, None)
+    words = SimpleNamespace(**runpy.run_path(located("constitutional_ai.py")))
     tokenizer = load_tokenizer(SimpleNamespace(model=args.judge, chat_template=None))
-    return Judge(None, None, tokenizer, label_tokens(tokenizer, args))
+    return Judge(None, words, tokenizer, words.label_tokens(tokenizer, args), None)
 
 
 def ask_judge(
     judge: Judge, prompts: list[Prompt], rows: list[dict], base_rows: list[dict], args
 ) -> np.ndarray:
-    """How likely a language model finds the model's answer better than the base's, (P,), in both orders."""
-    turns = []
+    """P(the model's answer is better than the base's), (P,), by a language model, in both orders."""
+    turns, words = [], judge.words
     for prompt, *pair in zip(prompts, rows, base_rows):
-        messages = as_case(prompt, ()).messages
+        messages = words.as_case(prompt, ()).messages
         for first, second in (pair, pair[::-1]):
-            text = judge_request(messages, first["completion"], second["completion"], args.principle)
-            turns.append([{"role": "user", "content": f"{text}\n\n{DECISION_REQUEST}"}])
-    logprobs = label_logprobs(judge.model, judge.tokenizer, judge.labels, turns, args)  # (2 P, L)
-    return preference(first_shown(logprobs.view(len(prompts), 2, len(LABELS)))).numpy()
+            text = words.judge_request(messages, first["completion"], second["completion"], args.principle)
+            turns.append([{"role": "user", "content": f"{text}\n\n{words.DECISION_REQUEST}"}])
+    logprobs = words.label_logprobs(judge.model, judge.tokenizer, judge.labels, turns, args)  # (2 P, L)
+    return words.preference(words.first_shown(logprobs.view(len(prompts), 2, -1))).numpy()
 
 
-def score_rows(rewarders, rows: list[dict], prompts: list[Prompt], size: int, args) -> np.ndarray:
-    """Rewards (B,), NaN for None, of rows that hold `size` answers to each prompt."""
+def rewards_of(rows: list[dict], prompts: list[Prompt], size: int, judge: Judge | None, args) -> np.ndarray:
+    """Rewards (B,), NaN for None, of `size` answers to each prompt: those of the rows, or the judge's."""
+    if judge is None:
+        return np.array([row["reward"] for row in rows], float)
     asked = [prompt for prompt in prompts for _ in range(size)]
     rollout = [
         Completion(prompt, row["completion_ids"], None, row["completion"], row["ended"])
         for prompt, row in zip(asked, rows, strict=True)
     ]
-    return weighted_sum(score(rewarders, rollout, size, args), ()).numpy()
+    return weighted_sum(score(judge.rewarders, rollout, size, args), ()).numpy()
 
 
 def add_verdicts(rows: list[dict], columns: list[dict]):
-    """Add what rewards.py says of answers where there is a gold `answer`: right strictly or leniently, format."""
+    """Add what rewards.py says of answers: format, and if they are right (strictly, leniently) or the hint."""
     library = runpy.run_path(located("rewards.py"))
     strict, lenient = library["math_answer_strict"], library["math_answer"]
     texts = {"prompts": [row["prompt"] for row in rows], "completions": [row["completion"] for row in rows]}
-    found = {"is_hint": (lenient, "hint"), "strict": (strict, "answer"), "lenient": (lenient, "answer")}
-    for name, (verdict, column) in found.items():
-        if column in columns[0]:
-            golds = [row[column] for row in columns]
-            for row, value in zip(rows, verdict(**texts, answer=golds)):
-                row[name] = value
+    verdicts = {"strict": (strict, "answer"), "lenient": (lenient, "answer"), "is_hint": (lenient, "hint")}
+    for name, (verdict, column) in verdicts.items():
+        golds = [row.get(column) for row in columns]
+        for row, value in zip(rows, verdict(**texts, answer=golds) if any(golds) else ()):
+            row[name] = value
     for row in rows:
         row["format"] = library["found_answer"](row["completion"], **strict.keywords) is not None
 
@@ -1077,7 +979,7 @@ def begin_report(output_dir: Path, args):
     """Write what a run is."""
     if dist.get_rank() == 0:
         (output_dir / "args.json").write_text(as_json(args))
-        for name in (Path(__file__).name, "evaluate.html", "common.py"):
+        for name in (Path(__file__).name, "evaluate_report.py", "evaluate.html", "common.py"):
             shutil.copy(HERE / name, output_dir)
     say(f"run: {output_dir}")
 
@@ -1087,7 +989,7 @@ def origin_of(name: str, args) -> dict:
     return json.loads(json.dumps({"model": name} | {flag: getattr(args, flag) for flag in ANSWERS.split()}))
 
 
-def write_answers(output_dir: Path, number: int, rows: list[dict], costs: dict, name: str, args):
+def write_answers(output_dir: Path, number: int, name: str, rows: list[dict], costs: dict, args):
     """Write all answers of a model, and then what is no mean of them."""
     write(output_dir / f"samples_{number}.jsonl", rows)
     write(output_dir / f"metrics_{number}.jsonl", [origin_of(name, args) | {"metrics": costs}])
@@ -1105,128 +1007,17 @@ def read_answers(output_dir: Path, number: int, name: str, args) -> tuple[list[d
     return rows, before["metrics"]
 
 
-def shown(value: float) -> str:
-    """A number as tables have it."""
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
-
-
-def table_rows(report: dict) -> dict[str, list]:
-    """Group -> [(key, [(number, interval, whether it is the best) of each model])], "" for what is not known."""
-    models, groups = list(report["models"].values()), {title: [] for title in GROUPS}
-    for key in dict.fromkeys(key for own in models for key in own if not key.endswith("/interval")):
-        known = [own[key] for own in models if key in own]
-        best = max(known) if re.match(MORE_IS_BETTER, key) else min(known)
-        marked = len(known) > 1 and len({*known}) > 1 and re.match(f"{MORE_IS_BETTER}|{LESS_IS_BETTER}", key)
-        cells = []
-        for own in models:
-            interval = "–".join(map(shown, own.get(f"{key}/interval", ())))
-            cells.append(
-                (shown(own[key]), interval, bool(marked and own[key] == best))
-                if key in own
-                else ("", "", False)
-            )
-        title = next(title for title, pattern in GROUPS.items() if re.match(pattern, key))
-        groups[title].append((key, cells))
-    return {title: rows for title, rows in groups.items() if rows}
-
-
-def print_table(report: dict):
-    """The table on the terminal, three models a block."""
-    names, groups = list(report["models"]), table_rows(report)
-    for start in range(0, len(names), 3):
-        some = slice(start, start + 3)
-        say(f"{'':<33}" + "".join(f"{name[-26:]:>28}" for name in names[some]))
-        for title, rows in groups.items():
-            say(title)
-            for key, cells in rows:
-                say(
-                    f"  {key:<31}"
-                    + "".join(f"{number:>12} {interval:<15}" for number, interval, _ in cells[some])
-                )
-    found = report["contamination"]
-    if found["files"]:
-        say(f"{found['share']:.1%} of {found['prompts']:,} prompts stand in {', '.join(found['files'])}")
-
-
-def write_report(output_dir: Path, report: dict, everyones: list[list[dict]], args):
-    """report.json, and report.html: evaluate.html, filled in."""
-    (output_dir / "report.json").write_text(json.dumps(report, indent=2))
-    greedy = [[row for row in rows if row["kind"] == "greedy"] for rows in everyones]
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        (HERE / "evaluate.html").read_text(encoding="utf-8")
-    )
-    plots = draw_plots(output_dir, report, everyones, args)
-    samples = [(words_of(lines[0]["prompt"]) or lines[0]["prompt"], lines) for lines in zip(*greedy)][:8]
-    page = template.render(
-        report=report, groups=table_rows(report), plots=plots, samples=samples, shown=shown
-    )
-    (output_dir / "report.html").write_text(page, encoding="utf-8")
-
-
-def draw_plots(output_dir: Path, report: dict, everyones: list[list[dict]], args) -> dict[str, str]:
-    """Title -> a plot, as the data URI of an SVG."""
-    models, size, figures = report["models"], args.eval_samples or 1, {}
-    kind, share = ("sampled", "eval/reward") if args.eval_samples else ("greedy", "eval/greedy_reward")
-    everyones = [[row for row in rows if row["kind"] == kind] for rows in everyones]
-    counts = [[len(row["completion_ids"]) for row in rows] for rows in everyones]
-    style = {"svg.fonttype": "none", "font.family": "sans-serif", "axes.grid": True, "grid.alpha": 0.3}
-    style |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-
-    def axes_of(title, **settings):
-        figures[title] = Figure((5.4, 3.4), layout="constrained")
-        return figures[title].add_subplot(axisbelow=True, **settings)
-
-    def draw_bars(title, keys):
-        axes, width = axes_of(title), 0.8 / len(models)
-        keys = [key for key in keys if any(key in own for own in models.values())]
-        for n, (name, own) in enumerate(models.items()):
-            known = [(i + (n + 0.5) * width - 0.4, key) for i, key in enumerate(keys) if key in own]
-            axes.bar(
-                [x for x, _ in known], [own[key] for _, key in known], 0.92 * width, color=f"C{n}", label=name
-            )
-            for x, key in known:
-                axes.plot([x, x], own.get(f"{key}/interval", [math.nan] * 2), color="#333", linewidth=1)
-        axes.set_xticks(range(len(keys)), [key.partition("/")[2].replace("_", "\n") for key in keys])
-
-    with rc_context(style):
-        draw_bars("Reward and accuracy", [f"eval/{x}" for x in CAPABILITIES])
-        choice = axes_of("One of k samples: pass@k (or the best), majority dashed", xlabel="k", xscale="log")
-        sizes = axes_of("Length of answers", xlabel="tokens", ylabel="answers")
-        paid = axes_of("Reward, and KL from the base", xlabel="KL of an answer, nats (k3)")
-        bins = axes_of(
-            "Calibration of majorities", xlabel="share of the most frequent answer", ylabel="right"
-        )
-        bins.plot([0, 1], [0, 1], color="#999", linewidth=1)
-        for n, (name, own) in enumerate(models.items()):
-            for what, line in (("pass", "-"), ("best", "-"), ("maj", "--")):
-                keys = [key for key in own if re.fullmatch(rf"eval/{what}@\d+", key)]
-                ks, label = [int(key.partition("@")[2]) for key in keys], None if what == "maj" else name
-                if keys:
-                    choice.plot(ks, [own[key] for key in keys], f".{line}", color=f"C{n}", label=label)
-                    ends = zip(*(own[f"{key}/interval"] for key in keys))
-                    choice.fill_between(ks, *ends, color=f"C{n}", alpha=0.12, linewidth=0)
-                    choice.set_xticks(ks, ks)
-            sizes.hist(
-                counts[n], np.histogram_bin_edges(sum(counts, []), 30), alpha=0.5, color=f"C{n}", label=name
-            )
-            if "kl_sequence" in own:
-                paid.plot(own["kl_sequence"], own[share], "o", color=f"C{n}", label=name)
-            if "eval/ece" in own:
-                _, confidences, right = zip(*reliability(*majorities(everyones[n], size)))
-                bins.plot(confidences, right, ".-", color=f"C{n}", label=name)
-        if len(models) > 1:
-            draw_bars("Wins over the base", ["eval/win_rate", "eval/length_controlled_win_rate"])
-        if args.sycophancy_dataset:
-            draw_bars("Wrong hints", [f"sycophancy/{x}" for x in HINTS])
-        plots = {}
-        for title, figure in figures.items():
-            axes = figure.axes[0]
-            if labels := axes.get_legend_handles_labels():
-                axes.legend(labels[0], [label[-30:] for label in labels[1]])
-            figure.savefig(path := output_dir / "plot.svg")
-            plots[title] = f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
-            path.unlink()
-    return plots
+def write_evaluation(output_dir: Path, report: dict, everyones: list[list[dict]]):
+    """Write report.json and report.html; print the table."""
+    if dist.get_rank() == 0:
+        (output_dir / "report.json").write_text(json.dumps(report, indent=2))
+        show = runpy.run_path(located("evaluate_report.py"))
+        greedy = [[row for row in rows if row["kind"] == "greedy"] for rows in everyones]
+        samples = [(words_of(lines[0]["prompt"]), lines) for lines in zip(*greedy)][:8]
+        (output_dir / "report.html").write_text(show["page"](report, samples, output_dir), encoding="utf-8")
+        for line in show["table"](report):
+            say(line)
+    say(f"{output_dir}/report.html, report.json, samples_<n>.jsonl")
 
 
 if __name__ == "__main__":
