@@ -386,24 +386,25 @@ def measured(rows: list[dict], args) -> dict:
 
 
 def choices_of(rows: list[dict], size: int) -> dict[str, np.ndarray]:
-    """What choosing among k = 1, 2, 4 .. N samples is worth, (P,) each: by a verifier, by votes, by reward."""
-    table, votes = {}, {}
-    rewards = np.array(grouped(rows, "reward", size), float)  # (P, N)
-    right, finals = np.array(grouped(rows, "correct", size), float), grouped(rows, "final", size)
+    """What choosing among k = 1, 2, 4 .. N samples is worth, (P,) each: by verifier, votes or reward."""
+    table, votes, verifier = {}, {}, verifier_of(rows)
+    values = np.array(grouped(rows, verifier or "reward", size), float)  # (P, N), NaN for None
+    known = ~np.isnan(values).any(1)  # (P,)
+    finals = [line for line, is_known in zip(grouped(rows, "final", size), known) if is_known]
     for k in sorted({2**i for i in range(size.bit_length())} | {size}):
-        if not tells_right(rows):
-            known = rewards[~np.isnan(rewards).any(1)]
-            table[f"eval/best@{k}"] = np.array([chosen_shares(line, k) @ line for line in known])
-            continue
-        table[f"eval/pass@{k}"] = np.array([chosen_shares(line, k) @ line for line in right])
-        votes[f"eval/maj@{k}"] = np.array([majority_right(*line, k) for line in zip(finals, right)])
+        best = [chosen_shares(line, k) @ line for line in values[known]]
+        table[f"eval/{'pass' if verifier else 'best'}@{k}"] = np.array(best)
+        if verifier:
+            right = [majority_right(*line, k) for line in zip(finals, values[known])]
+            votes[f"eval/maj@{k}"] = np.array(right)
     return table | votes
 
 
-def tells_right(rows: list[dict]) -> bool:
-    """Whether the first reward is a verifier, which gives 0 and 1 alone."""
+def verifier_of(rows: list[dict]) -> str | None:
+    """The column of the first reward, if it is a verifier, which gives 0 and 1 alone."""
     first = next(name for name in rows[0] if name.startswith("rewards/"))
-    return {row[first] for row in rows} <= {0, 1}
+    known = {row[first] for row in rows} - {None}
+    return first if known and known <= {0, 1} else None
 
 
 def grouped(rows: list[dict], name: str, size: int) -> list[list]:
@@ -417,7 +418,7 @@ def plotted(rows: list[dict], args) -> dict:
     The confidence in a prompt's answer is the share of the most frequent one among its N samples.
     """
     some, bins = chosen_rows(rows, args), []
-    if args.eval_samples and tells_right(some):
+    if args.eval_samples and verifier_of(some):
         shares, right = [], []
         for finals, correct in zip(
             *(grouped(some, name, args.eval_samples) for name in ("final", "correct"))
@@ -457,7 +458,8 @@ def pair_up(rows, base_rows, prompts, judge, args) -> tuple[np.ndarray, np.ndarr
         preferences = ask_judge(judge, prompts, mine, theirs, args)
     else:
         rewards = [rewards_of(some, prompts, size, judge, args) for some in (mine, theirs)]  # (P K,) each
-        preferences = preferred(torch.tensor(rewards[0] - rewards[1])).numpy()  # NaN where one is unknown
+        margins = torch.tensor(rewards[0] - rewards[1])  # (P K,), NaN where one is unknown
+        preferences = preferred(margins).masked_fill(margins.isnan(), math.nan).numpy()
     differences = [len(x["completion"]) - len(y["completion"]) for x, y in zip(mine, theirs)]
     return preferences.reshape(-1, size), np.array(differences, float).reshape(-1, size)
 
@@ -876,7 +878,7 @@ def plain_twin(tokenizer, prompt: Prompt, args) -> Prompt:
 
 
 def choose_judge(prompts: list[Prompt], args, device) -> Judge:
-    """What --judge names: rewards, as --reward does, or a language model, which is loaded when it is needed."""
+    """What --judge names: rewards, as --reward does, or a language model, which is loaded later."""
     try:
         config = None if ".py:" in args.judge else AutoConfig.from_pretrained(located(args.judge))
     except (OSError, ValueError):  # an ensemble of reward models, or nothing at all, as load_rewards will say
@@ -915,7 +917,7 @@ def rewards_of(rows: list[dict], prompts: list[Prompt], size: int, judge: Judge 
 
 
 def add_verdicts(rows: list[dict], columns: list[dict]):
-    """Add what rewards.py says of answers: format, and if they are right (strictly, leniently) or the hint."""
+    """Add what rewards.py says of answers: format; if they are right (strictly, leniently) or the hint."""
     library = runpy.run_path(located("rewards.py"))
     strict, lenient = library["math_answer_strict"], library["math_answer"]
     texts = {"prompts": [row["prompt"] for row in rows], "completions": [row["completion"] for row in rows]}
@@ -958,9 +960,9 @@ def words_of(value) -> str:
     """All text in a value of a dataset's row, without the roles of messages."""
     if isinstance(value, dict):
         value = [part for name, part in value.items() if name != "role"]
-    return (
-        " ".join(map(words_of, value)) if isinstance(value, list) else value if isinstance(value, str) else ""
-    )
+    if isinstance(value, list):
+        return " ".join(map(words_of, value))
+    return value if isinstance(value, str) else ""
 
 
 def find_contamination(prompts: list[Prompt], args) -> dict:

@@ -33,16 +33,19 @@ def shown(value: float) -> str:
 
 
 def table_rows(report: dict) -> dict[str, list]:
-    """Group -> [(key, cells)]; a cell of each model: its number, its interval, whether it is the best."""
+    """Group -> [(key, cells)]; a cell of each model: number, interval, whether it is clearly the best."""
     models, groups = list(report["models"].values()), {title: [] for title in GROUPS}
     for key in dict.fromkeys(key for own in models for key in own if not key.endswith("/interval")):
-        known, cells = [own[key] for own in models if key in own], []
-        best = (max if re.match(MORE_IS_BETTER, key) else min)(known)
-        marked = len({*known}) > 1 and re.match(f"{MORE_IS_BETTER}|{LESS_IS_BETTER}", key)
-        for own in models:
-            interval = "–".join(map(shown, own.get(f"{key}/interval", ())))
-            cell = (shown(own[key]), interval, bool(marked) and own[key] == best) if key in own else None
-            cells.append(cell or ("", "", False))
+        ends = [own.get(f"{key}/interval", [own[key]] * 2) for own in models if key in own]
+        best = (max if re.match(MORE_IS_BETTER, key) else min)(own[key] for own in models if key in own)
+        cells = [("", "", False)] * len(models)
+        for n, own in enumerate(models):
+            if key in own:
+                interval = own.get(f"{key}/interval", ())
+                low, high = interval or [own[key]] * 2
+                alone = len(ends) > 1 and sum(low <= end[1] and end[0] <= high for end in ends) == 1
+                marked = alone and own[key] == best and re.match(f"{MORE_IS_BETTER}|{LESS_IS_BETTER}", key)
+                cells[n] = (shown(own[key]), "–".join(map(shown, interval)), bool(marked))
         title = next(title for title, pattern in GROUPS.items() if re.match(pattern, key))
         groups[title].append((key, cells))
     return {title: rows for title, rows in groups.items() if rows}
@@ -69,7 +72,7 @@ def table(report: dict) -> list[str]:
 
 
 def page(report: dict, samples: list[tuple], folder: Path) -> str:
-    """report.html, with `samples`: prompts, each with a row of every model. A plot passes through `folder`."""
+    """report.html, with `samples`: prompts, each with a row of every model. Plots pass through `folder`."""
     settings = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     text = Path(__file__).with_name("evaluate.html").read_text(encoding="utf-8")
     template = jinja2.Environment(**settings).from_string(text)
@@ -141,7 +144,7 @@ def draw_plots(report: dict, path: Path) -> dict[str, str]:
         for title, figure in figures.items():
             handles, labels = figure.axes[0].get_legend_handles_labels()
             if handles:
-                figure.axes[0].legend(handles, [label[-30:] for label in labels])
+                figure.legend(handles, [label[-30:] for label in labels], loc="outside upper left", ncols=2)
                 figure.savefig(path)
                 plots[title] = f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
                 path.unlink()
