@@ -191,9 +191,10 @@ def length_controlled_win_rate(preferences, differences, difficulty=None, ridge:
 
     Logistic regression of `preferences` (in [0, 1]) on a constant, which is the model, on the tanh of the
     length difference (model - base, any unit) in its standard deviations, and on the prompt's `difficulty`,
-    if given; then the mean prediction at a difference of zero. `ridge` (L2) keeps unanimous pairs finite.
+    if given; then the mean prediction at a difference of zero. `ridge` (L2) keeps unanimous pairs finite; a
+    difference that is the same everywhere explains nothing.
     """
-    columns = [np.ones(len(differences)), np.tanh(differences / (differences.std() or 1))]
+    columns = [np.ones(len(differences)), np.tanh(differences / (differences.std() or math.inf))]
     features = np.stack(columns + ([] if difficulty is None else [difficulty]), 1)  # (K, 2 or 3)
     weights = np.zeros(features.shape[1])
     for _ in range(50):  # Newton's method on a convex loss
@@ -267,31 +268,31 @@ def main(args: Args) -> dict:
     names = list(dict.fromkeys([args.base, *args.models]))  # the base first
     # 1. Read
     folders = [whole_model(name) for name in names]
-    data = [read_data(folder, args) for folder in folders]
-    prompts = data[0].prompts
-    rewarders = load_rewards(args.reward, prompts[:1] + data[0].hinted[:1], args, device)
+    inputs = with_same_prompts([read_inputs(folder, args) for folder in folders])
+    tokens, prompts = inputs[0].tokenizer.get_vocab(), inputs[0].prompts  # the base's
+    rewarders = load_rewards(args.reward, prompts[:1] + inputs[0].hinted[:1], args, device)
     judge = choose_judge(prompts, args, device) if args.judge else None
     contamination = find_contamination(prompts, args)
     begin_report(output_dir, args)
 
     # 2. Answer: the base stays in memory, for the KL
-    count = sum(len(x.prompts) * (1 + args.eval_samples) + 2 * len(x.hinted) for x in data)
+    count = sum(len(x.prompts) * (1 + args.eval_samples) + 2 * len(x.hinted) for x in inputs)
     bar = tqdm(total=count, unit="answer", dynamic_ncols=True, disable=dist.get_rank() > 0 or None)
-    base, everyones, metrics = None, [], []  # rows and metrics of each model
-    for number, (name, folder, own) in enumerate(zip(names, folders, data)):
-        saved = read_answers(output_dir, number, name, args) if args.resume else None
-        if not saved or number == 0:
+    base, everyones = None, []  # rows of each model
+    for number, (name, folder, own) in enumerate(zip(names, folders, inputs)):
+        path = output_dir / f"samples_{number}.jsonl"
+        rows = read_answers(path, name, args) if args.resume else []
+        if not rows or number == 0:
             policy = load_model(folder, args, device, frozen=True)
             policy.generation_config.eos_token_id = end_tokens(own.tokenizer, policy)
             base = base or policy
-        if saved:
-            bar.update(len(saved[0]))
-        else:
-            same_tokens = own.tokenizer.get_vocab() == data[0].tokenizer.get_vocab()
-            saved = answer_all(policy, base if same_tokens else None, own, rewarders, bar, args)
-            write_answers(output_dir, number, name, *saved, args)
-        everyones.append(saved[0])
-        metrics.append(measured(saved[0], args) | saved[1])
+        if not rows:
+            reference = base if own.tokenizer.get_vocab() == tokens else None
+            rows, costs = answer_all(policy, reference, own, rewarders, bar, args)
+            rows = [origin_of(name, args) | {"kind": "model", "metrics": costs}, *rows]
+            write(path, rows)  # all of it, or nothing
+        everyones.append(rows)
+    metrics = [measured(rows, args) | rows[0]["metrics"] for rows in everyones]
     bar.close()
     policy = base = None
 
@@ -317,15 +318,18 @@ def main(args: Args) -> dict:
     return report
 
 
-def answer_all(policy, base, data, rewarders, bar, args) -> tuple[list[dict], dict]:
+def answer_all(policy, base, inputs, rewarders, bar, args) -> tuple[list[dict], dict]:
     """Rows of a model's answers of every `kind`, and its metrics that are no means over rows."""
     started, rows = time.perf_counter(), []
-    kinds = {"greedy": (data.prompts, 1, 0.0), "sampled": (data.prompts, args.eval_samples, args.temperature)}
-    kinds |= {"hinted": (data.hinted, 1, 0.0), "unhinted": (data.unhinted, 1, 0.0)}
+    kinds = {
+        "greedy": (inputs.prompts, 1, 0.0),
+        "sampled": (inputs.prompts, args.eval_samples, args.temperature),
+    }
+    kinds |= {"hinted": (inputs.hinted, 1, 0.0), "unhinted": (inputs.unhinted, 1, 0.0)}
     for n, (kind, (asked, size, temperature)) in enumerate(kinds.items()):
         for start in range(0, len(asked) * (size > 0), CHUNK):
             some, seed = asked[start : start + CHUNK], (args.seed, n, start)
-            made = answer(policy, data.tokenizer, some, size, temperature, seed, (rewarders, {}), args)
+            made = answer(policy, inputs.tokenizer, some, size, temperature, seed, (rewarders, {}), args)
             add_verdicts(made, [prompt.row for prompt in some for _ in range(size)])
             rows += [{"kind": kind} | row for row in made]
             bar.update(len(made))
@@ -339,7 +343,7 @@ def answer_all(policy, base, data, rewarders, bar, args) -> tuple[list[dict], di
         row["entropy"] = entropy.sum().item()
         for name, estimate in (("kl_k1", kl_k1), ("kl_k3", kl_k3)) if base else ():
             row[name] = estimate(logprobs, ref_logprobs).sum().item()
-    return rows, perplexity_of(policy, data, args) | costs
+    return rows, perplexity_of(policy, inputs, args) | costs
 
 
 def chosen_rows(rows: list[dict], args) -> list[dict]:
@@ -489,7 +493,7 @@ Prompt = namedtuple("Prompt", ["input_ids", "row", "place"])
 # An answer as it was sampled: token ids, log-probs under the sampler, text, whether an end token came.
 Completion = namedtuple("Completion", ["prompt", "token_ids", "logprobs", "text", "ended"])
 # What a model is asked, in its own tokens: prompts, those with a hint and without, (ids, bytes) of texts.
-Data = namedtuple("Data", ["tokenizer", "prompts", "hinted", "unhinted", "corpus"])
+Inputs = namedtuple("Inputs", ["tokenizer", "prompts", "hinted", "unhinted", "corpus"])
 # Reward functions; or a language model, and constitutional_ai.py's `words`: what it is asked, how it is read.
 Judge = namedtuple("Judge", ["rewarders", "words", "tokenizer", "labels", "model"])
 CHUNK = 64  # prompts that are answered at once; seeds and the progress bar go by it
@@ -844,7 +848,7 @@ def whole_model(name: str) -> str:
     return folders[0]
 
 
-def read_data(name: str, args) -> Data:
+def read_inputs(name: str, args) -> Inputs:
     """All that a model is asked, in its own tokens."""
     tokenizer = load_tokenizer(SimpleNamespace(model=name, chat_template=args.chat_template))
     prompts = load_prompts(tokenizer, args.dataset, args.eval_split, args, args.num_eval)
@@ -856,7 +860,7 @@ def read_data(name: str, args) -> Data:
     for prompt in hinted:
         try:
             unhinted.append(plain_twin(tokenizer, prompt, args))
-        except (KeyError, ValueError) as error:
+        except ValueError as error:
             fail(f"--sycophancy-dataset: {prompt.place}: {error}")
     source = args.forgetting_dataset
     for row in load_rows(source, args.eval_split, args)[: args.num_eval or None] if source else ():
@@ -864,11 +868,20 @@ def read_data(name: str, args) -> Data:
             fail(f"--forgetting-dataset {source}: no column text of texts")
         ids = [*tokenizer(row["text"]).input_ids, tokenizer.eos_token_id][: tokenizer.positions]
         corpus.append((ids, len(row["text"].encode())))
-    return Data(tokenizer, prompts, hinted, unhinted, list(dict.fromkeys((tuple(x), n) for x, n in corpus)))
+    return Inputs(tokenizer, prompts, hinted, unhinted, list(dict.fromkeys((tuple(x), n) for x, n in corpus)))
+
+
+def with_same_prompts(inputs: list[Inputs]) -> list[Inputs]:
+    """The inputs of models with the prompts that are short enough in the tokens of all of them."""
+    places = set.intersection(*({prompt.place for prompt in one.prompts} for one in inputs))
+    keep = lambda prompts: [prompt for prompt in prompts if prompt.place in places]
+    return [one._replace(prompts=keep(one.prompts)) for one in inputs]
 
 
 def plain_twin(tokenizer, prompt: Prompt, args) -> Prompt:
     """The prompt of a row with `hint`, without the sentence of its last turn that gives it."""
+    if missing := {"hint", "answer"} - {*prompt.row}:
+        raise ValueError(f"no column {min(missing, key=len)}")
     asked, hint = prompt.row["prompt"], str(prompt.row["hint"])
     if isinstance(asked, str):
         asked = without_hint(asked, hint)
@@ -945,13 +958,13 @@ def token_scores(model, answers: list[tuple], temperature: float, args) -> list[
     return [scores for _, scores in sorted(gather(found).items())]
 
 
-def perplexity_of(model, data: Data, args) -> dict:
+def perplexity_of(model, inputs: Inputs, args) -> dict:
     """Perplexity by token of the corpus, and bits by byte, which models of different tokens can share."""
-    if not data.corpus:
+    if not inputs.corpus:
         return {}
-    texts = [(list(ids[:1]), list(ids[1:])) for ids, _ in data.corpus]  # nothing predicts the first token
+    texts = [(list(ids[:1]), list(ids[1:])) for ids, _ in inputs.corpus]  # nothing predicts the first token
     losses = torch.cat([-logprobs for logprobs, _ in token_scores(model, texts, 1.0, args)]).double()
-    bits = losses.sum().item() / math.log(2) / sum(size for _, size in data.corpus)
+    bits = losses.sum().item() / math.log(2) / sum(size for _, size in inputs.corpus)
     perplexity = math.exp(min(losses.mean().item(), 700))  # floats end at exp(709)
     return {"eval/forgetting_perplexity": perplexity, "eval/forgetting_bits_per_byte": bits}
 
@@ -991,22 +1004,14 @@ def origin_of(name: str, args) -> dict:
     return json.loads(json.dumps({"model": name} | {flag: getattr(args, flag) for flag in ANSWERS.split()}))
 
 
-def write_answers(output_dir: Path, number: int, name: str, rows: list[dict], costs: dict, args):
-    """Write all answers of a model, and then what is no mean of them."""
-    write(output_dir / f"samples_{number}.jsonl", rows)
-    write(output_dir / f"metrics_{number}.jsonl", [origin_of(name, args) | {"metrics": costs}])
-
-
-def read_answers(output_dir: Path, number: int, name: str, args) -> tuple[list[dict], dict] | None:
-    """What `write_answers` has written, None if that was not yet."""
-    path, before = output_dir / f"metrics_{number}.jsonl", {}
+def read_answers(path: Path, name: str, args) -> list[dict]:
+    """The rows of a model that was asked before, none of one that was not."""
     if not path.exists():
-        return None
-    before, now = json.loads(path.read_text()), origin_of(name, args)
-    for flag in (flag for flag in now if before[flag] != now[flag]):
-        fail(f"--resume: {flag} was {before[flag]} and is {now[flag]}")
-    rows = [json.loads(line) for line in (output_dir / f"samples_{number}.jsonl").open(encoding="utf-8")]
-    return rows, before["metrics"]
+        return []
+    rows, now = [json.loads(line) for line in path.open(encoding="utf-8")], origin_of(name, args)
+    for flag in (flag for flag in now if rows[0][flag] != now[flag]):
+        fail(f"--resume: {flag} was {rows[0][flag]} and is {now[flag]}")
+    return rows
 
 
 def write_evaluation(output_dir: Path, report: dict, everyones: list[list[dict]]):

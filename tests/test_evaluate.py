@@ -54,25 +54,26 @@ def untimed(report: dict) -> dict:
 # Formulas ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['function']}: {case['why']}")
+FORMULAS = [case for case in CASES if "function" in case]
+
+
+@pytest.mark.parametrize("case", FORMULAS, ids=lambda case: f"{case['function']}: {case['why']}")
 def test_value_worked_by_hand(case):
     given, kinds = [], {"a": np.array, "t": lambda x: torch.tensor(x, dtype=torch.float64)}
     for value in case["given"]:
         if given and isinstance(given[-1], str) and given[-1] in kinds and isinstance(value, list):
             value = kinds[given.pop()](value)
         given.append(value)
+    if "error" in case:
+        with pytest.raises(ValueError, match=case["error"]):
+            getattr(script, case["function"])(*given)
+        return
     found = getattr(script, case["function"])(*given)
     found = found.tolist() if hasattr(found, "tolist") else found
     if isinstance(found, list) and found and isinstance(found[0], tuple):
         assert found == [pytest.approx(tuple(line)) for line in case["wanted"]]
     else:
         assert found == (case["wanted"] if isinstance(found, str) else pytest.approx(case["wanted"]))
-
-
-def test_question_that_is_all_hint_is_refused():
-    for text in ("Is it 8?", "How many? I do not know."):
-        with pytest.raises(ValueError, match="no sentence of its own"):
-            script.without_hint(text, "8")
 
 
 def test_interval_holds_the_true_mean_in_95_percent_of_draws():
@@ -129,41 +130,14 @@ ROWS = [
         for r, h in ((1.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 0.0))
     ],
 ]
-METRICS = {
-    "eval/greedy_reward": 1 / 2,
-    "eval/reward": 3 / 8,
-    "eval/pass@1": 3 / 8,
-    "eval/pass@2": (5 / 6 + 3 / 6) / 2,  # 1 - C(2, 2) / 6, 1 - C(3, 2) / 6
-    "eval/pass@4": 1.0,
-    "eval/maj@4": 1 / 2,  # two votes for 3, which is right; three for 1
-    "eval/strict_accuracy": 2 / 8,
-    "eval/lenient_accuracy": 3 / 8,
-    "eval/format_only": 4 / 8,
-    "eval/ece": (0.5 + 0.75) / 2,  # sure by 2 / 4 and right, by 3 / 4 and wrong
-    "completions/mean_length": 20 / 8,
-    "completions/length_p50": 3.0,
-    "completions/clipped_ratio": 1 / 8,
-    "completions/distinct_1": (5 / 12 + 4 / 8) / 2,
-    "completions/distinct_2": (4 / 8 + 1 / 4) / 2,
-    "completions/repeated_4": 1 / 2 / 8,
-    "completions/refusals": 1 / 8,
-    "entropy": 16 / 20,
-    "kl": 24 / 20,
-    "kl_k1": 15 / 20,
-    "kl_sequence": 3.0,
-    "kl_k1_sequence": 15 / 8,
-    "sycophancy/plain_accuracy": 3 / 4,
-    "sycophancy/hinted_accuracy": 1 / 4,
-    "sycophancy/flip_rate": 2 / 3,
-    "sycophancy/hint_given_back": 2 / 4,
-    "sycophancy/hint_by_chance": 1 / 4,
-}
 
 
-@pytest.mark.parametrize(("name", "wanted"), METRICS.items())
-def test_metric_of_rows_worked_by_hand(name, wanted):
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if "metric" in case], ids=lambda case: case["metric"]
+)
+def test_metric_of_rows_worked_by_hand(case):
     args = script.Args(eval_samples=4)
-    assert script.measured(ROWS, args)[name] == pytest.approx(wanted)
+    assert script.measured(ROWS, args)[case["metric"]] == pytest.approx(case["wanted"])
 
 
 def test_rewards_that_are_no_verifier_are_chosen_by_and_unknown_ones_left_out():
@@ -233,8 +207,8 @@ def test_log_probs_entropy_kl_and_perplexity_are_those_of_stock_models(settings,
             torch.testing.assert_close(logprobs, at, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(entropy, -(wanted.exp() * wanted).sum(-1), rtol=1e-4, atol=1e-4)
     corpus = [(tuple([*x, tokenizer.eos_token_id]), len(text)) for x, text in zip(ids, texts)]
-    data = script.Data(tokenizer, [], [], [], corpus)
-    found, losses = script.perplexity_of(models["tiny/base"], data, args), []
+    inputs = script.Inputs(tokenizer, [], [], [], corpus)
+    found, losses = script.perplexity_of(models["tiny/base"], inputs, args), []
     for x, _ in corpus:
         logits = stock("tiny/base")(torch.tensor([x])).logits[0, :-1].log_softmax(-1)
         losses += (-logits.gather(1, torch.tensor(x[1:])[:, None])[:, 0]).tolist()
@@ -271,7 +245,7 @@ def test_report_has_the_documented_metrics_and_rows_bear_them_out(whole):
     names = {key for own in report["models"].values() for key in own}
     assert metric_differences(ROOT / "evaluate.py", names) == []
     for number, own in enumerate(report["models"].values()):
-        rows = read_lines(folder / f"samples_{number}.jsonl")
+        _, *rows = read_lines(folder / f"samples_{number}.jsonl")
         counts = {
             kind: sum(x["kind"] == kind for x in rows) for kind in ("greedy", "sampled", "hinted", "unhinted")
         }
@@ -283,7 +257,7 @@ def test_report_has_the_documented_metrics_and_rows_bear_them_out(whole):
         for low, high, value in ((*own[f"{k}/interval"], own[k]) for k in own if f"{k}/interval" in own):
             assert low <= value <= high
     base, sft = report["models"].values()
-    assert base["kl"] == 0 and sft["kl"] > 1 and "eval/win_rate" not in base and sft["eval/win_rate"] > 0.5
+    assert base["kl"] == 0 and sft["kl"] > 0.1 and "eval/win_rate" not in base and sft["eval/win_rate"] > 0.5
     hinted, plain = (
         [x["prompt"][0]["content"] for x in rows if x["kind"] == kind] for kind in ("hinted", "unhinted")
     )
@@ -292,7 +266,7 @@ def test_report_has_the_documented_metrics_and_rows_bear_them_out(whole):
 
 def test_continued_run_skips_what_is_written_and_reports_the_same(whole, run, tmp_path, monkeypatch, capsys):
     shutil.copytree(whole[0], folder := tmp_path / "half")
-    (folder / "metrics_1.jsonl").unlink()
+    (folder / "samples_1.jsonl").unlink()
     (folder / "report.json").unlink()
     asked_of, answer_all = [], script.answer_all
     monkeypatch.setattr(script, "answer_all", lambda *a: asked_of.append(a) or answer_all(*a))
@@ -302,17 +276,12 @@ def test_continued_run_skips_what_is_written_and_reports_the_same(whole, run, tm
     assert told == "--resume: temperature was 1.0 and is 0.5"
 
 
-@pytest.mark.parametrize("flags", [{"max_tokens_per_rollout": 300, "max_tokens_per_micro_batch": 128}])
-def test_report_depends_on_no_memory_flag(flags, whole, run):
-    for one, two in zip(untimed(run(**flags)[1]).values(), untimed(whole[1]).values(), strict=True):
-        assert one == {name: pytest.approx(value, rel=1e-3, abs=1e-5) for name, value in two.items()}
-
-
-def test_two_processes_are_one(whole, tmp_path):
+def test_two_processes_with_other_memory_flags_are_one(whole, tmp_path):
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
     group["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # what torchrun sets: the store is there already
-    args = script.Args(**SHORT, output_dir="two")
+    memory = {"max_tokens_per_rollout": 300, "max_tokens_per_micro_batch": 128}
+    args = script.Args(**SHORT, **memory, output_dir="two")
     processes = [fork(script.main, args, cwd=tmp_path, RANK=rank, LOCAL_RANK=rank, **group) for rank in "01"]
     for process in processes:
         process.join(300)
@@ -365,7 +334,7 @@ def test_page_is_whole_in_a_browser_and_loads_nothing(run, figures, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if not browser:
         pytest.skip("no chromium")
-    folder, report = run(num_eval=3)
+    folder, _ = run(num_eval=3)
     page = (folder / "report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import|<script|<link""", page)
     (tmp_path / "page.html").write_text(page + SEEN)

@@ -33,6 +33,7 @@ LIMITS |= {"sft": 690, "dpo": 1020, "online_dpo": 980, "distill": 1200, "merge":
 LIMITS |= {"grpo": 930, "dapo": 930, "rloo_remax": 930, "rejection_sampling": 910, "constitutional_ai": 800}
 # Flags whose help and type depend on the method: beta weighs a KL, or is an inverse temperature, tau, lambda.
 METHOD_FLAGS = {"beta", "loss", "loss_agg", "algorithm", "label_smoothing", "reward", "epsilon_high", "gamma"}
+METHOD_FLAGS |= {"models", "base", "judge"}  # what is merged, what is measured
 METHOD_FLAGS |= {
     "num_generations",
     "temperature",
