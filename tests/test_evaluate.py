@@ -22,7 +22,13 @@ import constitutional_ai
 import evaluate as script
 
 pytestmark = pytest.mark.usefixtures("one_cpu")
-SHORT = {"num_eval": 6, "eval_samples": 3, "max_completion_length": 40, "training_files": ()}
+SHORT = {
+    "num_eval": 6,
+    "eval_samples": 3,
+    "max_completion_length": 40,
+    "training_files": (),
+    "temperature": 0.8,
+}
 CLOCK = ("tokens_per_second", "step_time")  # what no two runs share
 CASES = read_lines(DATA / "evaluate.jsonl")
 
@@ -256,6 +262,15 @@ def test_report_has_the_documented_metrics_and_rows_bear_them_out(whole):
             assert name.endswith("/interval") or math.isfinite(value)
         for low, high, value in ((*own[f"{k}/interval"], own[k]) for k in own if f"{k}/interval" in own):
             assert low <= value <= high
+    line, logps = rows[-13], []  # of tiny/sft, sampled
+    for name in ("tiny/sft", "tiny/base"):
+        logits = stock(name)(torch.tensor([line["prompt_ids"] + line["completion_ids"]])).logits[0]
+        logps.append((logits[len(line["prompt_ids"]) - 1 : -1].double() / 0.8).log_softmax(-1))  # (C, V)
+    both = [x.gather(1, torch.tensor(line["completion_ids"])[:, None]) for x in logps]
+    gap = both[0] - both[1]  # (C, 1)
+    assert line["kind"] == "sampled" and line["kl_k1"] == pytest.approx(gap.sum().item(), rel=1e-3)
+    assert line["kl_k3"] == pytest.approx((torch.exp(-gap) - 1 + gap).sum().item(), rel=1e-3)
+    assert line["entropy"] == pytest.approx(-(logps[0].exp() * logps[0]).sum().item(), rel=1e-3)
     base, sft = report["models"].values()
     assert base["kl"] == 0 and sft["kl"] > 0.1 and "eval/win_rate" not in base and sft["eval/win_rate"] > 0.5
     hinted, plain = (
@@ -273,7 +288,7 @@ def test_continued_run_skips_what_is_written_and_reports_the_same(whole, run, tm
     report = run(output_dir=str(folder), resume=True)[1]
     assert len(asked_of) == 1 and untimed(report) == untimed(whole[1])
     told = error_of(lambda: run(output_dir=str(folder), resume=True, temperature=0.5), capsys)
-    assert told == "--resume: temperature was 1.0 and is 0.5"
+    assert told == "--resume: temperature was 0.8 and is 0.5"
 
 
 def test_two_processes_with_other_memory_flags_are_one(whole, tmp_path):
