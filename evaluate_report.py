@@ -45,6 +45,7 @@ def table_rows(report: dict) -> dict[str, list]:
                 low, high = interval or [own[key]] * 2
                 alone = len(ends) > 1 and sum(low <= end[1] and end[0] <= high for end in ends) == 1
                 marked = alone and own[key] == best and re.match(f"{MORE_IS_BETTER}|{LESS_IS_BETTER}", key)
+                marked = marked and (interval or key.startswith("eval/forgetting"))  # else it may be noise
                 cells[n] = (shown(own[key]), "–".join(map(shown, interval)), bool(marked))
         title = next(title for title, pattern in GROUPS.items() if re.match(pattern, key))
         groups[title].append((key, cells))
@@ -128,7 +129,7 @@ def draw_plots(report: dict, path: Path) -> dict[str, str]:
                     ends = zip(*(own[f"{key}/interval"] for key in keys))
                     choice.fill_between(ks, *ends, color=colors[name], alpha=0.12, linewidth=0)
                     choice.set_xticks(ks, ks)
-            sizes.hist(counts[name], edges, alpha=0.5, **look)
+            sizes.hist(counts[name], edges, histtype="step", linewidth=1.6, **look)
             if "kl_sequence" in own:
                 paid.plot(own["kl_sequence"], own.get("eval/reward", own["eval/greedy_reward"]), "o", **look)
             if reliability := report["plots"][name]["reliability"]:

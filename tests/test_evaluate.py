@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,15 +23,12 @@ import constitutional_ai
 import evaluate as script
 
 pytestmark = pytest.mark.usefixtures("one_cpu")
-SHORT = {
-    "num_eval": 6,
-    "eval_samples": 3,
-    "max_completion_length": 40,
-    "training_files": (),
-    "temperature": 0.8,
-}
+SHORT = {"num_eval": 6, "eval_samples": 3, "max_completion_length": 40, "temperature": 0.8}
+SHORT |= {"training_files": ()}
 CLOCK = ("tokens_per_second", "step_time")  # what no two runs share
-CASES = read_lines(DATA / "evaluate.jsonl")
+FORMULAS, METRICS = [], []
+for case in read_lines(DATA / "evaluate.jsonl"):
+    (FORMULAS if "function" in case else METRICS).append(case)
 
 
 @pytest.fixture
@@ -60,9 +58,6 @@ def untimed(report: dict) -> dict:
 # Formulas ---------------------------------------------------------------------------------------------------
 
 
-FORMULAS = [case for case in CASES if "function" in case]
-
-
 @pytest.mark.parametrize("case", FORMULAS, ids=lambda case: f"{case['function']}: {case['why']}")
 def test_value_worked_by_hand(case):
     given, kinds = [], {"a": np.array, "t": lambda x: torch.tensor(x, dtype=torch.float64)}
@@ -88,8 +83,7 @@ def test_interval_holds_the_true_mean_in_95_percent_of_draws():
         low, high = script.bootstrap_interval(rng.random(80) < 0.3, seed)
         hits += low <= 0.3 <= high
     assert 0.9 <= hits / 300 <= 0.98
-    low, high = script.bootstrap_interval(np.arange(100) % 2, 1)
-    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05), abs=0.02)
+    assert script.bootstrap_interval(np.arange(100) % 2, 1) == pytest.approx([0.402, 0.598], abs=0.02)
 
 
 def test_length_controlled_win_rate_sees_through_length_and_finds_what_is_left():
@@ -104,8 +98,7 @@ def test_length_controlled_win_rate_sees_through_length_and_finds_what_is_left()
         assert script.length_controlled_win_rate(sampled, lengths) == pytest.approx(wanted, abs=0.04)
     difficulty = np.repeat([-1.0, 1.0], 2000)
     likely = 1 / (1 + np.exp(-difficulty - pull))  # at equal length the mean of sigma(-1) and sigma(1)
-    found = script.length_controlled_win_rate(likely, lengths, difficulty)
-    assert found == pytest.approx(0.5, abs=1e-3)
+    assert script.length_controlled_win_rate(likely, lengths, difficulty) == pytest.approx(0.5, abs=1e-3)
     assert 0.99 < script.length_controlled_win_rate(np.ones(500), lengths[:500]) < 1  # unanimous, yet finite
 
 
@@ -130,32 +123,22 @@ ROWS = [
     row("sampled", "#### 1", 0.0, "1", [7]),
     row("sampled", "#### 8", 1.0, "8", [8], kl_k1=8.0),
     row("sampled", "#### 1", 0.0, "1", [9]),
-    *[row("hinted", "", r, "", [0], is_hint=h) for r, h in ((1.0, 0.0), (0.0, 1.0), (0.0, 1.0), (0.0, 0.0))],
-    *[
-        row("unhinted", "", r, "", [0], is_hint=h)
-        for r, h in ((1.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 0.0))
-    ],
+    *[row("hinted", "", right, "", [0], is_hint=hint) for right, hint in ((1, 0), (0, 1), (0, 1), (0, 0))],
+    *[row("unhinted", "", right, "", [0], is_hint=hint) for right, hint in ((1, 0), (1, 0), (0, 1), (1, 0))],
 ]
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if "metric" in case], ids=lambda case: case["metric"]
-)
+@pytest.mark.parametrize("case", METRICS, ids=lambda case: case["metric"])
 def test_metric_of_rows_worked_by_hand(case):
-    args = script.Args(eval_samples=4)
-    assert script.measured(ROWS, args)[case["metric"]] == pytest.approx(case["wanted"])
+    assert script.measured(ROWS, script.Args(eval_samples=4))[case["metric"]] == pytest.approx(case["wanted"])
 
 
 def test_rewards_that_are_no_verifier_are_chosen_by_and_unknown_ones_left_out():
     values = [0.2, 0.6, None, 0.4, 0.1, 0.3]
-    rows = [row("sampled", "", x, "", [1], correct=False) for x in values] + [
-        row("greedy", "", None, "", [1])
-    ]
+    rows = [row("sampled", "", x, "", [1]) for x in values] + [row("greedy", "", None, "", [1])]
     found = script.measured(rows, script.Args(eval_samples=2))
-    assert found["eval/best@2"] == pytest.approx((0.6 + 0.3) / 2) and found["eval/best@1"] == pytest.approx(
-        0.3
-    )
-    assert found["eval/reward"] == pytest.approx(0.3) and "eval/greedy_reward" not in found
+    assert found["eval/best@2"] == pytest.approx((0.6 + 0.3) / 2) and "eval/greedy_reward" not in found
+    assert found["eval/best@1"] == pytest.approx(0.3) == pytest.approx(found["eval/reward"])
     assert not [name for name in found if re.search("pass|maj|ece", name)]
 
 
@@ -166,9 +149,8 @@ def test_pairs_share_no_random_numbers_and_win_by_reward_with_ties():
     np.testing.assert_array_equal(preferences, [[1.0, math.nan, 0.5]])  # against 0, None, 1
     assert differences.tolist() == [[1.0, 1.0, 1.0]]
     found = script.win_rates(preferences, differences, [], 1)
-    assert found["eval/win_rate"] == 0.75 and found["eval/length_controlled_win_rate"] == pytest.approx(
-        0.75, abs=0.01
-    )
+    assert found["eval/win_rate"] == 0.75
+    assert found["eval/length_controlled_win_rate"] == pytest.approx(0.75, abs=0.01)
 
 
 @pytest.mark.parametrize("logits", [[3.0, 0.0], [0.0, 1.0]])
@@ -180,17 +162,13 @@ def test_judge_that_goes_by_the_place_prefers_nothing_and_sees_both_orders(logit
         return torch.tensor(logits).log_softmax(-1).expand(len(turns), 2)
 
     words.label_logprobs = label_logprobs
-    judge = script.Judge(None, words, None, None, None)
+    judge, args = script.Judge(None, words, None, None, None), script.Args(principle="Be {brief}.")
     prompts = [script.Prompt([], {"prompt": asked("1 + 1?")}, "")]
-    rows = [[row("sampled", text, 1.0, "", [1])] * 2 for text in ("mine", "theirs")]
-    preferences, _ = script.pair_up(
-        *rows, prompts, judge, script.Args(eval_samples=2, principle="Be {brief}.")
-    )
+    rows = [[row("sampled", text, 1.0, "", [1])] * 8 for text in ("mine", "theirs")]
+    preferences, _ = script.pair_up(*rows, prompts, judge, args)
     assert preferences.tolist() == [[pytest.approx(0.5)]]
     assert ["A: mine\n\nB: theirs" in text for text in shown] == [True, False]
-    assert "A: theirs\n\nB: mine" in shown[1] and all(
-        "User: 1 + 1?" in x and "Be {brief}." in x for x in shown
-    )
+    assert "A: theirs\n\nB: mine" in shown[1] and "User: 1 + 1?" in shown[0] and "Be {brief}." in shown[1]
 
 
 # Models -----------------------------------------------------------------------------------------------------
@@ -202,10 +180,8 @@ def test_log_probs_entropy_kl_and_perplexity_are_those_of_stock_models(settings,
     tokenizer, ids = tiny_tokenizer(), tiny_tokenizer()(texts).input_ids
     answers = [(x[:4], x[4:]) for x in ids]
     models = {name: script.load_model(name, args, CPU, frozen=True) for name in ("tiny/sft", "tiny/base")}
-    found = {
-        name: script.token_scores(model, answers, args.temperature, args) for name, model in models.items()
-    }
-    for name, scores in found.items():
+    for name, model in models.items():
+        scores = script.token_scores(model, answers, args.temperature, args)
         for (prompt, answer), (logprobs, entropy) in zip(answers, scores, strict=True):
             logits = stock(name)(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
             wanted = (logits / args.temperature).log_softmax(-1)  # (C, V)
@@ -232,13 +208,10 @@ def test_adapter_of_peft_is_evaluated_as_the_model_it_makes(process_group, tmp_p
     adapted.peft_config["default"].base_model_name_or_path = "tiny/sft"
     adapted.save_pretrained(tmp_path / "lora")
     tiny_tokenizer().save_pretrained(tmp_path / "lora")
-    folder, ids = script.whole_model(str(tmp_path / "lora")), list(range(5, 20))
-    [(logprobs, _)] = script.token_scores(
-        script.load_model(folder, args := script.Args(), CPU, frozen=True), [(ids[:1], ids[1:])], 1.0, args
-    )
-    wanted = (
-        adapted(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])
-    )
+    folder, ids, args = script.whole_model(str(tmp_path / "lora")), torch.arange(5, 20), script.Args()
+    model = script.load_model(folder, args, CPU, frozen=True)
+    [(logprobs, _)] = script.token_scores(model, [([5], ids[1:].tolist())], 1.0, args)
+    wanted = adapted(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])  # (C, 1)
     torch.testing.assert_close(logprobs, wanted[:, 0].detach(), rtol=1e-4, atol=1e-4)
     assert script.whole_model("tiny/sft") == "tiny/sft"
 
@@ -252,14 +225,10 @@ def test_report_has_the_documented_metrics_and_rows_bear_them_out(whole):
     assert metric_differences(ROOT / "evaluate.py", names) == []
     for number, own in enumerate(report["models"].values()):
         _, *rows = read_lines(folder / f"samples_{number}.jsonl")
-        counts = {
-            kind: sum(x["kind"] == kind for x in rows) for kind in ("greedy", "sampled", "hinted", "unhinted")
-        }
+        counts = Counter(x["kind"] for x in rows)
         assert counts == {"greedy": 6, "sampled": 18, "hinted": 6, "unhinted": 6}
         sampled = [x["reward"] for x in rows if x["kind"] == "sampled"]
         assert own["eval/reward"] == pytest.approx(np.mean(sampled)) == pytest.approx(own["eval/pass@1"])
-        for name, value in own.items():
-            assert name.endswith("/interval") or math.isfinite(value)
         for low, high, value in ((*own[f"{k}/interval"], own[k]) for k in own if f"{k}/interval" in own):
             assert low <= value <= high
     line, logps = rows[-13], []  # of tiny/sft, sampled
@@ -273,10 +242,8 @@ def test_report_has_the_documented_metrics_and_rows_bear_them_out(whole):
     assert line["entropy"] == pytest.approx(-(logps[0].exp() * logps[0]).sum().item(), rel=1e-3)
     base, sft = report["models"].values()
     assert base["kl"] == 0 and sft["kl"] > 0.1 and "eval/win_rate" not in base and sft["eval/win_rate"] > 0.5
-    hinted, plain = (
-        [x["prompt"][0]["content"] for x in rows if x["kind"] == kind] for kind in ("hinted", "unhinted")
-    )
-    assert all(x.startswith(y) and len(y) < len(x) and y.endswith("?") for x, y in zip(hinted, plain))
+    texts = [x["prompt"][0]["content"] for x in rows[-12:]]  # six with hints, the same without
+    assert all(x.startswith(y) and len(y) < len(x) and y.endswith("?") for x, y in zip(texts, texts[6:]))
 
 
 def test_continued_run_skips_what_is_written_and_reports_the_same(whole, run, tmp_path, monkeypatch, capsys):
@@ -285,8 +252,7 @@ def test_continued_run_skips_what_is_written_and_reports_the_same(whole, run, tm
     (folder / "report.json").unlink()
     asked_of, answer_all = [], script.answer_all
     monkeypatch.setattr(script, "answer_all", lambda *a: asked_of.append(a) or answer_all(*a))
-    report = run(output_dir=str(folder), resume=True)[1]
-    assert len(asked_of) == 1 and untimed(report) == untimed(whole[1])
+    assert untimed(run(output_dir=str(folder), resume=True)[1]) == untimed(whole[1]) and len(asked_of) == 1
     told = error_of(lambda: run(output_dir=str(folder), resume=True, temperature=0.5), capsys)
     assert told == "--resume: temperature was 0.8 and is 0.5"
 
@@ -315,16 +281,12 @@ def test_any_judge_gives_win_rates_of_three_models(judge, run):
     for name in ("tiny/base", "tiny/checker"):
         own = report["models"][name]
         assert 0 <= own["eval/win_rate"] <= 1 and 0 < own["eval/length_controlled_win_rate"] < 1
-    assert report["models"]["tiny/sft"]["kl"] == 0
 
 
 def test_greedy_alone_and_other_rewards_are_enough(run, tmp_path):
     rows = [{"prompt": line["prompt"]} for line in tiny_rows("prompts_eval", 2)]  # no gold answer
-    flags = {
-        "dataset": (write_rows(tmp_path / "rows.jsonl", rows),),
-        "eval_samples": 0,
-        "reward": rewards("residue"),
-    }
+    flags = {"dataset": (write_rows(tmp_path / "rows.jsonl", rows),), "reward": rewards("residue")}
+    flags |= {"eval_samples": 0}
     [own] = run(models=("tiny/sft",), **flags)[1]["models"].values()
     assert "eval/greedy_reward" in own and not [x for x in own if re.search("@|accuracy|hint|forget|win", x)]
 
