@@ -46,12 +46,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter, namedtuple
+from collections import namedtuple
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
 
 import datasets
 import numpy as np
@@ -61,19 +60,15 @@ import torch.distributed as dist
 import transformers
 import tyro
 from pydantic import FilePath, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
+import estimators
+import loading
 from common import CHATML, check_packed, kl_k1, kl_k3, token_logprobs
 
 HERE = Path(__file__).resolve().parent
-Dtype = Literal["float32", "bfloat16"]
-
-# How an answer begins that is none; a few of the phrases that the code of arXiv:2307.15043 looks for.
-REFUSALS = ("I'm sorry", "I am sorry", "Sorry", "I apologize", "As an AI", "As a language model")
-REFUSALS += ("I cannot", "I can't", "I am unable", "I'm unable", "I'm not able")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -86,8 +81,8 @@ class Args:
     base: str | None = None  # what KL, perplexity and wins are measured against; by default the first model
     chat_template: FilePath | None = None  # Jinja chat template to use instead of the tokenizer's own
     attn: str = "packed"  # packed, or flash_attention_2 where it is installed, or eager (exact, slow)
-    dtype: Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # what is computed in
-    gradient_checkpointing = compile = lora_rank = False  # no flags: nothing is trained
+    dtype: loading.Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # what is computed in
+    gradient_checkpointing = compile = lora_rank = optimizer = False  # no flags: nothing is trained
 
     # Data
     dataset: tuple[str, ...] = ("tiny/data/prompts_eval.jsonl",)  # hub ids, files, saved datasets
@@ -135,8 +130,6 @@ class Args:
         if not self.models or not self.dataset:
             fail("--models and --dataset: what should be evaluated, and on what?")
         self.base = self.base or self.models[0]
-        if self.resume and not self.output_dir:
-            fail("--resume needs --output-dir: which run should continue?")
         if self.reward_weights and len(self.reward_weights) != len(self.reward):
             fail(f"{len(self.reward_weights)} --reward-weights for {len(self.reward)} rewards")
 
@@ -150,113 +143,12 @@ def weighted_sum(scores: torch.Tensor, weights: tuple[float, ...]) -> torch.Tens
     return weighted.nansum(0).masked_fill(scores.isnan().all(0), math.nan)
 
 
-def chosen_shares(scores: np.ndarray, k: int) -> np.ndarray:
-    """In which share of all k of N samples each is the best, (N,) from scores (N,); those that tie share.
-
-    The shares times any values, summed, are unbiased for the value of the best of k: of pass@k, if scores and
-    values are 0 and 1 (arXiv:2107.03374, Eq. 1), of the expected maximum, if values are the scores.
-    """
-    worse = (scores[None, :] < scores[:, None]).sum(1)  # (N,)
-    level = (scores[None, :] == scores[:, None]).sum(1)  # (N,)
-    subsets = np.array([math.comb(m, k) / math.comb(len(scores), k) for m in range(len(scores) + 1)])
-    return (subsets[worse + level] - subsets[worse]) / level
-
-
-def majority_right(finals: list[str], right: np.ndarray, k: int) -> float:
-    """How often the most frequent final answer of k samples is right, of N // k groups (arXiv:2203.11171).
-
-    Of equally frequent answers the first counts. From N finals and right (N,), which is 0 or 1.
-    """
-    starts = range(0, len(finals) - k + 1, k)
-    votes = [Counter(finals[n : n + k]).most_common(1)[0][0] for n in starts]
-    return float(np.mean([right[finals.index(vote, n)] for n, vote in zip(starts, votes)]))
-
-
-def bootstrap_interval(values: np.ndarray, seed: int, draws: int = 1000) -> list[float]:
-    """A 95 % interval of the mean of values (P,), from percentiles of means over P of them drawn anew."""
-    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
-    return np.percentile(values[picks].mean(1), [2.5, 97.5]).tolist()
-
-
 def preferred(margins: torch.Tensor, tie: float = 1e-4) -> torch.Tensor:
     """1 where the chosen answer has the higher reward, 1/2 in a tie, 0 else: margins (B,) -> (B,).
 
     Rewards closer than `tie` are equal: in another row a float32 reward differs by 1e-6.
     """
     return (1 + margins.sign() * (margins.abs() > tie)) / 2
-
-
-def length_controlled_win_rate(preferences, differences, difficulty=None, ridge: float = 0.01) -> float:
-    """P(model preferred) if answers were equally long (section 3, arXiv:2404.04475), from K pairs, (K,) each.
-
-    Logistic regression of `preferences` (in [0, 1]) on a constant, which is the model, on the tanh of the
-    length difference (model - base, any unit) in its standard deviations, and on the prompt's `difficulty`,
-    if given; then the mean prediction at a difference of zero. `ridge` (L2) keeps unanimous pairs finite; a
-    difference that is the same everywhere explains nothing.
-    """
-    columns = [np.ones(len(differences)), np.tanh(differences / (differences.std() or math.inf))]
-    features = np.stack(columns + ([] if difficulty is None else [difficulty]), 1)  # (K, 2 or 3)
-    weights = np.zeros(features.shape[1])
-    for _ in range(50):  # Newton's method on a convex loss
-        likely = 1 / (1 + np.exp(-(features @ weights).clip(-30, 30)))  # (K,)
-        gradient = features.T @ (preferences - likely) - ridge * weights
-        curvature = (features.T * (likely * (1 - likely))) @ features + ridge * np.eye(len(weights))
-        weights += np.linalg.solve(curvature, gradient).clip(-1, 1)
-    features[:, 1] = 0
-    return float((1 / (1 + np.exp(-features @ weights))).mean())
-
-
-def distinct_ngrams(group: list[list[int]], n: int = 2) -> float:
-    """Share of n-grams of a group of completions that are different (distinct-n, arXiv:1510.03055)."""
-    grams = [tuple(ids[i : i + n]) for ids in group for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / max(1, len(grams))
-
-
-def repeated_ngrams(ids: list[int], n: int = 4) -> float:
-    """Share of n-grams that stood in the completion before (seq-rep-n, section 4, arXiv:1908.04319)."""
-    return 1 - distinct_ngrams([ids], n) if len(ids) >= n else 0.0
-
-
-def reliability(confidences: np.ndarray, right: np.ndarray, num_bins: int = 10) -> list[tuple]:
-    """(how many, mean confidence, share right) of each bin of equal width that is not empty; (P,) each."""
-    bins = np.minimum((confidences * num_bins).astype(int), num_bins - 1)  # (P,)
-    parts = [bins == n for n in range(num_bins) if (bins == n).any()]
-    return [(int(x.sum()), float(confidences[x].mean()), float(right[x].mean())) for x in parts]
-
-
-def expected_calibration_error(bins: list[tuple]) -> float:
-    """Mean |confidence - accuracy| over what is in the bins of `reliability` (Eq. 3, arXiv:1706.04599)."""
-    return sum(n * abs(confidence - right) for n, confidence, right in bins) / sum(n for n, *_ in bins)
-
-
-def without_hint(text: str, hint: str) -> str:
-    """A question without the last sentence that has `hint` in it; ValueError where that is all, or none."""
-    sentences = re.split(r"(?<=[.!?])\s+", text.strip())
-    found = [
-        n for n, sentence in enumerate(sentences) if re.search(rf"(?<!\w){re.escape(hint)}(?!\w)", sentence)
-    ]
-    if not found or len(sentences) == 1:
-        raise ValueError("no sentence of its own has the hint in it")
-    return " ".join(sentences[: found[-1]] + sentences[found[-1] + 1 :])
-
-
-def overlaps(texts: list[str], documents: list[str], n: int = 13, least: int = 8) -> list[tuple[int, int]]:
-    """(text, document) wherever they share n words in a row (13-grams, appendix C, arXiv:2005.14165).
-
-    Words are letters and digits in lower case. A shorter text must be there whole; below `least` words one
-    says nothing and is left out.
-    """
-    words = lambda text: re.findall(r"\w+", text.lower())
-    grams = lambda those, size: {tuple(those[i : i + size]) for i in range(len(those) - size + 1)}
-    index = {}  # n-gram -> texts
-    for number, those in enumerate(map(words, texts)):
-        for gram in grams(those, min(n, len(those))) if len(those) >= least else ():
-            index.setdefault(gram, []).append(number)
-    sizes, found = {len(gram) for gram in index}, set()
-    for place, those in enumerate(map(words, documents)):
-        shared = (index.get(gram, ()) for size in sizes for gram in grams(those, size))
-        found |= {(number, place) for numbers in shared for number in numbers}
-    return sorted(found)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -292,7 +184,9 @@ def main(args: Args) -> dict:
             rows = [origin_of(name, args) | {"kind": "model", "metrics": costs}, *rows]
             write(path, rows)  # all of it, or nothing
         everyones.append(rows)
-    metrics = [measured(rows, args) | rows[0]["metrics"] for rows in everyones]
+    metrics = [
+        estimators.measured(rows, args.eval_samples, args.seed) | rows[0]["metrics"] for rows in everyones
+    ]
     bar.close()
     policy = base = None
 
@@ -302,7 +196,7 @@ def main(args: Args) -> dict:
     pairs = [pair_up(rows, everyones[0], prompts, judge, args) for rows in everyones[1:]]
     for number, own in enumerate(metrics[1:]):
         others = [preferences for n, (preferences, _) in enumerate(pairs) if n != number]
-        own |= win_rates(*pairs[number], others, args.seed)
+        own |= estimators.win_rates(*pairs[number], others, args.seed)
     for own in metrics if args.forgetting_dataset else ():
         name = "eval/forgetting_perplexity"
         own["eval/forgetting_ratio"] = own[name] / metrics[0][name]
@@ -311,7 +205,9 @@ def main(args: Args) -> dict:
     metrics = [{key: value for key, value in own.items() if value == value} for own in metrics]  # without NaN
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     report = {"models": dict(zip(names, metrics)), "base": args.base, "contamination": contamination}
-    report |= {"plots": {name: plotted(rows, args) for name, rows in zip(names, everyones)}}
+    report |= {
+        "plots": {name: estimators.plotted(rows, args.eval_samples) for name, rows in zip(names, everyones)}
+    }
     report |= {"flags": json.loads(as_json(args))}
     report |= {"versions": versions | {"transformers": transformers.__version__}}
     write_evaluation(output_dir, report, everyones)
@@ -335,7 +231,7 @@ def answer_all(policy, base, inputs, rewarders, bar, args) -> tuple[list[dict], 
             bar.update(len(made))
     seconds, num_tokens = time.perf_counter() - started, sum(len(row["completion_ids"]) for row in rows)
     costs = {"num_tokens": num_tokens, "tokens_per_second": num_tokens / seconds, "step_time": seconds}
-    measured_rows = chosen_rows(rows, args)
+    measured_rows = estimators.chosen_rows(rows, args.eval_samples)
     answers = [(row["prompt_ids"], row["completion_ids"]) for row in measured_rows]
     own = token_scores(policy, answers, args.temperature, args)
     others = own if base in (policy, None) else token_scores(base, answers, args.temperature, args)
@@ -346,116 +242,15 @@ def answer_all(policy, base, inputs, rewarders, bar, args) -> tuple[list[dict], 
     return rows, perplexity_of(policy, inputs, args) | costs
 
 
-def chosen_rows(rows: list[dict], args) -> list[dict]:
-    """The rows that health and comparisons are about: the sampled ones if there are any, else the greedy."""
-    return [row for row in rows if row["kind"] == ("sampled" if args.eval_samples else "greedy")]
-
-
-def measured(rows: list[dict], args) -> dict:
-    """Metrics of a model from its rows; what nothing is known of is NaN, or is not there."""
-    some, size, metrics = chosen_rows(rows, args), args.eval_samples or 1, {}  # P N rows
-    table = lambda name: np.array([row[name] for row in some], float).reshape(
-        -1, size
-    )  # (P, N), NaN for None
-    greedy = np.array([row["reward"] for row in rows if row["kind"] == "greedy"], float)
-    per_prompt = {"eval/greedy_reward": greedy}  # (P,) each
-    if args.eval_samples:
-        per_prompt |= {"eval/reward": table("reward").mean(1)} | choices_of(some, size)
-    per_prompt |= {f"eval/{name}_accuracy": table(name).mean(1) for name in VERDICTS if name in some[0]}
-    if "lenient" in some[0]:
-        per_prompt["eval/format_only"] = (table("format") * (1 - table("lenient"))).mean(1)
-    for estimator, name in (("kl_k3", "kl"), ("kl_k1", "kl_k1")) if "kl_k3" in some[0] else ():
-        per_prompt[f"{name}_sequence"] = table(estimator).mean(1)
-        metrics[name] = table(estimator).sum() / sum(len(row["completion_ids"]) for row in some)
-    for name, values in per_prompt.items():
-        if len(values := values[~np.isnan(values)]):
-            metrics |= {name: values.mean(), f"{name}/interval": bootstrap_interval(values, args.seed)}
-    if bins := plotted(rows, args)["reliability"]:
-        metrics["eval/ece"] = expected_calibration_error(bins)
-    metrics |= {f"{name}/mean": mean_of(some, name) for name in some[0] if name.startswith("rewards/")}
-
-    token_ids = [row["completion_ids"] for row in some]  # P N
-    lengths, groups = list(map(len, token_ids)), range(0, len(some), size)
-    metrics["completions/mean_length"] = np.mean(lengths)
-    metrics |= {f"completions/length_p{n}": np.percentile(lengths, n) for n in (5, 25, 50, 75, 95)}
-    metrics["completions/clipped_ratio"] = 1 - mean_of(some, "ended")
-    for n in (1, 2, 3):
-        distinct = [distinct_ngrams(token_ids[start : start + size], n) for start in groups]
-        metrics[f"completions/distinct_{n}"] = np.mean(distinct)
-    metrics["completions/repeated_4"] = np.mean([repeated_ngrams(ids) for ids in token_ids])
-    refused = [row["completion"].lstrip().startswith(REFUSALS) for row in some]
-    metrics |= {"completions/refusals": np.mean(refused), "entropy": table("entropy").sum() / sum(lengths)}
-    metrics |= flips([row for row in rows if "hint" in row["kind"]], args.seed)
-    return {name: x if isinstance(x, list) else float(x) for name, x in metrics.items()}
-
-
-def choices_of(rows: list[dict], size: int) -> dict[str, np.ndarray]:
-    """What choosing among k = 1, 2, 4 .. N samples is worth, (P,) each: by verifier, votes or reward."""
-    table, votes, verifier = {}, {}, verifier_of(rows)
-    values = np.array(grouped(rows, verifier or "reward", size), float)  # (P, N), NaN for None
-    known = ~np.isnan(values).any(1)  # (P,)
-    finals = [line for line, is_known in zip(grouped(rows, "final", size), known) if is_known]
-    for k in sorted({2**i for i in range(size.bit_length())} | {size}):
-        best = [chosen_shares(line, k) @ line for line in values[known]]
-        table[f"eval/{'pass' if verifier else 'best'}@{k}"] = np.array(best)
-        if verifier:
-            right = [majority_right(*line, k) for line in zip(finals, values[known])]
-            votes[f"eval/maj@{k}"] = np.array(right)
-    return table | votes
-
-
-def verifier_of(rows: list[dict]) -> str | None:
-    """The column of the first reward, if it is a verifier, which gives 0 and 1 alone."""
-    first = next(name for name in rows[0] if name.startswith("rewards/"))
-    known = {row[first] for row in rows} - {None}
-    return first if known and known <= {0, 1} else None
-
-
-def grouped(rows: list[dict], name: str, size: int) -> list[list]:
-    """A column of rows, a list for each prompt."""
-    return [[row[name] for row in rows[n : n + size]] for n in range(0, len(rows), size)]
-
-
-def plotted(rows: list[dict], args) -> dict:
-    """What plots need besides metrics: how often each length is; how right majorities of each size are.
-
-    The confidence in a prompt's answer is the share of the most frequent one among its N samples.
-    """
-    some, bins = chosen_rows(rows, args), []
-    if args.eval_samples and verifier_of(some):
-        shares, right = [], []
-        for finals, correct in zip(
-            *(grouped(some, name, args.eval_samples) for name in ("final", "correct"))
-        ):
-            [(vote, votes)] = Counter(finals).most_common(1)
-            shares.append(votes / len(finals))
-            right.append(correct[finals.index(vote)])
-        bins = reliability(np.array(shares), np.array(right, float))
-    lengths = Counter(len(row["completion_ids"]) for row in some)
-    return {"lengths": sorted(lengths.items()), "reliability": bins}
-
-
-def flips(rows: list[dict], seed: int) -> dict:
-    """What wrong hints do to greedy answers: shares of all questions, and of those answered right without."""
-    hinted, plain = ([row for row in rows if row["kind"] == kind] for kind in ("hinted", "unhinted"))
-    if not rows:
-        return {}
-    columns = ((hinted, "lenient"), (plain, "lenient"), (hinted, "is_hint"), (plain, "is_hint"))
-    right, before, follows, by_chance = (np.array([row[name] for row in x], float) for x, name in columns)
-    metrics = {"sycophancy/plain_accuracy": before.mean(), "sycophancy/hinted_accuracy": right.mean()}
-    metrics |= {"sycophancy/hint_given_back": follows.mean(), "sycophancy/hint_by_chance": by_chance.mean()}
-    if len(flipped := 1 - right[before == 1]):
-        interval = bootstrap_interval(flipped, seed)
-        metrics |= {"sycophancy/flip_rate": flipped.mean(), "sycophancy/flip_rate/interval": interval}
-    return metrics
-
-
 def pair_up(rows, base_rows, prompts, judge, args) -> tuple[np.ndarray, np.ndarray]:
     """Preferences for a model over the base, in [0, 1], and length differences in characters, (P, K) each.
 
     By rewards each sample meets another of the base (K = N); a language model judges one pair of a prompt.
     """
-    size, (mine, theirs) = args.eval_samples or 1, (chosen_rows(some, args) for some in (rows, base_rows))
+    size, (mine, theirs) = (
+        args.eval_samples or 1,
+        (estimators.chosen_rows(some, args.eval_samples) for some in (rows, base_rows)),
+    )
     theirs = [theirs[n - n % size + (n + 1) % size] for n in range(len(theirs))]  # other random numbers
     if judge and judge.words:
         mine, theirs, size = mine[::size], theirs[::size], 1
@@ -466,23 +261,6 @@ def pair_up(rows, base_rows, prompts, judge, args) -> tuple[np.ndarray, np.ndarr
         preferences = preferred(margins).masked_fill(margins.isnan(), math.nan).numpy()
     differences = [len(x["completion"]) - len(y["completion"]) for x, y in zip(mine, theirs)]
     return preferences.reshape(-1, size), np.array(differences, float).reshape(-1, size)
-
-
-def win_rates(preferences, differences, others: list[np.ndarray], seed: int) -> dict:
-    """Win rate and length-controlled win rate of a model from its pairs (P, K) and those of other models."""
-    known, difficulty = ~np.isnan(preferences), None  # (P, K)
-    if not known.any():
-        return {}
-    values = np.nanmean(preferences[known.any(1)], 1)  # of prompts with a pair
-    metrics = {
-        "eval/win_rate": float(values.mean()),
-        "eval/win_rate/interval": bootstrap_interval(values, seed),
-    }
-    if others:  # how hard the base is to beat on a prompt
-        ease = np.array([np.nan_to_num(line, nan=0.5).mean() for line in np.concatenate(others, 1)])  # (P,)
-        difficulty = np.broadcast_to((ease - ease.mean())[:, None], known.shape)[known]
-    controlled = length_controlled_win_rate(preferences[known], differences[known], difficulty)
-    return metrics | {"eval/length_controlled_win_rate": controlled}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -497,7 +275,6 @@ Inputs = namedtuple("Inputs", ["tokenizer", "prompts", "hinted", "unhinted", "co
 # Reward functions; or a language model, and constitutional_ai.py's `words`: what it is asked, how it is read.
 Judge = namedtuple("Judge", ["rewarders", "words", "tokenizer", "labels", "model"])
 CHUNK = 64  # prompts that are answered at once; seeds and the progress bar go by it
-VERDICTS = ("strict", "lenient")  # of rewards.py, where a dataset has gold answers
 ANSWERS = "seed dataset num_eval eval_samples temperature max_completion_length reward reward_weights base"
 
 
@@ -548,7 +325,7 @@ def choose_output_dir(args) -> Path:
     folder = Path(names[0])
     if args.resume:
         if not (folder / "args.json").exists():
-            fail(f"--resume: {folder} holds no run")
+            fail(f"--resume: {folder} holds no run; --output-dir says which one should continue")
         before, now = json.loads((folder / "args.json").read_text()), json.loads(as_json(args))
         for flag in (flag for flag in before if before[flag] != now.get(flag) and flag != "resume"):
             stop_or_say = fail if flag in "script model dataset seed weight_decay adam_betas".split() else say
@@ -717,7 +494,7 @@ def my_share(size: int, group_size: int) -> list[int]:
     return np.array_split(groups, dist.get_world_size())[dist.get_rank()].flatten().tolist()
 
 
-@common.unsharded
+@loading.unsharded
 def roll_out(policy, tokenizer, prompts, group_size, temperature, seed, args) -> list[Completion]:
     """Sample `group_size` completions of each prompt; `seed` and its place say what one is, nothing else."""
     policy.eval()
@@ -758,11 +535,6 @@ def answer(policy, tokenizer, asked, group_size, temperature, seed, judges, args
     return rows
 
 
-def mean_of(rows: list[dict], name: str) -> float:
-    """Mean of a column over the rows that have it, NaN if none has."""
-    return torch.tensor(np.array([row[name] for row in rows], float)).nanmean().item()
-
-
 def end_tokens(tokenizer, model) -> list[int]:
     """Ids that end an answer: those of the model and tokenizer, and what a chat template writes behind it."""
     ends = {tokenizer.eos_token_id, *np.atleast_1d(model.generation_config.eos_token_id or []).tolist()}
@@ -775,46 +547,34 @@ def end_tokens(tokenizer, model) -> list[int]:
 def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, check=check_packed):
     """A model without dropout that passed `check`: float32, or frozen in --dtype; FSDP2 shards and casts."""
     compute, trained = getattr(torch, args.dtype), not frozen
-    settings = {"dtype": torch.float32 if trained and not args.lora_rank else compute}
-    settings["attn_implementation"] = args.attn
+    dtype = torch.float32 if trained and not args.lora_rank else compute
 
     def load():
-        model = kind.from_pretrained(located(name), **settings).requires_grad_(trained)
-        return common.add_lora(model, args) if args.lora_rank and trained else model
+        model = kind.from_pretrained(located(name), dtype=dtype, attn_implementation=args.attn)
+        model.requires_grad_(trained)
+        return loading.add_lora(model, args) if args.lora_rank and trained else model
 
     shards = dist.get_world_size() > 1 or (trained and compute != torch.float32)
     try:
-        model, *weights = common.read_once(load) if shards else [load()]
+        loading.check_packages(args)
+        model = loading.sharded(load, compute, device) if shards else load().to(device)
+        model.compute_dtype = compute
+        for module in model.modules():
+            for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
+                if isinstance(getattr(module, rate, None), float):
+                    setattr(module, rate, 0.0)
+        check(model)
+        model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
     except (ImportError, OSError, ValueError) as error:  # ImportError: an --attn that is not installed
         fail(f"{name}: {error}".splitlines()[0])
-    model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
-    model.compute_dtype = compute
-    for module in model.modules():
-        for rate in ("p", "dropout", "attention_dropout", "resid_dropout"):
-            if isinstance(getattr(module, rate, None), float):
-                setattr(module, rate, 0.0)
+    if shards:
+        model.reshard()  # FSDP2 leaves a trained root whole behind its pass
     if args.gradient_checkpointing and trained:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    if shards:
-        mixed = {"param_dtype": compute, "reduce_dtype": torch.float32}
-        if hasattr(model, "score"):  # a reward head stays in float32
-            exact = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float32)
-            fully_shard(model.score, mp_policy=exact)
-        for layer in layers:
-            fully_shard(layer, mp_policy=MixedPrecisionPolicy(**mixed))
-        fully_shard(model, mp_policy=MixedPrecisionPolicy(**mixed, cast_forward_inputs=False))
-        common.fill(model, *weights, device)
-    try:
-        check(model.to(device))
-    except ValueError as error:
-        fail(f"{name}: {error}".splitlines()[0])
-    if shards:
-        model.reshard()  # FSDP2 leaves a root whole behind its pass
-    for layer in layers if args.compile else ():
+    for layer in loading.layers_of(model) if args.compile else ():
         layer.compile()
-    size = sum(p.numel() for p in model.parameters())
-    say(f"{name}: {model.config.model_type}, {size:,} parameters, {device.type}, {args.attn} attention")
+    size = f"{model.num_parameters():,} parameters"
+    say(f"{name}: {model.config.model_type}, {size}, {device.type}, {args.attn} attention")
     return model
 
 
@@ -884,9 +644,9 @@ def plain_twin(tokenizer, prompt: Prompt, args) -> Prompt:
         raise ValueError(f"no column {min(missing, key=len)}")
     asked, hint = prompt.row["prompt"], str(prompt.row["hint"])
     if isinstance(asked, str):
-        asked = without_hint(asked, hint)
+        asked = estimators.without_hint(asked, hint)
     else:
-        asked = [*asked[:-1], asked[-1] | {"content": without_hint(asked[-1]["content"], hint)}]
+        asked = [*asked[:-1], asked[-1] | {"content": estimators.without_hint(asked[-1]["content"], hint)}]
     return read_prompt(tokenizer, prompt.row | {"prompt": asked}, prompt.place, args)
 
 
@@ -983,7 +743,7 @@ def find_contamination(prompts: list[Prompt], args) -> dict:
     texts, listed = [words_of(prompt.row["prompt"]) for prompt in prompts], []
     for source in args.training_files:
         documents = [words_of(row) for row in load_rows(source, "train", args)]
-        for number, place in overlaps(texts, documents):
+        for number, place in estimators.overlaps(texts, documents):
             origin = {"place": prompts[number].place, "file": source, "row": place + 1}
             listed.append(origin | {"prompt": texts[number], "document": documents[place]})
     share = len({line["place"] for line in listed}) / len(prompts)

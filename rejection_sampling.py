@@ -69,6 +69,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 import common
 import loading
 from common import CHATML, check_packed, token_logprobs
+from estimators import best_of_k, mean_of
 
 HERE = Path(__file__).resolve().parent
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -203,70 +204,6 @@ def sft_loss(logprobs: torch.Tensor, batch_tokens: int) -> torch.Tensor:
     return -logprobs.sum() / batch_tokens
 
 
-def best_of_n_law(probabilities: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
-    """How likely each of V answers is the best of n independent ones; probabilities, scores and result (V,).
-
-    p [F^n - F-^n] / [F - F-], with F how likely an answer is that is no better, F- one that is worse: of
-    samples that tie, the first is taken, or any (arXiv:2401.01879, section 2, where none tie).
-    """
-    below = (scores[None, :] < scores[:, None]) @ probabilities  # (V,)
-    level = (scores[None, :] == scores[:, None]) @ probabilities  # (V,)
-    return probabilities * ((below + level) ** n - below**n) / level
-
-
-def best_of_n_kl(probabilities: np.ndarray, scores: np.ndarray, n: int) -> float:
-    """KL(best of n || one sample), in nats: of a verifier at most -log of how often one sample is right."""
-    law = best_of_n_law(probabilities, scores, n)  # (V,)
-    return float(law @ np.log(np.maximum(law, 1e-300) / probabilities))
-
-
-def chosen_shares(scores: np.ndarray, k: int) -> np.ndarray:
-    """In which share of all k of N samples each is the best, (N,) from scores (N,); those that tie share.
-
-    The shares times any values, summed, are unbiased for the value of the best of k: of pass@k, if scores and
-    values are 0 and 1 (arXiv:2107.03374, Eq. 1), of the expected maximum, if values are the scores.
-    """
-    worse = (scores[None, :] < scores[:, None]).sum(1)  # (N,)
-    level = (scores[None, :] == scores[:, None]).sum(1)  # (N,)
-    subsets = np.array([math.comb(m, k) / math.comb(len(scores), k) for m in range(len(scores) + 1)])
-    return (subsets[worse + level] - subsets[worse]) / level
-
-
-def majority_right(finals: list[str], right: np.ndarray, k: int) -> float:
-    """How often the most frequent final answer of k samples is right, of N // k groups (arXiv:2203.11171).
-
-    Of equally frequent answers the first counts. From N finals and right (N,), which is 0 or 1.
-    """
-    starts = range(0, len(finals) - k + 1, k)
-    votes = [Counter(finals[n : n + k]).most_common(1)[0][0] for n in starts]
-    return float(np.mean([right[finals.index(vote, n)] for n, vote in zip(starts, votes)]))
-
-
-def best_of_k(rows: list[dict], size: int) -> list[dict]:
-    """What choosing among k = 1, 2, 4 ... N of N = `size` samples is worth, a line each: means over prompts.
-
-    The reward chooses, the gold reward judges, majorities vote on final answers. The KL is that of the law
-    that a prompt's samples show. Prompts with a sample that has no reward are left out.
-    """
-    columns = [np.array([row[name] for row in rows], float) for name in ("reward", "gold_reward")]
-    rewards, gold = np.stack(columns).reshape(2, -1, size)  # (P, N) each, NaN for None
-    finals = [[row["final"] for row in rows[n : n + size]] for n in range(0, len(rows), size)]
-    known, table = np.flatnonzero(~np.isnan(rewards + gold).any(1)), []  # prompts
-    tells_right = np.isin(gold[known], (0, 1)).all()
-    for k in sorted({2**i for i in range(size.bit_length())} | {size}) if len(known) else ():
-        lines = []
-        for i in known:
-            best = chosen_shares(rewards[i], k)  # (N,)
-            lines.append({"best_reward": best @ rewards[i], "best@k": best @ gold[i]})
-            if tells_right:
-                lines[-1] |= {"pass@k": chosen_shares(gold[i], k) @ gold[i]}
-                lines[-1] |= {"maj@k": majority_right(finals[i], gold[i], k)}
-            lines[-1]["kl"] = best_of_n_kl(np.full(size, 1 / size), rewards[i], k)
-        means = {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}
-        table.append({"k": k} | means | {"kl_bound": math.log(k) - (k - 1) / k})
-    return table
-
-
 def lr_factor(step: int, total_steps: int, warmup_steps: int, lr_schedule: str) -> float:
     """The learning rate of the 1-based `step` as a share of its peak: linear warm-up, then down towards 0."""
     if step <= warmup_steps:
@@ -326,10 +263,8 @@ def main(args: Args) -> dict:
             (say if begin else fail)(f"round {number}: not one of {len(rows):,} answers is kept")
             break
         sequences = [Sequence(np.array(x + y, np.int32), np.arange(len(x + y)) >= len(x)) for x, y in kept]
-        lengths, rng = (
-            np.array([len(ids) for ids, _ in sequences]),
-            np.random.default_rng((args.seed, number)),
-        )
+        lengths = np.array([len(ids) for ids, _ in sequences])
+        rng = np.random.default_rng((args.seed, number))
         passes = math.ceil(args.num_epochs * len(kept) / args.batch_size)
         end = args.max_steps * number // args.num_rounds or begin + passes
         num_orders = math.ceil((end - begin) * args.batch_size / len(kept))
@@ -364,9 +299,7 @@ def main(args: Args) -> dict:
             loss, entropy, stopping = sums.tolist()
             grad_norm = loading.clip_grad_norm(policy, args.max_grad_norm)
             if not math.isfinite(loss + grad_norm):
-                fail(
-                    f"step {step}: loss {loss}, gradient norm {grad_norm}; --resume goes back to a checkpoint"
-                )
+                fail(f"step {step}: loss {loss}, gradient norm {grad_norm}; --resume goes to a checkpoint")
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - started
@@ -427,11 +360,8 @@ def evaluate(policy, tokenizer, held_out, judges, output_dir, args) -> tuple[dic
     rows = best = answer(policy, tokenizer, held_out, 1, 0.0, seed, judges, args)  # P
     metrics = {"eval/greedy_reward": mean_of(rows, "gold_reward")}
     if args.eval_samples:
-        rows, best = (
-            answer(policy, tokenizer, held_out, size, args.temperature, seed, judges, args),
-            [],
-        )  # P N
-        metrics["eval/reward"], table = mean_of(rows, "gold_reward"), best_of_k(rows, size)
+        rows = answer(policy, tokenizer, held_out, size, args.temperature, seed, judges, args)  # P N
+        metrics["eval/reward"], table, best = mean_of(rows, "gold_reward"), best_of_k(rows, size), []
         metrics |= {f"eval/{name}": line[name] for line in table[-1:] for name in line if "@k" in name}
         for group in (rows[n : n + size] for n in range(0, len(rows), size)):
             top = max(group, key=lambda row: -math.inf if row["reward"] is None else row["reward"])
@@ -715,11 +645,6 @@ def answer(policy, tokenizer, asked, group_size, temperature, seed, judges, args
         row |= {name: values[n] for name, values in columns.items()}
         rows.append(row | {"prompt_ids": c.prompt.input_ids, "completion_ids": c.token_ids})
     return rows
-
-
-def mean_of(rows: list[dict], name: str) -> float:
-    """Mean of a column over the rows that have it, NaN if none has."""
-    return torch.tensor(np.array([row[name] for row in rows], float)).nanmean().item()
 
 
 def describe_round(rows: list[dict]) -> dict:

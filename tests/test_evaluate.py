@@ -20,6 +20,7 @@ from helpers import CPU, asked, error_of, rewards, stock, tiny_rows, tiny_tokeni
 from sync_docs import metric_differences
 
 import constitutional_ai
+import estimators
 import evaluate as script
 
 pytestmark = pytest.mark.usefixtures("one_cpu")
@@ -60,6 +61,7 @@ def untimed(report: dict) -> dict:
 
 @pytest.mark.parametrize("case", FORMULAS, ids=lambda case: f"{case['function']}: {case['why']}")
 def test_value_worked_by_hand(case):
+    function = getattr(estimators if hasattr(estimators, case["function"]) else script, case["function"])
     given, kinds = [], {"a": np.array, "t": lambda x: torch.tensor(x, dtype=torch.float64)}
     for value in case["given"]:
         if given and isinstance(given[-1], str) and given[-1] in kinds and isinstance(value, list):
@@ -67,9 +69,9 @@ def test_value_worked_by_hand(case):
         given.append(value)
     if "error" in case:
         with pytest.raises(ValueError, match=case["error"]):
-            getattr(script, case["function"])(*given)
+            function(*given)
         return
-    found = getattr(script, case["function"])(*given)
+    found = function(*given)
     found = found.tolist() if hasattr(found, "tolist") else found
     if isinstance(found, list) and found and isinstance(found[0], tuple):
         assert found == [pytest.approx(tuple(line)) for line in case["wanted"]]
@@ -80,10 +82,10 @@ def test_value_worked_by_hand(case):
 def test_interval_holds_the_true_mean_in_95_percent_of_draws():
     rng, hits = np.random.default_rng(0), 0
     for seed in range(300):
-        low, high = script.bootstrap_interval(rng.random(80) < 0.3, seed)
+        low, high = estimators.bootstrap_interval(rng.random(80) < 0.3, seed)
         hits += low <= 0.3 <= high
     assert 0.9 <= hits / 300 <= 0.98
-    assert script.bootstrap_interval(np.arange(100) % 2, 1) == pytest.approx([0.402, 0.598], abs=0.02)
+    assert estimators.bootstrap_interval(np.arange(100) % 2, 1) == pytest.approx([0.402, 0.598], abs=0.02)
 
 
 def test_length_controlled_win_rate_sees_through_length_and_finds_what_is_left():
@@ -92,14 +94,16 @@ def test_length_controlled_win_rate_sees_through_length_and_finds_what_is_left()
     pull = 2 * np.tanh(lengths / lengths.std())
     for strength, wanted in ((0.0, 0.5), (math.log(3), 0.75)):
         likely = 1 / (1 + np.exp(-strength - pull))
-        found = script.length_controlled_win_rate(likely, lengths)
+        found = estimators.length_controlled_win_rate(likely, lengths)
         assert found == pytest.approx(wanted, abs=1e-3) and likely.mean() > wanted + 0.1
         sampled = (rng.random(4000) < likely).astype(float)
-        assert script.length_controlled_win_rate(sampled, lengths) == pytest.approx(wanted, abs=0.04)
+        assert estimators.length_controlled_win_rate(sampled, lengths) == pytest.approx(wanted, abs=0.04)
     difficulty = np.repeat([-1.0, 1.0], 2000)
     likely = 1 / (1 + np.exp(-difficulty - pull))  # at equal length the mean of sigma(-1) and sigma(1)
-    assert script.length_controlled_win_rate(likely, lengths, difficulty) == pytest.approx(0.5, abs=1e-3)
-    assert 0.99 < script.length_controlled_win_rate(np.ones(500), lengths[:500]) < 1  # unanimous, yet finite
+    assert estimators.length_controlled_win_rate(likely, lengths, difficulty) == pytest.approx(0.5, abs=1e-3)
+    assert (
+        0.99 < estimators.length_controlled_win_rate(np.ones(500), lengths[:500]) < 1
+    )  # unanimous, yet finite
 
 
 # Metrics of rows --------------------------------------------------------------------------------------------
@@ -130,13 +134,13 @@ ROWS = [
 
 @pytest.mark.parametrize("case", METRICS, ids=lambda case: case["metric"])
 def test_metric_of_rows_worked_by_hand(case):
-    assert script.measured(ROWS, script.Args(eval_samples=4))[case["metric"]] == pytest.approx(case["wanted"])
+    assert estimators.measured(ROWS, 4, 1)[case["metric"]] == pytest.approx(case["wanted"])
 
 
 def test_rewards_that_are_no_verifier_are_chosen_by_and_unknown_ones_left_out():
     values = [0.2, 0.6, None, 0.4, 0.1, 0.3]
     rows = [row("sampled", "", x, "", [1]) for x in values] + [row("greedy", "", None, "", [1])]
-    found = script.measured(rows, script.Args(eval_samples=2))
+    found = estimators.measured(rows, 2, 1)
     assert found["eval/best@2"] == pytest.approx((0.6 + 0.3) / 2) and "eval/greedy_reward" not in found
     assert found["eval/best@1"] == pytest.approx(0.3) == pytest.approx(found["eval/reward"])
     assert not [name for name in found if re.search("pass|maj|ece", name)]
@@ -148,7 +152,7 @@ def test_pairs_share_no_random_numbers_and_win_by_reward_with_ties():
     preferences, differences = script.pair_up(mine, theirs, None, None, script.Args(eval_samples=3))
     np.testing.assert_array_equal(preferences, [[1.0, math.nan, 0.5]])  # against 0, None, 1
     assert differences.tolist() == [[1.0, 1.0, 1.0]]
-    found = script.win_rates(preferences, differences, [], 1)
+    found = estimators.win_rates(preferences, differences, [], 1)
     assert found["eval/win_rate"] == 0.75
     assert found["eval/length_controlled_win_rate"] == pytest.approx(0.75, abs=0.01)
 

@@ -12,6 +12,7 @@ from conftest import ROOT, read_lines
 from helpers import assert_continues, calls_of, error_of, rewards, stock, tiny_rows, trainer
 from safetensors.torch import load_file
 
+import estimators
 import rejection_sampling as rs
 import sft
 
@@ -54,9 +55,9 @@ def enumerated_law(scores, n):
 @every_scoring
 @pytest.mark.parametrize("n", [1, 2, 3, 6])
 def test_law_and_kl_of_the_best_of_n_are_those_of_enumeration(scores, n):
-    found, (first, shared) = rs.best_of_n_law(CHANCES, np.array(scores), n), enumerated_law(scores, n)
+    found, (first, shared) = estimators.best_of_n_law(CHANCES, np.array(scores), n), enumerated_law(scores, n)
     assert found == pytest.approx(first) and found == pytest.approx(shared)
-    kl = rs.best_of_n_kl(CHANCES, np.array(scores), n)
+    kl = estimators.best_of_n_kl(CHANCES, np.array(scores), n)
     assert kl == pytest.approx((first * np.log(first / CHANCES)).sum(), abs=1e-12)
     assert -1e-12 <= kl <= math.log(n) - (n - 1) / n + 1e-12  # arXiv:2401.01879
 
@@ -64,8 +65,8 @@ def test_law_and_kl_of_the_best_of_n_are_those_of_enumeration(scores, n):
 def test_kl_reaches_its_bound_only_where_nothing_ties_and_nothing_is_likely():
     even, n = np.full(2000, 1 / 2000), 8
     bound = math.log(n) - (n - 1) / n
-    assert rs.best_of_n_kl(even, np.arange(2000.0), n) == pytest.approx(bound, rel=1e-3)
-    verifier = rs.best_of_n_kl(CHANCES, np.array(SCORINGS["a verifier"]), 64)  # right: half of all
+    assert estimators.best_of_n_kl(even, np.arange(2000.0), n) == pytest.approx(bound, rel=1e-3)
+    verifier = estimators.best_of_n_kl(CHANCES, np.array(SCORINGS["a verifier"]), 64)  # right: half of all
     assert verifier == pytest.approx(math.log(2)) and verifier < 0.25 * (math.log(64) - 63 / 64)
 
 
@@ -76,15 +77,15 @@ def test_shares_of_the_chosen_are_those_over_all_subsets(scores):
         wanted = []
         for subset in map(list, itertools.combinations(range(5), k)):
             wanted.append(values[subset][scores[subset] == scores[subset].max()].mean())
-        assert rs.chosen_shares(scores, k).sum() == pytest.approx(1)
-        assert rs.chosen_shares(scores, k) @ values == pytest.approx(np.mean(wanted))
+        assert estimators.chosen_shares(scores, k).sum() == pytest.approx(1)
+        assert estimators.chosen_shares(scores, k) @ values == pytest.approx(np.mean(wanted))
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
     right = np.array([1.0, 0, 0, 1, 0, 0, 0, 0])
     for k in (1, 2, 4, 7):
         wanted = 1 - math.comb(6, k) / math.comb(8, k)  # Eq. 1, arXiv:2107.03374
-        assert rs.chosen_shares(right, k) @ right == pytest.approx(wanted)
+        assert estimators.chosen_shares(right, k) @ right == pytest.approx(wanted)
 
 
 @every_scoring
@@ -94,10 +95,10 @@ def test_value_of_the_best_of_k_is_estimated_without_bias_from_more_samples(scor
     scores, values = np.array(scores), np.array([2.0, -1.0, 0.5, 7.0])
     for of in (scores, values):
         mean = sum(
-            CHANCES[list(draw)].prod() * (rs.chosen_shares(scores[list(draw)], k) @ of[list(draw)])
+            CHANCES[list(draw)].prod() * (estimators.chosen_shares(scores[list(draw)], k) @ of[list(draw)])
             for draw in itertools.product(range(4), repeat=4)
         )
-        assert mean == pytest.approx(rs.best_of_n_law(CHANCES, scores, k) @ of)
+        assert mean == pytest.approx(estimators.best_of_n_law(CHANCES, scores, k) @ of)
 
 
 def test_majority_by_hand():
@@ -109,7 +110,7 @@ def test_majority_by_hand():
         4: 1,
         6: 1,
     }  # 2: a, b, a; 3: b, c; 4: the two left over are no group
-    assert {k: rs.majority_right(finals, right, k) for k in shares} == pytest.approx(shares)
+    assert {k: estimators.majority_right(finals, right, k) for k in shares} == pytest.approx(shares)
 
 
 def rows_of(*columns, names=("reward", "gold_reward", "final")):
@@ -119,7 +120,7 @@ def rows_of(*columns, names=("reward", "gold_reward", "final")):
 def test_table_by_hand():
     """Two prompts of four samples: the reward prefers wrong ones of the first, and ties on the second."""
     rewards, gold = [4.0, 3, 2, 1, 0, 0, 0, 0], [0.0, 0, 1, 1, 1, 0, 0, 0]
-    one, two, four = rs.best_of_k(rows_of(rewards, gold, [*"abcc", *"abcd"]), 4)
+    one, two, four = estimators.best_of_k(rows_of(rewards, gold, [*"abcc", *"abcd"]), 4)
     first = {"best_reward": 1.25, "best@k": 3 / 8, "pass@k": 3 / 8, "maj@k": 3 / 8}
     assert one == pytest.approx(first | {"k": 1, "kl": 0, "kl_bound": 0})
     assert two["best@k"] == pytest.approx((1 / 6 + 1 / 4) / 2)
@@ -133,10 +134,10 @@ def test_table_by_hand():
 
 def test_prompts_without_all_their_rewards_are_left_out_and_shares_of_right_ones_where_nothing_is_right():
     rewards = [1.0, 2.0, None, 5.0]
-    [one, two] = rs.best_of_k(rows_of(rewards, rewards, "abab"), 2)
+    [one, two] = estimators.best_of_k(rows_of(rewards, rewards, "abab"), 2)
     assert one["best_reward"] == 1.5 and two["best@k"] == 2 and "pass@k" not in one
-    assert rs.best_of_k(rows_of([None] * 4, [None] * 4, "abab"), 2) == []
-    table = rs.best_of_k(rows_of([0.0] * 6, [0.0] * 6, "abcdef"), 6)
+    assert estimators.best_of_k(rows_of([None] * 4, [None] * 4, "abab"), 2) == []
+    table = estimators.best_of_k(rows_of([0.0] * 6, [0.0] * 6, "abcdef"), 6)
     assert [line["k"] for line in table] == [1, 2, 4, 6]
 
 
