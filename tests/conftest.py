@@ -83,6 +83,19 @@ def run_command(script, *words):
     runpy.run_path(str(script), run_name="__main__")
 
 
+def two_processes(function, *args, cwd):
+    """Call a function in two processes of one group, as torchrun does; both must end well."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    group["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # what torchrun sets: the store is there already
+    processes = [fork(function, *args, cwd=cwd, RANK=rank, LOCAL_RANK=rank, **group) for rank in "01"]
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0], (cwd / "output").read_text()
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow (minutes each)")
     parser.addoption("--vllm", action="store_true", help="also run the tests of --rollout vllm (3.5 GB)")
@@ -120,6 +133,20 @@ def no_figures(request, monkeypatch):
 @pytest.fixture
 def figures():
     """Runs draw their curves, as they do for a user."""
+
+
+@pytest.fixture
+def forked(tmp_path):
+    """forked(function, ...) -> exit status and all that it printed, of a call in tmp_path: see `fork`."""
+
+    def run(function, *args):
+        process = fork(function, *args, cwd=tmp_path)
+        process.join(300)
+        told = (tmp_path / "output").read_text()
+        (tmp_path / "output").unlink()
+        return process.exitcode, told
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
-"""What the tests of several scripts share: numbers, the rows and models of tiny/, short runs, comparisons."""
+"""What the tests of several scripts share: short runs, spies, comparisons; and all of samples.py."""
 
-import functools
 import json
-import math
 import shutil
 import weakref
 import zlib
@@ -10,59 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, ROOT, read_lines, write_rows
+from conftest import DATA, read_lines, write_rows
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from samples import *  # noqa: F403
+from samples import tiny_rows
 
-CPU = torch.device("cpu")
-END = 2  # <|im_end|> of tiny's tokenizer
 CLOCK = {"tokens_per_second", "step_time", "peak_memory_gb", "time/rollout"}  # what no two runs share
-
-
-# Numbers, messages, models ----------------------------------------------------------------------------------
-
-
-def float64(*values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def softplus(x: float) -> float:
-    return math.log1p(math.exp(x))
-
-
-def asked(text: str) -> list[dict]:
-    return [{"role": "user", "content": text}]
-
-
-def said(text: str) -> list[dict]:
-    return [{"role": "assistant", "content": text}]
-
-
-@functools.cache
-def tiny_rows(name: str, count: int = 200) -> list[dict]:
-    """The first rows of a data set of tiny/."""
-    return read_lines(ROOT / "tiny" / "data" / f"{name}.jsonl")[:count]
-
-
-@functools.cache
-def tiny_tokenizer():
-    return AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft")
-
-
-def stock(folder):
-    """A language model as plain transformers loads it: nothing in it knows of packed rows."""
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    return AutoModelForCausalLM.from_pretrained(ROOT / folder, **options).eval()
-
-
-def stock_classifier(folder):
-    """A classifier of one output, likewise."""
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "num_labels": 1}
-    return AutoModelForSequenceClassification.from_pretrained(ROOT / folder, **options).eval()
-
-
-def gradient_norm(model) -> float:
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
 
 
 # Short runs -------------------------------------------------------------------------------------------------

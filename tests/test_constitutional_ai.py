@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fork, read_lines
-from helpers import CPU, asked, error_of, said, stock, tiny_tokenizer
+from conftest import ROOT, read_lines, two_processes
+from helpers import error_of
+from samples import CPU, asked, said, stock, tiny_tokenizer
 from sync_docs import metric_differences
 
 import constitutional_ai as script
@@ -253,13 +254,7 @@ def both_stages(flags):
 
 
 def test_two_processes_are_one(whole, make_rows, tmp_path):
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
-    group["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # what torchrun sets: the store is there already
-    processes = [fork(both_stages, SHORT, cwd=tmp_path, RANK=rank, LOCAL_RANK=rank, **group) for rank in "01"]
-    for process in processes:
-        process.join(300)
-    assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "output").read_text()
+    two_processes(both_stages, SHORT, cwd=tmp_path)
     names = "completion critiques chosen rejected principles principle violations rewards".split()
     for stage in STAGES:
         runs = whole(stage)[1], read_lines(tmp_path / stage / "rows.jsonl")

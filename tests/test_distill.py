@@ -12,18 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import read_lines, write_rows
-from helpers import (
-    assert_same_metrics,
-    calls_of,
-    float64,
-    gradient_norm,
-    models_of,
-    said,
-    stock,
-    tiny_rows,
-    tiny_tokenizer,
-    trainer,
-)
+from helpers import assert_same_metrics, calls_of, models_of, trainer
+from samples import float64, gradient_norm, said, stock, tiny_rows, tiny_tokenizer
 from test_common import HEADS, Head, assert_equal, assert_equal_gradients, build, gradients, make_sequences
 from test_grpo import Table, distance
 

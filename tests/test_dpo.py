@@ -15,20 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA, ROOT, read_lines, write_rows
-from helpers import (
-    CPU,
-    asked,
-    assert_continues,
-    assert_same_metrics,
-    calls_of,
-    error_of,
-    models_of,
-    said,
-    stock,
-    tiny_rows,
-    tiny_tokenizer,
-    trainer,
-)
+from helpers import assert_continues, assert_same_metrics, calls_of, error_of, models_of, trainer
+from samples import CPU, asked, said, stock, tiny_rows, tiny_tokenizer
 from test_common import assert_equal_gradients, build
 from torch.distributed.fsdp import FSDPModule
 

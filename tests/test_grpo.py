@@ -14,24 +14,17 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, read_lines, write_rows
-from helpers import (
-    CPU,
-    END,
-    calls_of,
-    error_of,
-    float64,
-    gradient_norm,
-    said,
-    stock,
-    tiny_rows,
-    tiny_tokenizer,
-    trainer,
-)
+from conftest import DATA, ROOT, read_lines, write_rows
+from helpers import calls_of, error_of, trainer
+from samples import CPU, END, float64, gradient_norm, said, stock, tiny_rows, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import common
+import dapo
 import grpo
+import ppo_rlhf
+import rejection_sampling
+import rloo_remax as rr
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -186,20 +179,20 @@ def loss_and_slope(loss_of, ratio):
     return loss.item(), torch.autograd.grad(loss.sum(), logprobs)[0].item()
 
 
-def test_clip_by_hand():
-    clip = lambda advantage: lambda rho, _: grpo.grpo_loss(rho, float64(advantage), 0.2, 0.28)
-    good = {0.5: (-1, -1), 1: (-2, -2), 1.25: (-2.5, -2.5), 1.5: (-2.56, 0)}  # above 1.28 no gradient
-    bad = {0.5: (1.6, 0), 0.9: (1.8, 1.8), 1: (2, 2), 1.5: (3, 3)}  # below 0.8 none
-    for advantage, wanted in ((2, good), (-2, bad)):
-        for ratio, loss_slope in wanted.items():
-            assert loss_and_slope(clip(advantage), ratio) == pytest.approx(loss_slope)
+CLIPPED = {  # losses of a token by ratio, advantage and log-prob; dapo.py's has the paper's 0.2 and 0.28
+    "grpo": lambda rho, advantage, _: grpo.grpo_loss(rho, advantage, 0.2, 0.28),
+    "cispo": lambda rho, advantage, logprobs: grpo.cispo_loss(rho, advantage, logprobs, 4.0),
+    "dapo": lambda *x: dapo.dapo_loss(*x[:2], dapo.Args.epsilon, dapo.Args.epsilon_high),
+    "ppo": lambda rho, advantage, _: ppo_rlhf.ppo_policy_loss(rho, advantage, 0.2, 0.28),
+    "rloo": lambda rho, advantage, logprobs: rr.reinforce_loss(logprobs, rho, advantage, clip=(0.2, 0.3)),
+}
 
 
-@pytest.mark.parametrize("ratio, weight", [(0.01, 0.01), (0.5, 0.5), (1, 1), (4.9, 4.9), (5.1, 5), (90, 5)])
-@pytest.mark.parametrize("advantage", [2, -2])
-def test_cispo_clamps_the_weight_and_keeps_every_gradient(ratio, weight, advantage):
-    loss_of = lambda rho, logprobs: grpo.cispo_loss(rho, float64(advantage), logprobs, 4.0)
-    assert loss_and_slope(loss_of, ratio) == pytest.approx((weight * advantage * 1.3, -weight * advantage))
+@pytest.mark.parametrize("case", read_lines(DATA / "clips.jsonl"), ids=lambda x: "{loss}-{ratio}".format(**x))
+def test_clip_by_hand(case):
+    """Above its clip a good token has no gradient, below its clip a bad one; CISPO keeps every gradient."""
+    loss_of = lambda rho, logprobs: CLIPPED[case["loss"]](rho, float64(case["advantage"]), logprobs)
+    assert loss_and_slope(loss_of, case["ratio"]) == pytest.approx((case["value"], case["slope"]))
 
 
 def test_sequence_ratio_is_the_geometric_mean_with_its_gradient():
@@ -268,51 +261,50 @@ def test_end_tokens_are_those_of_the_model_and_of_the_template(one_cpu, tmp_path
     assert grpo.end_tokens(tiny_tokenizer(), model) == sorted({END, newline})
 
 
-# Rows -------------------------------------------------------------------------------------------------------
-
-
-def batch_of(row, answers):
-    sequences = [(x + y, [0] * len(x) + [1] * len(y)) for x, y in (answers[i] for i, _ in row)]
-    shared = [n for _, n in row]
-    return common.collate(sequences, shared=shared if any(shared) else None)
-
-
 # Short runs -------------------------------------------------------------------------------------------------
+
+
+SHORT = {"batch_size": 16, "num_generations": 4, "max_completion_length": 12, "max_steps": 2}
+SHORT |= {"reward": "residue"}
 
 
 @pytest.fixture
 def train(tmp_path, one_cpu):
     """As `trainer` says: 2 steps of 4 prompts on tiny/sft."""
-    flags = {"batch_size": 16, "num_generations": 4, "max_completion_length": 12, "max_steps": 2}
-    return trainer(grpo, tmp_path, reward="residue", **flags)
+    return trainer(grpo, tmp_path, **SHORT)
 
 
-@pytest.fixture
-def ratios(monkeypatch):
-    """The ratios of every row of a run, in order."""
-    found, grpo_loss = [], grpo.grpo_loss
-    spy = lambda ratio, *rest: found.append(ratio.detach()) or grpo_loss(ratio, *rest)
-    monkeypatch.setattr(grpo, "grpo_loss", spy)
-    return found
+FIRST = [  # script, its loss and where that takes the ratio, flags
+    (grpo, ("grpo_loss", 0), {"reward": "residue tensor", "reward_weights": (2.0, 0.5)}),
+    (grpo, ("grpo_loss", 0), {"temperature": 1.5}),
+    (rr, ("reinforce_loss", 1), {"algorithm": "rloo"}),
+    (rr, ("reinforce_loss", 1), {"algorithm": "reinforce_pp"}),
+]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 1.5])
-def test_first_pass_has_ratios_of_exactly_1_no_loss_and_a_gradient(train, ratios, temperature):
-    flags = {"reward": "residue tensor", "reward_weights": (2.0, 0.5)}
-    _, lines = train(temperature=temperature, max_tokens_per_micro_batch=256, **flags)
-    assert len(ratios) >= 4 and all((ratio == 1).all() for ratio in ratios)
+@pytest.mark.parametrize("script, loss, flags", FIRST)
+def test_first_pass_has_ratios_of_exactly_1_and_a_gradient(
+    tmp_path, one_cpu, monkeypatch, script, loss, flags
+):
+    calls = calls_of(monkeypatch, script, loss[0])
+    _, lines = trainer(script, tmp_path, **SHORT | {"max_tokens_per_micro_batch": 256} | flags)()
+    assert len(calls) >= 4 and all((arguments[loss[1]] == 1).all() for arguments, _ in calls)
     for line in lines:
-        assert abs(line["loss"]) < 1e-6 and line["grad_norm"] > 0.1
+        assert line["grad_norm"] > (0.1 if script is grpo else 0.01)
+        assert abs(line["loss"]) < 1e-6 or script is not grpo
         assert line["clip_ratio/low_mean"] == line["clip_ratio/high_mean"] == 0
         assert line["sampling/logp_difference_mean"] < 1e-4
     assert lines[0]["kl"] == 0 and lines[1]["kl"] > 1e-6  # the first is the reference itself
-    assert lines[0]["reward"] == pytest.approx(2.5 * lines[0]["rewards/tensor/mean"])
+    if "reward_weights" in flags:
+        assert lines[0]["reward"] == pytest.approx(2.5 * lines[0]["rewards/tensor/mean"])
     assert lines[0]["reward_std"] > 0 and lines[0]["epoch"] == 4 / 64
 
 
 @pytest.mark.parametrize("flags", [{"num_iterations": 2}, {"num_minibatches": 2}], ids=str)
-def test_second_update_of_a_rollout_has_other_ratios(train, ratios, flags):
+def test_second_update_of_a_rollout_has_other_ratios(train, monkeypatch, flags):
+    calls = calls_of(monkeypatch, grpo, "grpo_loss")
     _, [line] = train(max_steps=1, epsilon=1e-3, learning_rate=1e-3, max_tokens_per_micro_batch=256, **flags)
+    ratios = [ratio for (ratio, *_), _ in calls]
     first, second = torch.cat(ratios[: len(ratios) // 2]), torch.cat(ratios[len(ratios) // 2 :])
     assert (first == 1).all() and (second - 1).abs().max() > 0.01  # old log-probs are those of the same rows
     assert line["clip_ratio/low_mean"] > 0 and line["clip_ratio/high_mean"] > 0
@@ -467,7 +459,6 @@ def test_reward_functions_see_messages_or_text_ids_and_the_columns_of_all_datase
 
 
 FAILURES = {
-    "nothing": r"--reward nothing: None for every completion of the first step",
     "text": r"reward text: ValueError: not a number for each of",
     "matrix": r"reward matrix: .*rows_\w+\.jsonl, row \d",
     "raises": r"reward raises: KeyError: .no such key. \(rows_\w+\.jsonl, row 3; reward_functions.py, line",
@@ -480,6 +471,14 @@ def test_reward_that_fails_ends_the_run_with_one_line(train, capsys, name, patte
     rows = [row | {"answer": str(10 + n)} for n, row in enumerate(tiny_rows("prompts_train")[:4], 1)]
     line = error_of(lambda: train(rows, reward=name), capsys)
     assert re.search(pattern, line), line
+
+
+@pytest.mark.parametrize("script", [grpo, dapo, rr, rejection_sampling], ids=lambda x: x.__name__)
+def test_rewards_of_none_end_the_run_after_the_first_rollout(script, tmp_path, one_cpu, capsys, monkeypatch):
+    rollouts, train = calls_of(monkeypatch, script, "roll_out"), trainer(script, tmp_path, reward="nothing")
+    flags = {"batch_size": 8, "num_generations": 4, "max_completion_length": 32}
+    line = error_of(lambda: train(**flags), capsys)
+    assert "--reward nothing: None for every completion" in line and len(rollouts) == 1
 
 
 def test_evaluation_by_hand(monkeypatch):
@@ -521,7 +520,8 @@ def test_rows_keep_to_the_budget_and_deal_evenly(max_tokens, multiple_of, share)
     rows = grpo.pack_siblings(answers, max_tokens, multiple_of, share)
     assert sorted(i for row in rows for i, _ in row) == list(range(24)) and len(rows) % multiple_of == 0
     for row in filter(None, rows):
-        batch = batch_of(row, answers)
+        sequences = [(x + y, [0] * len(x) + [1] * len(y)) for x, y in (answers[i] for i, _ in row)]
+        batch = common.collate(sequences, shared=[n for _, n in row] if share else None)
         trained = batch.input_ids[0, batch.completion_index].tolist()
         assert trained == [token for i, _ in row for token in answers[i][1]]
         assert batch.input_ids.shape[1] <= max_tokens or len(row) == 1

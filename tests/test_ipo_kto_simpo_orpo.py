@@ -14,19 +14,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, read_lines, write_rows
-from helpers import (
-    asked,
-    calls_of,
-    error_of,
-    float64,
-    said,
-    softplus,
-    stock,
-    tiny_rows,
-    tiny_tokenizer,
-    trainer,
-)
+from helpers import calls_of, error_of, trainer
 from safetensors.torch import load_file, save_file
+from samples import asked, float64, said, softplus, stock, tiny_rows, tiny_tokenizer
 
 import ipo_kto_simpo_orpo as four
 

@@ -15,9 +15,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 import tyro
-from conftest import ROOT, fork, run_command, start
-from helpers import error_of, stock
+from conftest import ROOT, run_command, start
+from helpers import error_of
 from safetensors.torch import load_file, save_file
+from samples import stock
 from sync_docs import metric_differences
 from transformers import AutoTokenizer
 
@@ -521,14 +522,7 @@ def merge_until_a_signal(number, words):
     merge.main(tyro.cli(merge.Args, args=list(map(str, words))))
 
 
-def test_killed_half_way_there_is_no_model_and_interrupted_nothing(models, tmp_path):
-    def forked(function, *args):
-        process = fork(function, *args, cwd=tmp_path)
-        process.join(300)
-        told = (tmp_path / "output").read_text()
-        (tmp_path / "output").unlink()
-        return process.exitcode, told
-
+def test_killed_half_way_there_is_no_model_and_interrupted_nothing(models, forked, tmp_path):
     words = ["--method", "linear", "--models", *models[:2], "--output-dir", tmp_path / "out"]
     code, told = forked(merge_until_a_signal, signal.SIGINT, words)
     assert code == 2 and told.endswith("error: interrupted\n") and not list(tmp_path.iterdir())

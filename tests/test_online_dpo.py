@@ -13,21 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import read_lines
-from helpers import (
-    END,
-    asked,
-    assert_continues,
-    assert_same_metrics,
-    calls_of,
-    error_of,
-    float64,
-    gradient_norm,
-    said,
-    stock,
-    tiny_rows,
-    tiny_tokenizer,
-    trainer,
-)
+from helpers import assert_continues, assert_same_metrics, calls_of, error_of, trainer
+from samples import END, asked, float64, gradient_norm, said, stock, tiny_rows, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import common

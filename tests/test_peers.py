@@ -14,8 +14,9 @@ import datasets
 import pytest
 import torch
 from conftest import DATA
-from helpers import asked, said, stock, trainer
+from helpers import trainer
 from safetensors.torch import load_file, save_file
+from samples import asked, said, stock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import distill

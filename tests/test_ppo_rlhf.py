@@ -13,18 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    CPU,
-    END,
-    assert_same_metrics,
-    float64,
-    stock,
-    stock_classifier,
-    tiny_rows,
-    tiny_tokenizer,
-    trainer,
-)
-from test_grpo import Table, distance, loss_and_slope, regularised_gradient, true_gradient
+from helpers import assert_same_metrics, trainer
+from samples import CPU, END, float64, stock, stock_classifier, tiny_rows, tiny_tokenizer
+from test_grpo import Table, distance, regularised_gradient, true_gradient
 
 import common
 import ppo_rlhf as ppo
@@ -147,25 +138,6 @@ def test_exact_values_leave_the_gradient_unbiased_at_every_lambda(end, lam):
 
 
 # Losses -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "ratio, advantage, loss, slope",
-    [
-        (0.5, 2, -1.0, -1.0),
-        (1.0, 2, -2.0, -2.0),
-        (1.5, 2, -2.56, 0.0),  # above 1.28 a good token has nothing left to earn
-        (0.5, -2, 1.6, 0.0),  # below 0.8 a bad one
-        (1.5, -2, 3.0, 3.0),
-        # between epsilon and epsilon_high
-        (1.25, 2, -2.5, -2.5),
-        (0.75, -2, 1.6, 0.0),
-    ],
-)
-def test_clip_by_hand(ratio, advantage, loss, slope):
-    clip = {"epsilon": 0.2, "epsilon_high": 0.28}
-    loss_of = lambda rho, _: ppo.ppo_policy_loss(rho, float64(advantage), **clip)
-    assert loss_and_slope(loss_of, ratio) == pytest.approx((loss, slope))
 
 
 @pytest.mark.parametrize(

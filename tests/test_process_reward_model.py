@@ -12,19 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, read_lines, write_rows
-from helpers import (
-    CPU,
-    END,
-    asked,
-    error_of,
-    float64,
-    gradient_norm,
-    said,
-    stock_classifier,
-    tiny_rows,
-    tiny_tokenizer,
-    trainer,
-)
+from helpers import error_of, trainer
+from samples import CPU, END, asked, float64, gradient_norm, said, stock_classifier, tiny_rows, tiny_tokenizer
 from transformers import AutoTokenizer
 
 import process_reward_model as prm

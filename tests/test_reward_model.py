@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import read_lines, write_rows
-from helpers import (
+from helpers import calls_of, error_of, trainer
+from safetensors.torch import load_file
+from samples import (
     CPU,
     END,
-    calls_of,
-    error_of,
     float64,
     gradient_norm,
     said,
@@ -25,9 +25,7 @@ from helpers import (
     stock_classifier,
     tiny_rows,
     tiny_tokenizer,
-    trainer,
 )
-from safetensors.torch import load_file
 
 import reward_model as rm
 from common import collate

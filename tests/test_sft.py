@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA, read_lines, write_rows
-from helpers import asked, calls_of, error_of, said, stock, trainer
+from helpers import calls_of, error_of, trainer
 from safetensors.torch import load_file
+from samples import asked, said, stock
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config
 

@@ -7,7 +7,7 @@ from statistics import fmean as share
 
 import pytest
 from conftest import ROOT, read_lines
-from helpers import tiny_tokenizer
+from samples import tiny_tokenizer
 from transformers import AutoConfig
 
 from tiny import make
