@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, read_lines, write_rows
-from helpers import error_of, trainer
+from helpers import error_of, rewards, trainer
 from samples import CPU, END, asked, float64, gradient_norm, said, stock_classifier, tiny_rows, tiny_tokenizer
 from transformers import AutoTokenizer
 
@@ -269,7 +269,7 @@ def test_best_of_n_by_hand(search):
 def test_verifier_that_fails_in_the_search_does_not_lose_the_training(train, tmp_path, capsys):
     prompts = write_rows(tmp_path / "prompts.jsonl", tiny_rows("prompts_eval")[:2])
     flags = {"search_dataset": prompts, "policy": "tiny/sft", "num_samples": 2, "max_completion_length": 8}
-    line = error_of(lambda: train(ROWS[:4], reward="together", **flags), capsys)
+    line = error_of(lambda: train(ROWS[:4], reward=rewards("together")[0], **flags), capsys)
     assert "ZeroDivisionError" in line and stock_classifier(tmp_path / "run_0" / "model")
 
 
