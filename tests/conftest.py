@@ -204,11 +204,7 @@ def process_group():
 
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory) -> Path:
-    """A folder with a random model (Qwen3, 2 layers, tied, bfloat16) and its tokenizer.
-
-    The tokenizer is byte-level BPE with merges learnt from `RANDOM_MODEL_TEXT`, a ChatML template with
-    generation marks, EOS <|im_end|> and another token for padding.
-    """
+    """A folder with a random model (Qwen3, tied, bfloat16), its tokenizer learnt from `RANDOM_MODEL_TEXT`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -220,14 +216,17 @@ def random_model(tmp_path_factory) -> Path:
     letters = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "special_tokens": specials}
     trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False, **letters)
     bpe.train_from_iterator(RANDOM_MODEL_TEXT, trainer)
-    marks = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    marks["additional_special_tokens"] = ["<|im_start|>"]
+    marks = {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "additional_special_tokens": specials[1:2],
+    }
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **marks)
     tokenizer.chat_template = (DATA / "marked.jinja").read_text()
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = Qwen3Config(**sizes, **ids, tie_word_embeddings=True)
+    sizes |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen3Config(**sizes, tie_word_embeddings=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Qwen3ForCausalLM(config).to(torch.bfloat16)
@@ -247,14 +246,12 @@ def random_classifiers(tmp_path_factory) -> dict[str, str]:
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_labels": 1}
     sizes |= {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
     sizes |= {"max_position_embeddings": 2048, "initializer_range": 0.2}
-    kinds = {"qwen3": (hf.Qwen3ForSequenceClassification, hf.Qwen3Config)}
-    kinds |= {"llama": (hf.LlamaForSequenceClassification, hf.LlamaConfig)}
-    kinds |= {"causal": (hf.Qwen3ForCausalLM, hf.Qwen3Config)}
+    kinds = {"qwen3": hf.Qwen3ForSequenceClassification, "llama": hf.LlamaForSequenceClassification}
     found = {}
-    for name, (model_class, config_class) in kinds.items():
+    for name, model_class in (kinds | {"causal": hf.Qwen3ForCausalLM}).items():
         with torch.random.fork_rng():
             torch.manual_seed(3)
-            model = model_class(config_class(**sizes))
+            model = model_class(model_class.config_class(**sizes))
         found[name] = str(tmp_path_factory.mktemp(name))
         model.save_pretrained(found[name])
         hf.AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft").save_pretrained(found[name])

@@ -11,12 +11,9 @@ import torch
 from conftest import DATA, read_lines, write_rows
 from safetensors.torch import load_file
 from samples import *  # noqa: F403
-from samples import tiny_rows
+from samples import END, tiny_rows
 
 CLOCK = {"tokens_per_second", "step_time", "peak_memory_gb", "time/rollout"}  # what no two runs share
-
-
-# Short runs -------------------------------------------------------------------------------------------------
 
 
 def rewards(names: str) -> tuple[str, ...]:
@@ -27,9 +24,8 @@ def rewards(names: str) -> tuple[str, ...]:
 def trainer(script, tmp_path, **defaults):
     """train(rows, held_out, **flags) -> output folder, lines of metrics.jsonl (None where there are none).
 
-    Equal rows are in the same file, so that a run can be continued. Evaluations are before and behind the
-    run only, models are saved behind it; step 0 is left out where nothing was evaluated. `reward` may name
-    functions of data/reward_functions.py.
+    Evaluations are before and behind the run only, models are saved behind it; without the former there is
+    no step 0. `reward` may name functions of data/reward_functions.py. Equal rows are in the same file.
     """
     defaults = {"eval_every": 0, "save_every": 0, "warmup_steps": 0, "log_every": 1} | defaults
 
@@ -51,6 +47,18 @@ def trainer(script, tmp_path, **defaults):
         return path.parent, lines
 
     return train
+
+
+def written(script, prompts, group_size, lengths, cut=()):
+    """Completions of given lengths: tokens 10, 11, ... and an end, which those numbered in `cut` have not.
+
+    Under the sampler every token has the log-prob -1.
+    """
+    asked, found = [prompt for prompt in prompts for _ in range(group_size)], []
+    for n, (prompt, length) in enumerate(zip(asked, lengths, strict=True)):
+        ids = [*range(10, 9 + length), 9 if n in cut else END]
+        found.append(script.Completion(prompt, ids, torch.full((length,), -1.0), "", n not in cut))
+    return found
 
 
 def error_of(function, capture) -> str:
@@ -86,9 +94,6 @@ def models_of(monkeypatch, script) -> list[weakref.ref]:
 
     monkeypatch.setattr(script, "load_model", load)
     return models
-
-
-# Comparisons ------------------------------------------------------------------------------------------------
 
 
 def assert_same_metrics(one, other, rel=1e-5, abs_=1e-6, without=()):

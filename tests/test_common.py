@@ -1,8 +1,4 @@
-"""common.py: packed equals alone, the head against float64, sampling, refusals, KL estimators by enumeration.
-
-The code is held against transformers' own forward pass over one unpadded sequence at a time, plain float64
-arithmetic, or numbers worked by hand; only a setting that must change nothing is held against its absence.
-"""
+"""common.py against transformers on one unpadded sequence at a time, float64, and numbers worked by hand."""
 
 import copy
 import functools
@@ -117,9 +113,6 @@ def assert_equal_gradients(actual, expected, relative=1e-4):
         assert largest > 1e-3, f"{name} has no gradient to compare"
         error = (actual[name] - gradient).abs().max().item()
         assert error < relative * largest, f"{name}: {error:.1e} of {largest:.1e}"
-
-
-# Packed equals alone ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -294,15 +287,7 @@ def float64_outputs(model, batch, temperature, scale, softcap):
     return logprobs, torch.special.entr(log_p.exp()).sum(-1)
 
 
-HEADS = [  # config, scale, soft cap, bias, temperature
-    ({}, 1, None, False, 1.0),
-    ({}, 1, None, True, 0.7),
-    ({"logit_scale": 0.25}, 0.25, None, False, 1.0),
-    ({"logit_scale": 0.5}, 0.5, None, False, 0.5),  # scale and temperature cancel in the gradient
-    ({"logits_scaling": 4.0}, 0.25, None, True, 1.3),
-    ({"final_logit_softcapping": 3.0}, 1, 3.0, False, 1.0),
-    ({"final_logit_softcapping": 3.0, "logit_scale": 0.5}, 0.5, 3.0, True, 0.7),
-]
+HEADS = [tuple(case.values()) for case in read_lines(DATA / "heads.jsonl")]
 
 
 @pytest.mark.parametrize("with_entropy, chosen", [(False, [0]), (True, [0]), (True, [1]), (True, [0, 1])])
@@ -354,18 +339,14 @@ def test_half_precision_logits_are_normalised_in_float32():
     assert_equal_gradients(gradients(model, logprobs, entropy), gradients(model, *expected), 2e-2)
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_shared_prompts_are_refused_where_only_packed_attention_sees_them(attn):
+def test_shared_prompts_are_refused_where_only_packed_attention_sees_them_and_where_they_are_none():
     sequences, shared = make_sharing_sequences()
-    with pytest.raises(ValueError, match="--attn packed"):
-        token_logprobs(cached("llama", attn), collate(sequences, shared=shared))
-
-
-# Trained, another one, a whole sequence.
-@pytest.mark.parametrize("second", [([5, 6, 8], [0, 1, 1]), ([5, 7, 8], [0, 0, 1]), ([5, 6], [0, 0])])
-def test_shared_prompt_that_is_not_one_is_refused(second):
-    with pytest.raises(ValueError, match="shared prompt"):
-        collate([([5, 6, 7], [0, 0, 1]), second], shared=[0, 2])
+    for attn in ("sdpa", "eager"):
+        with pytest.raises(ValueError, match="--attn packed"):
+            token_logprobs(cached("llama", attn), collate(sequences, shared=shared))
+    for second in (([5, 6, 8], [0, 1, 1]), ([5, 7, 8], [0, 0, 1]), ([5, 6], [0, 0])):  # trained, other, whole
+        with pytest.raises(ValueError, match="shared prompt"):
+            collate([([5, 6, 7], [0, 0, 1]), second], shared=[0, 2])
 
 
 def test_window_that_lives_in_the_mask_is_refused_once_it_matters():
@@ -424,8 +405,6 @@ def test_check_packed_refuses_a_head_that_it_does_not_know(factor):
         check_packed(model)
 
 
-# Sampling ---------------------------------------------------------------------------------------------------
-
 PROMPTS = [[5, 6, 7, 8], [9, 10], [5, 6, 7, 8], [11, 12, 13, 14, 15, 16, 17]]
 
 
@@ -438,9 +417,8 @@ def uniforms(rows, columns, seed=0):
 def test_greedy_decoding_is_that_of_generate(family, attn):
     model = cached(family, attn)
     model.generation_config = GenerationConfig(eos_token_id=[2, 3], pad_token_id=0, max_new_tokens=40)
-    for prompt, (ids, _) in zip(
-        PROMPTS, common.decode(model, PROMPTS, uniforms(4, 40), [2, 3], 0.0), strict=True
-    ):
+    decoded = common.decode(model, PROMPTS, uniforms(4, 40), [2, 3], 0.0)
+    for prompt, (ids, _) in zip(PROMPTS, decoded, strict=True):
         expected = model.generate(torch.tensor([prompt]), do_sample=False)[0, len(prompt) :].tolist()
         assert ids == expected
 
@@ -497,8 +475,6 @@ def test_rows_that_run_at_the_same_time_cost_alike():
     assert len(rows) > 8 and costs == sorted(costs, reverse=True)
 
 
-# Chat formats -----------------------------------------------------------------------------------------------
-
 USER = {"role": "user", "content": "a"}
 
 
@@ -518,9 +494,6 @@ def test_template_shows_tools_null_contents_and_parts(random_model):
         common.template_of(tokenizer, {"tools": '[{"name": "f"}]'})
     tokenizer.chat_template = "{{ tools }}" + tokenizer.chat_template
     assert common.template_of(tokenizer, {"tools": '[{"name": "f"}]'})([USER]).startswith("[{'name': 'f'}]")
-
-
-# Packed rows ------------------------------------------------------------------------------------------------
 
 
 ALONE = {"input_ids": [[5, 6, 7, 8, 9]], "position_ids": [[0, 1, 2, 0, 1]], "cu_seqlens": [0, 3, 5]}
@@ -543,13 +516,11 @@ def test_collate_lays_out_the_worked_examples(kind):
     assert all(getattr(batch, name).dtype == torch.int64 for name in ALONE if name != "cu_seqlens")
 
 
-@pytest.mark.parametrize("where", [0, 1, 2])
-def test_collate_refuses_to_train_a_first_token(where):
+def test_collate_refuses_to_train_a_first_token():
     sequences = [([5, 6], [0, 1]), ([7], [0]), ([8, 9], [0, 1])]
-    collate(sequences)
-    sequences[where][1][0] = 1
-    with pytest.raises(ValueError, match="first token"):
-        collate(sequences)
+    for ids, _ in sequences:
+        with pytest.raises(ValueError, match="first token"):
+            collate([(x, [1] * len(x) if x is ids else trained) for x, trained in sequences])
 
 
 def test_batch_moves_to_a_device_and_keeps_its_lengths_on_the_host():
@@ -681,19 +652,15 @@ def compare_sharded(rank):
             weights = torch.randn(2, len(expected[0]), generator=torch.Generator().manual_seed(0))  # (2, C)
             whole.zero_grad()
             (weights * torch.stack(expected)).sum().backward()
-
             start = len(parts[0].completion_index) if rank else 0
             mine = slice(start, start + len(parts[rank].completion_index))
             sharded.zero_grad()  # before the forward pass, which leaves the root's parameters unsharded
             outputs = token_logprobs(sharded, parts[rank], **settings)
-            for x, y in zip(outputs, expected, strict=True):
-                assert_equal(x, y[mine], 1e-5)
+            assert_all_equal(outputs, [y[mine] for y in expected], 1e-5)
             loss = (weights[:, mine] * torch.stack(outputs)).sum()
             (loss * 2).backward()  # FSDP2 averages over the processes; the parts belong to one sum
-            assert_equal_gradients(
-                {name: p.grad.full_tensor() for name, p in sharded.named_parameters()},
-                {name: p.grad for name, p in whole.named_parameters()},
-            )
+            found = {name: p.grad.full_tensor() for name, p in sharded.named_parameters()}
+            assert_equal_gradients(found, {name: p.grad for name, p in whole.named_parameters()})
 
 
 def test_two_sharded_processes_give_the_logprobs_and_gradients_of_one(tmp_path):

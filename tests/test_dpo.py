@@ -1,8 +1,4 @@
-"""dpo.py: its losses, packed pairs, preference data, the reference, and short runs.
-
-Losses are held against numbers worked by hand from the papers, log-probs against a loop over log_softmax of
-the stock model on one sequence at a time; only a setting that changes nothing is held against its absence.
-"""
+"""dpo.py against numbers worked by hand from the papers and a loop over log_softmax of the stock model."""
 
 import functools
 import itertools
@@ -183,8 +179,6 @@ def test_only_what_both_prompts_begin_with_and_neither_answer_trains_is_shared()
     assert shared([5, 6, 7, 8], [5, 6, 3, 8], [9, 8], [7]) == 2
     assert shared([5, 6, 7], [5, 6, 7], [9, 8], [9, 7]) == 3
 
-
-# Data -------------------------------------------------------------------------------------------------------
 
 ASK = asked("What is 1 and 2?")
 HH = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: What is 1 and 2?\n\nAssistant:"

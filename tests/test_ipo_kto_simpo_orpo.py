@@ -1,8 +1,4 @@
-"""ipo_kto_simpo_orpo.py: its four losses, KTO's mismatched answers and data, its errors, short runs.
-
-Losses are held against numbers worked by hand from the papers, runs against a loop over log_softmax of the
-stock model on one sequence at a time. What the script shares with dpo.py is tested in test_dpo.py.
-"""
+"""ipo_kto_simpo_orpo.py against numbers worked by hand and a loop over the stock model."""
 
 import functools
 import itertools
@@ -197,9 +193,6 @@ def test_rows_that_are_not_understood_are_named_with_their_columns(load, capsys,
     assert "first row 1" in line and all(name in line for name in bad)
     assert ("prompt + completion + label" in line) == (algorithm == "kto")
     assert "prompt + chosen + rejected" in line
-
-
-# KTO's mismatched answers -----------------------------------------------------------------------------------
 
 
 def singles(prompts):

@@ -1,7 +1,4 @@
-"""Merging: formulas against values worked by hand, and the streamed result against whole tensors in memory.
-
-The models are small and made here: a random one, and copies of it whose weights were moved.
-"""
+"""merge.py: formulas against values worked by hand, the streamed result against whole tensors in memory."""
 
 import json
 import math
@@ -15,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import tyro
-from conftest import ROOT, run_command, start
+from conftest import DATA, ROOT, read_lines, run_command, start
 from helpers import error_of
 from safetensors.torch import load_file, save_file
 from samples import stock
@@ -271,27 +268,12 @@ def in_memory(method, folders, density=0.3, rule=(), seed=1, **flags):
     return merged
 
 
-ONE, OWN_DENSITY = {"density": 0.3}, {"density": 0.3, "rule": ("*:density.2=0.6",)}
-CASES = [
-    ("linear", {"weights": (1.0, 3.0)}, "paper"),
-    ("soup", {}, "paper"),
-    ("wise_ft", {"t": 0.3}, "paper"),
-    ("slerp", {"t": 0.3}, "paper"),
-    ("task_arithmetic", {"weights": (1.0, 0.5), "lambda_": 0.7}, "paper"),
-    ("ties", ONE | {"lambda_": 0.7}, "paper"),
-    ("ties", OWN_DENSITY, "paper"),
-    ("ties", OWN_DENSITY, "mergekit"),
-    ("dare_linear", OWN_DENSITY | {"seed": 5}, "paper"),
-    ("dare_linear", ONE, "mergekit"),
-    ("dare_ties", ONE, "paper"),
-    ("dare_ties", ONE, "mergekit"),
-    ("breadcrumbs", OWN_DENSITY, "paper"),
-    ("model_stock", {}, "paper"),
-]
+MERGES = read_lines(DATA / "merges.jsonl")
 
 
-@pytest.mark.parametrize(("method", "flags", "compat"), CASES)
-def test_streamed_result_is_that_of_whole_tensors(method, flags, compat, models, run, monkeypatch):
+@pytest.mark.parametrize("case", MERGES, ids=lambda case: f"{case['method']}-{case['compat']}")
+def test_streamed_result_is_that_of_whole_tensors(case, models, run, monkeypatch):
+    method, compat, flags = case["method"], case["compat"], case["flags"]
     folders = models[:2] if method in ("wise_ft", "slerp") else models[:3]
     peers = method in ("slerp", "model_stock") or compat == "mergekit"  # see test_peers.py
     expected = {} if peers else in_memory(method, folders, **flags)
@@ -375,9 +357,6 @@ def test_scalar_and_empty_tensors_and_other_types(method, models, run, tmp_path)
     merged = weights(run(method, odd(0), [odd(1), odd(2)]))
     assert merged["scalar"].shape == () and merged["empty"].shape == (0, 4)
     assert merged["mixed"].dtype == torch.bfloat16 and merged["mixed"].tolist() == [1, 1, 1]
-
-
-# What is refused --------------------------------------------------------------------------------------------
 
 
 def shrink(tensors):

@@ -13,7 +13,7 @@ import time
 import datasets
 import pytest
 import torch
-from conftest import ROOT, read_lines, run_command, start, write_rows
+from conftest import DATA, ROOT, read_lines, run_command, start, write_rows
 from helpers import error_of
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, Gemma2Config
@@ -54,9 +54,6 @@ def refused(flags, capsys, monkeypatch):
     return run
 
 
-# Flags and folders ------------------------------------------------------------------------------------------
-
-
 def test_command_line_that_fails_tells_why_and_leaves_no_empty_run(tmp_path):
     done = start(sys.executable, ROOT / "sft.py", "--model", "x", cwd=tmp_path)
     told = done.stderr.splitlines()
@@ -83,26 +80,15 @@ def test_two_runs_started_at_once_have_two_folders(flags, tmp_path, monkeypatch)
     assert len({path.name for path in folders}) == 2 and all(path.is_dir() for path in folders)
 
 
-OTHERS = [
-    (r"--resume: model was .* and is .*", {"model": "tiny/base"}),
-    (r"--resume: dataset was .* and is .*", {"dataset": ("tiny/data/sft_train.jsonl",)}),
-    (r"--resume: seed was 1 and is 2", {"seed": 2}),
-    (r"--resume: weight_decay was 0\.0 and is 0\.1", {"weight_decay": 0.1}),
-    (r"is finished: step 3 of 3; a larger --max-steps goes on", {}),
-    (r"is finished: step 3 of 2", {"max_steps": 2}),
-    (r"--resume: script was grpo.py and is sft.py", {}),
-]
-
-
 def test_another_run_is_not_continued(train, capsys):
     folder, lines = train()
     model = (folder / "model" / "model.safetensors").read_bytes()
-    for pattern, changes in OTHERS:
-        if "script" in pattern:
+    for case in read_lines(DATA / "other_runs.jsonl"):
+        if "script" in case["told"]:
             begun = json.loads((folder / "args.json").read_text())
             (folder / "args.json").write_text(json.dumps(begun | {"script": "grpo.py"}))
-        line = error_of(lambda changes=changes: train(resume=True, **changes), capsys)
-        assert re.search(pattern, line), line
+        line = error_of(lambda flags=case["flags"]: train(resume=True, **flags), capsys)
+        assert re.search(case["told"], line), line
         assert read_lines(folder / "metrics.jsonl") == lines
         assert (folder / "model" / "model.safetensors").read_bytes() == model
 
@@ -236,9 +222,6 @@ def test_step_that_is_not_finite_ends_the_run_before_its_update(train, monkeypat
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000001"]
 
 
-# Models -----------------------------------------------------------------------------------------------------
-
-
 def test_dtype_and_processes_decide_whether_a_model_is_sharded(flags):
     device = sft.setup_distributed()
     for dtype, frozen, sharded in (("float32", False, 0), ("bfloat16", False, 1), ("bfloat16", True, 0)):
@@ -259,9 +242,6 @@ def test_soft_capped_model_is_refused_by_name(flags, random_model, tmp_path, cap
     line = error_of(lambda: sft.main(sft.Args(**flags(model=str(folder)))), capsys)
     assert re.search("gemma2: .*use --attn eager", line)
     sft.main(sft.Args(**flags(model=str(folder), attn="eager", output_dir=str(tmp_path / "eager"))))
-
-
-# Files ------------------------------------------------------------------------------------------------------
 
 
 def test_files_of_every_kind_hold_the_same_rows(tmp_path, one_cpu):

@@ -1,9 +1,4 @@
-"""process_reward_model.py: where steps end, their loss and logits, runs, best of N and annotation.
-
-Losses and measures are held against numbers worked by hand, logits against the stock sequence classifier at
-the end of one prefix at a time; searches and annotations run on completions and scores that are known.
-What the script shares with other scripts is tested with them.
-"""
+"""process_reward_model.py against numbers worked by hand and the stock classifier on one prefix at a time."""
 
 import json
 import zlib
@@ -11,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_lines, write_rows
+from conftest import DATA, ROOT, read_lines, write_rows
 from helpers import error_of, rewards, trainer
 from samples import CPU, END, asked, float64, gradient_norm, said, stock_classifier, tiny_rows, tiny_tokenizer
 from transformers import AutoTokenizer
@@ -21,9 +16,6 @@ from common import collate
 
 ROWS = tiny_rows("steps_train")
 pytestmark = pytest.mark.usefixtures("one_cpu", "process_group")
-
-
-# Losses and measures ----------------------------------------------------------------------------------------
 
 
 def test_step_loss_by_hand_of_hard_and_soft_labels():
@@ -138,30 +130,14 @@ def test_logits_are_those_of_the_stock_model_on_every_prefix_whatever_the_row(ra
             assert probabilities.tolist() == pytest.approx(logits.sigmoid().tolist(), abs=1e-4)
 
 
-ROW = {"prompt": "a\n", "completions": ["b", "c"], "labels": [True, 0.25]}
-
-
-def load(tmp_path, rows, **flags):
-    path = write_rows(tmp_path / "steps.jsonl", rows)
-    return prm.load_steps(tiny_tokenizer(), path, "train", prm.Args(dataset=(path,), **flags))
-
-
-BAD_ROWS = [
-    ({"prompt": "a", "completions": ["b"]}, "found the columns prompt, completions, labels"),
-    ({"prompt": "a", "completions": [], "labels": []}, "0 steps, and labels []"),
-    (ROW | {"labels": [1.0]}, "2 steps, and labels [1.0]"),
-    (ROW | {"labels": [1, 1.5]}, "2 steps, and labels [1, 1.5]"),
-    (ROW | {"labels": [-0.1, 1]}, "2 steps, and labels"),
-    (ROW | {"prompt": "b\n", "completions": ["b " * 60, "c"]}, "longer than --max-length"),
-]
-
-
 def test_bad_rows_are_dropped_and_counted_by_reason(tmp_path, capsys):
-    good = [ROW | {"prompt": f"{n}\n"} for n in range(8)]
-    assert len(load(tmp_path, [*good, ROW, ROW, *(bad for bad, _ in BAD_ROWS)], max_length=40)) == 9
+    bad, row = read_lines(DATA / "step_rows.jsonl"), {"completions": ["b", "c"], "labels": [True, 0.25]}
+    good = [{"prompt": f"{n}\n"} | row for n in range(9)]
+    rows = write_rows(tmp_path / "steps.jsonl", [*good, good[0], *(case["row"] for case in bad)])
+    args = prm.Args(dataset=(rows,), max_length=40)
+    assert len(prm.load_steps(tiny_tokenizer(), rows, "train", args)) == 9
     told = capsys.readouterr().out
-    for _, reason in BAD_ROWS:
-        assert reason in told, told
+    assert [case["told"] for case in bad if case["told"] not in told] == [], told
 
 
 # Runs -------------------------------------------------------------------------------------------------------
@@ -209,8 +185,6 @@ def test_evaluation_by_hand(monkeypatch):
     assert prm.evaluate_steps(None, [], None, None) == {}
 
 
-# Best of N --------------------------------------------------------------------------------------------------
-
 # Of each of two prompts (right answers 7 and 9): final answer, PRM's steps, outcome model's score.
 SAMPLES = [
     *[("a\n#### 5", [0.9, 0.8], 0.0), ("b\n#### 7", [0.7, 0.9], 3.0)],
@@ -220,9 +194,7 @@ SAMPLES = [
 ]
 
 
-@pytest.fixture
-def search(monkeypatch, tmp_path):
-    """search(**flags) -> table, metrics, samples of best_of_n on SAMPLES."""
+def test_best_of_n_by_hand(monkeypatch, tmp_path):
     tokenizer, judge = tiny_tokenizer(), prm.judge
     prompts = [{"prompt": asked("What is 3 + 4?"), "answer": "7"}]
     prompts += [{"prompt": asked("4 + 5?"), "answer": "#### 9"}]
@@ -239,18 +211,11 @@ def search(monkeypatch, tmp_path):
     monkeypatch.setattr(prm, "complete", lambda *_: ([text for text, *_ in SAMPLES], [False] * 7 + [True]))
     monkeypatch.setattr(prm, "judge", judged)
     monkeypatch.setattr(prm, "step_probabilities", step_probabilities)
-
-    def run(**flags):
-        args = prm.Args(policy="tiny/sft", num_samples=4, dataset=("other.jsonl",), **flags)
-        metrics, samples = prm.best_of_n(None, tokenizer, prompts, tmp_path, args, CPU)
-        return json.loads((tmp_path / "best_of_n.json").read_text()), metrics, samples
-
-    return run
-
-
-def test_best_of_n_by_hand(search):
+    flags = {"policy": "tiny/sft", "num_samples": 4, "outcome_model": "somewhere", "step_aggregation": "min"}
+    args = prm.Args(dataset=("other.jsonl",), **flags)
+    metrics, samples = prm.best_of_n(None, tokenizer, prompts, tmp_path, args, CPU)
+    table = json.loads((tmp_path / "best_of_n.json").read_text())
     # right: 0 1 1 0 and 1 0 0 1. By min the PRM has 0.8 0.7 0.85 0.9 and 0.3 0.4 0.2 0.8.
-    table, metrics, samples = search(outcome_model="somewhere", step_aggregation="min")
     assert table == [
         {"n": 1, "single": 0.5, "prm": 0.5, "orm": 0.5, "majority": 0.5, "any": 0.5},
         # of the halves the PRM takes 0.8, 0.9 and 0.4 (wrong), 0.8 (right); the outcome model 3 and 1.5

@@ -1,8 +1,4 @@
-"""reward_model.py: its losses, rewards read by position, heads, runs, ensembles, scores and dtypes.
-
-Losses are held against numbers worked by hand, rewards against the stock sequence classifier on one answer at
-a time. What the script shares with others is tested with them.
-"""
+"""reward_model.py against numbers worked by hand and the stock sequence classifier, one answer at a time."""
 
 import json
 import math
@@ -23,8 +19,6 @@ from common import collate
 ROWS = tiny_rows("preference_train")
 pytestmark = pytest.mark.usefixtures("one_cpu", "process_group")
 
-
-# Losses -----------------------------------------------------------------------------------------------------
 
 CHOSEN, REJECTED = (2.0, -1.0, 0.3), (0.5, 1.0, 0.3)  # differences 1.5, -2, 0
 
@@ -84,9 +78,6 @@ def test_calibration_error_by_hand():
     assert rm.calibration_error(differences, num_bins=1) == pytest.approx(0.42 / 3, abs=1e-6)
     split = torch.tensor([logit(0.57), logit(0.64), -logit(0.93)])  # three bins
     assert rm.calibration_error(split) == pytest.approx((0.43 + 0.36 + 0.93) / 3, abs=1e-6)
-
-
-# Models and answers -----------------------------------------------------------------------------------------
 
 
 def loaded(folder, **flags):

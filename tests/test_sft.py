@@ -24,9 +24,6 @@ CHAT += [*asked("What color is the grass?"), *said("It is green.")]
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
-# Which tokens are trained -----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def variant(random_model, tmp_path):
     """variant(template, eos=..., ...) -> a folder with the random model and a tokenizer of another kind."""
@@ -106,9 +103,8 @@ def test_gemma_template_without_a_system_role_drops_such_rows(encode, variant, c
 
 
 def test_template_that_drops_old_reasoning_gives_one_sequence_per_turn(encode, variant):
-    messages = [dict(message) for message in CHAT]
-    messages[1]["content"] = "<think>\nsky\n</think>\n\nIt is blue."
-    messages[3]["content"] = "<think>\ngrass\n</think>\n\nIt is green."
+    messages = [CHAT[0], *said("<think>\nsky\n</think>\n\nIt is blue.")]
+    messages += [CHAT[2], *said("<think>\ngrass\n</think>\n\nIt is green.")]
     tokenizer, found = encode({"messages": messages}, model=variant("qwen3"))
     assert [spans for _, _, spans in found] == [[f"{messages[n]['content']}<|im_end|>"] for n in (1, 3)]
     for turn, (sequence, text, _) in zip((1, 3), found, strict=True):  # what the model sees when it writes it
@@ -151,18 +147,12 @@ def test_prompt_keeps_its_own_tokens_where_the_completion_would_merge_with_it(en
     assert spans == ["ue today.<|im_end|>"]
 
 
-def test_chat_template_options_of_a_row_reach_the_template(encode, variant):
-    template = TEMPLATES["chatml"].replace("{% for", "{{ 'loud ' if loud else '' }}{% for", 1)
-    rows = [{"messages": CHAT, "chat_template_kwargs": {"loud": True}}, {"messages": CHAT}]
-    _, found = encode(*rows, model=variant(template))
-    assert [text[:5] for _, text, _ in found] == ["loud ", "<|im_"]
-
-
-def test_chat_template_of_a_file_replaces_the_tokenizers(encode, tmp_path):
+def test_chat_template_of_a_file_replaces_the_tokenizers_and_options_of_a_row_reach_it(encode, tmp_path):
     path = tmp_path / "template.jinja"
-    path.write_text(TEMPLATES["chatml"].replace("<|im_start|>", "<|im_start|><|im_start|>"), encoding="utf-8")
-    _, [(_, text, spans)] = encode({"messages": CHAT[:2]}, chat_template=str(path))
-    assert text.startswith("<|im_start|><|im_start|>user\n") and spans == ["It is blue.<|im_end|>"]
+    path.write_text(TEMPLATES["chatml"].replace("{% for", "{{ 'loud ' if loud else 'soft ' }}{% for", 1))
+    rows = [{"messages": CHAT, "chat_template_kwargs": {"loud": True}}, {"messages": CHAT}]
+    _, found = encode(*rows, chat_template=str(path))
+    assert [text[:5] for _, text, _ in found] == ["loud ", "soft "] and found[1][2] == SPANS
 
 
 def test_train_on_prompt(encode, variant):
