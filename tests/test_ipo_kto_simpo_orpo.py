@@ -26,6 +26,11 @@ def ipo(*ratios, beta):
     return four.ipo_loss(*float64(*ratios).T, beta=beta).tolist()
 
 
+def simpo(*averages, beta, share):
+    """SimPO at pairs of averaged log-probs."""
+    return four.simpo_loss(*float64(*averages).T, beta=beta, gamma_beta_ratio=share).tolist()
+
+
 def kto(*ratios, label, kl=0.7, desirable_weight=1.0, undesirable_weight=1.0):
     """KTO at log-ratios of answers that all have one label; beta is 0.3."""
     weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
@@ -44,9 +49,6 @@ def test_ipo_by_hand_and_0_at_its_target_margin():
 
 
 def test_simpo_by_hand_and_softplus_of_gamma_at_equal_averages():
-    simpo = lambda *averages, beta, share: four.simpo_loss(
-        *float64(*averages).T, beta=beta, gamma_beta_ratio=share
-    ).tolist()
     for beta, share in ((2.0, 0.5), (2.5, 0.3), (10.0, 0.3)):
         losses = simpo((-0.1, -0.1), (-3, -3), beta=beta, share=share)
         assert losses == pytest.approx([softplus(beta * share)] * 2)
