@@ -83,6 +83,19 @@ def run_command(script, *words):
     runpy.run_path(str(script), run_name="__main__")
 
 
+def two_processes(function, *args, cwd):
+    """Call a function in two processes of one group, as torchrun does; both must end well."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    group["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # what torchrun sets: the store is there already
+    processes = [fork(function, *args, cwd=cwd, RANK=rank, LOCAL_RANK=rank, **group) for rank in "01"]
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0], (cwd / "output").read_text()
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow (minutes each)")
     parser.addoption("--vllm", action="store_true", help="also run the tests of --rollout vllm (3.5 GB)")
@@ -120,6 +133,20 @@ def no_figures(request, monkeypatch):
 @pytest.fixture
 def figures():
     """Runs draw their curves, as they do for a user."""
+
+
+@pytest.fixture
+def forked(tmp_path):
+    """forked(function, ...) -> exit status and all that it printed, of a call in tmp_path: see `fork`."""
+
+    def run(function, *args):
+        process = fork(function, *args, cwd=tmp_path)
+        process.join(300)
+        told = (tmp_path / "output").read_text()
+        (tmp_path / "output").unlink()
+        return process.exitcode, told
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -177,11 +204,7 @@ def process_group():
 
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory) -> Path:
-    """A folder with a random model (Qwen3, 2 layers, tied, bfloat16) and its tokenizer.
-
-    The tokenizer is byte-level BPE with merges learnt from `RANDOM_MODEL_TEXT`, a ChatML template with
-    generation marks, EOS <|im_end|> and another token for padding.
-    """
+    """A folder with a random model (Qwen3, tied, bfloat16), its tokenizer learnt from `RANDOM_MODEL_TEXT`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -193,14 +216,17 @@ def random_model(tmp_path_factory) -> Path:
     letters = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "special_tokens": specials}
     trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False, **letters)
     bpe.train_from_iterator(RANDOM_MODEL_TEXT, trainer)
-    marks = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    marks["additional_special_tokens"] = ["<|im_start|>"]
+    marks = {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "additional_special_tokens": specials[1:2],
+    }
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **marks)
     tokenizer.chat_template = (DATA / "marked.jinja").read_text()
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = Qwen3Config(**sizes, **ids, tie_word_embeddings=True)
+    sizes |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen3Config(**sizes, tie_word_embeddings=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Qwen3ForCausalLM(config).to(torch.bfloat16)
@@ -220,14 +246,12 @@ def random_classifiers(tmp_path_factory) -> dict[str, str]:
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_labels": 1}
     sizes |= {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
     sizes |= {"max_position_embeddings": 2048, "initializer_range": 0.2}
-    kinds = {"qwen3": (hf.Qwen3ForSequenceClassification, hf.Qwen3Config)}
-    kinds |= {"llama": (hf.LlamaForSequenceClassification, hf.LlamaConfig)}
-    kinds |= {"causal": (hf.Qwen3ForCausalLM, hf.Qwen3Config)}
+    kinds = {"qwen3": hf.Qwen3ForSequenceClassification, "llama": hf.LlamaForSequenceClassification}
     found = {}
-    for name, (model_class, config_class) in kinds.items():
+    for name, model_class in (kinds | {"causal": hf.Qwen3ForCausalLM}).items():
         with torch.random.fork_rng():
             torch.manual_seed(3)
-            model = model_class(config_class(**sizes))
+            model = model_class(model_class.config_class(**sizes))
         found[name] = str(tmp_path_factory.mktemp(name))
         model.save_pretrained(found[name])
         hf.AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft").save_pretrained(found[name])

@@ -1,8 +1,6 @@
-"""What the tests of several scripts share: numbers, the rows and models of tiny/, short runs, comparisons."""
+"""What the tests of several scripts share: short runs, spies, comparisons; and all of samples.py."""
 
-import functools
 import json
-import math
 import shutil
 import weakref
 import zlib
@@ -10,62 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, ROOT, read_lines, write_rows
+from conftest import DATA, read_lines, write_rows
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from samples import *  # noqa: F403
+from samples import END, tiny_rows
 
-CPU = torch.device("cpu")
-END = 2  # <|im_end|> of tiny's tokenizer
 CLOCK = {"tokens_per_second", "step_time", "peak_memory_gb", "time/rollout"}  # what no two runs share
-
-
-# Numbers, messages, models ----------------------------------------------------------------------------------
-
-
-def float64(*values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def softplus(x: float) -> float:
-    return math.log1p(math.exp(x))
-
-
-def asked(text: str) -> list[dict]:
-    return [{"role": "user", "content": text}]
-
-
-def said(text: str) -> list[dict]:
-    return [{"role": "assistant", "content": text}]
-
-
-@functools.cache
-def tiny_rows(name: str, count: int = 200) -> list[dict]:
-    """The first rows of a data set of tiny/."""
-    return read_lines(ROOT / "tiny" / "data" / f"{name}.jsonl")[:count]
-
-
-@functools.cache
-def tiny_tokenizer():
-    return AutoTokenizer.from_pretrained(ROOT / "tiny" / "sft")
-
-
-def stock(folder):
-    """A language model as plain transformers loads it: nothing in it knows of packed rows."""
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    return AutoModelForCausalLM.from_pretrained(ROOT / folder, **options).eval()
-
-
-def stock_classifier(folder):
-    """A classifier of one output, likewise."""
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "num_labels": 1}
-    return AutoModelForSequenceClassification.from_pretrained(ROOT / folder, **options).eval()
-
-
-def gradient_norm(model) -> float:
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
-
-
-# Short runs -------------------------------------------------------------------------------------------------
 
 
 def rewards(names: str) -> tuple[str, ...]:
@@ -76,9 +24,8 @@ def rewards(names: str) -> tuple[str, ...]:
 def trainer(script, tmp_path, **defaults):
     """train(rows, held_out, **flags) -> output folder, lines of metrics.jsonl (None where there are none).
 
-    Equal rows are in the same file, so that a run can be continued. Evaluations are before and behind the
-    run only, models are saved behind it; step 0 is left out where nothing was evaluated. `reward` may name
-    functions of data/reward_functions.py.
+    Evaluations are before and behind the run only, models are saved behind it; without the former there is
+    no step 0. `reward` may name functions of data/reward_functions.py. Equal rows are in the same file.
     """
     defaults = {"eval_every": 0, "save_every": 0, "warmup_steps": 0, "log_every": 1} | defaults
 
@@ -100,6 +47,18 @@ def trainer(script, tmp_path, **defaults):
         return path.parent, lines
 
     return train
+
+
+def written(script, prompts, group_size, lengths, cut=()):
+    """Completions of given lengths: tokens 10, 11, ... and an end, which those numbered in `cut` have not.
+
+    Under the sampler every token has the log-prob -1.
+    """
+    asked, found = [prompt for prompt in prompts for _ in range(group_size)], []
+    for n, (prompt, length) in enumerate(zip(asked, lengths, strict=True)):
+        ids = [*range(10, 9 + length), 9 if n in cut else END]
+        found.append(script.Completion(prompt, ids, torch.full((length,), -1.0), "", n not in cut))
+    return found
 
 
 def error_of(function, capture) -> str:
@@ -135,9 +94,6 @@ def models_of(monkeypatch, script) -> list[weakref.ref]:
 
     monkeypatch.setattr(script, "load_model", load)
     return models
-
-
-# Comparisons ------------------------------------------------------------------------------------------------
 
 
 def assert_same_metrics(one, other, rel=1e-5, abs_=1e-6, without=()):

@@ -1,8 +1,4 @@
-"""common.py: packed equals alone, the head against float64, sampling, refusals, KL estimators by enumeration.
-
-The code is held against transformers' own forward pass over one unpadded sequence at a time, plain float64
-arithmetic, or numbers worked by hand; only a setting that must change nothing is held against its absence.
-"""
+"""common.py against transformers on one unpadded sequence at a time, float64, and numbers worked by hand."""
 
 import copy
 import functools
@@ -16,42 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
-from conftest import DATA, read_lines
+from conftest import DATA, read_lines, two_processes
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common import (
-    check_packed,
-    collate,
-    completion_states,
-    conversational,
-    decode,
-    draw,
-    head_logits,
-    head_settings,
-    kl_full,
-    kl_k1,
-    kl_k2,
-    kl_k3,
-    pack,
-    packed_attention,
-    segment_sum,
-    template_of,
-    token_logprobs,
-)
+import common
+from common import check_packed, collate, head_logits, packed_attention, token_logprobs
 
 VOCAB_SIZE, HIDDEN_SIZE = 61, 32
-SIZES = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": HIDDEN_SIZE,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": HIDDEN_SIZE, "intermediate_size": 48}
+SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES |= {"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = {  # what each adds: a kind of head, window, position or norm that the ones above do not have
@@ -72,6 +45,7 @@ FAMILIES = {  # what each adds: a kind of head, window, position or norm that th
     "gpt_neox": ("gpt_neox", {}),
     "phi": ("phi", {}),  # biased head
 }
+CAPPED = {"head_dim": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0} | WINDOWS
 LENGTHS = (9, 2, 13, 5, 6)
 
 
@@ -141,30 +115,32 @@ def assert_equal_gradients(actual, expected, relative=1e-4):
         assert error < relative * largest, f"{name}: {error:.1e} of {largest:.1e}"
 
 
-# Packed equals alone ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_logprobs_entropy_and_gradients_are_those_of_each_sequence_alone(family):
     sequences, model, stock = make_sequences(), cached(family), cached(family, "eager")
     check_packed(model)
-    outputs = token_logprobs(model, collate(sequences), temperature=0.7, return_entropy=True)
+    chunks = {"chunk_size": 7}  # several
+    outputs = token_logprobs(model, collate(sequences), temperature=0.7, return_entropy=True, **chunks)
     expected = stock_logprobs(stock, sequences, temperature=0.7)
     assert expected[0].std() > 0.3, "the model is too uniform for a mistake to show"
     assert_all_equal(outputs, expected, 1e-5)
     assert_equal_gradients(gradients(model, *outputs), gradients(stock, *expected))
-    logits = head_logits(completion_states(model, collate(sequences)), *head_settings(model))  # (C, V)
+    logits = head_logits(
+        common.completion_states(model, collate(sequences)), *common.head_settings(model)
+    )  # (C, V)
     alone = [stock(input_ids=ids[None]).logits[0, :-1][trained[1:]] for ids, trained in sequences]
     assert_equal(logits, torch.cat(alone), 2e-5)
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma2", "gemma3", "gpt2"])
 @torch.no_grad()
 def test_packed_equals_alone_under_stock_attention(family, attn):
-    sequences = make_sequences()
-    logprobs = token_logprobs(cached(family, attn), collate(sequences))
-    assert_equal(logprobs, stock_logprobs(cached(family, "eager"), sequences)[0], 1e-5)
+    changes, sequences = CAPPED if family == "gemma2" else {}, make_sequences()
+    attn = "eager" if family == "gemma2" else attn  # which alone caps the scores
+    model, stock = build(family, attn, **changes), build(family, "eager", **changes)
+    check_packed(model)
+    assert_equal(token_logprobs(model, collate(sequences)), stock_logprobs(stock, sequences)[0], 1e-5)
 
 
 def make_sharing_sequences():
@@ -190,28 +166,6 @@ def test_sequences_that_share_a_prompt_have_the_logprobs_and_gradients_of_each_a
     assert_equal_gradients(gradients(model, *outputs), gradients(stock, *expected))
 
 
-@pytest.mark.parametrize("family", ["llama_tied", "gemma3", "phi"])
-def test_chunk_size_changes_neither_values_nor_gradients(family):
-    model, batch = cached(family), collate(make_sequences())
-    wanted = {"return_entropy": True, "return_top1": True}
-    few, many = (token_logprobs(model, batch, **wanted, chunk_size=n) for n in (3, 4096))
-    assert_all_equal(few, many, 2e-6)
-    assert_equal_gradients(gradients(model, *few[:2]), gradients(model, *many[:2]))
-
-
-def test_gradient_checkpointing_changes_no_gradient():
-    batch, found = collate(make_sequences()), []
-    for checkpointing in (False, True):
-        model, calls = build("gemma3").train(), []
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.model.layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        outputs = token_logprobs(model, batch, return_entropy=True)
-        found.append(gradients(model, *outputs))
-        assert len(calls) == 1 + checkpointing  # the backward pass computes each layer again
-    assert_equal_gradients(found[1], found[0], 1e-6)
-
-
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_layers_give_the_same_and_are_compiled_twice_at_most(backend):
     torch._dynamo.reset()
@@ -231,13 +185,11 @@ def test_compiled_layers_give_the_same_and_are_compiled_twice_at_most(backend):
     torch._dynamo.reset()
 
 
-# The traps of the stock forward pass ------------------------------------------------------------------------
+TRAPS = [{"attention_mask": torch.ones(1, sum(LENGTHS)).long()}, {"use_cache": True}]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "trap", [{"attention_mask": torch.ones(1, sum(LENGTHS)).long()}, {"use_cache": True}]
-)
+@pytest.mark.parametrize("trap", TRAPS)
 @torch.no_grad()
 def test_an_all_ones_mask_or_a_cache_leaks_in_the_stock_model(family, trap):
     sequences = make_sequences()
@@ -270,9 +222,6 @@ def test_neither_the_logits_nor_a_dense_mask_of_a_row_ever_exist():
     for shape, func in shapes:
         assert not (shape[-1:] == (VOCAB_SIZE,) and math.prod(shape) > chunk_size * VOCAB_SIZE), (shape, func)
         assert sum(size >= rows for size in shape) < 2, (shape, func)
-
-
-# Plain calls under attn "packed" ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -338,15 +287,7 @@ def float64_outputs(model, batch, temperature, scale, softcap):
     return logprobs, torch.special.entr(log_p.exp()).sum(-1)
 
 
-HEADS = [  # config, scale, soft cap, bias, temperature
-    ({}, 1, None, False, 1.0),
-    ({}, 1, None, True, 0.7),
-    ({"logit_scale": 0.25}, 0.25, None, False, 1.0),
-    ({"logit_scale": 0.5}, 0.5, None, False, 0.5),  # scale and temperature cancel in the gradient
-    ({"logits_scaling": 4.0}, 0.25, None, True, 1.3),
-    ({"final_logit_softcapping": 3.0}, 1, 3.0, False, 1.0),
-    ({"final_logit_softcapping": 3.0, "logit_scale": 0.5}, 0.5, 3.0, True, 0.7),
-]
+HEADS = [tuple(case.values()) for case in read_lines(DATA / "heads.jsonl")]
 
 
 @pytest.mark.parametrize("with_entropy, chosen", [(False, [0]), (True, [0]), (True, [1]), (True, [0, 1])])
@@ -368,16 +309,13 @@ def test_top1_says_whether_the_token_is_the_argmax():
     logits = F.linear(model.hidden[0], model.head.weight, model.head.bias)  # (N, V)
     best, second = logits.topk(2).indices.roll(1, 0).T  # (N,) each: after the hidden state before
     is_best = torch.arange(len(best)) % 3 > 0
-    batch = collate(
-        [(x, torch.arange(len(x)) > 0) for x in torch.where(is_best, best, second).split(LENGTHS)]
-    )
-    logprobs, is_top1 = token_logprobs(model, batch, return_top1=True, temperature=0.7)
-    assert is_top1.dtype == torch.bool and not is_top1.requires_grad
-    assert is_top1.tolist() == is_best[batch.completion_index].tolist()
-    triple = token_logprobs(model, batch, return_entropy=True, return_top1=True, temperature=0.7)
-    assert_all_equal(triple[:2], float64_outputs(model, batch, 0.7, 1, 3.0), 1e-5)
-    assert_equal(logprobs, triple[0], 1e-6)
-    assert triple[2].tolist() == is_top1.tolist()
+    rows = torch.where(is_best, best, second).split(LENGTHS)
+    batch = collate([(x, torch.arange(len(x)) > 0) for x in rows])
+    for settings in ({"return_entropy": True, "chunk_size": 7}, {}):
+        *found, is_top1 = token_logprobs(model, batch, return_top1=True, temperature=0.7, **settings)
+        assert_all_equal(found, float64_outputs(model, batch, 0.7, 1, 3.0)[: len(found)], 1e-5)
+        assert is_top1.dtype == torch.bool and not is_top1.requires_grad
+        assert is_top1.tolist() == is_best[batch.completion_index].tolist()
 
 
 def test_logits_of_thousands_neither_overflow_nor_lose_the_small_log_probs():
@@ -396,34 +334,25 @@ def test_half_precision_logits_are_normalised_in_float32():
     model = Head(batch.input_ids.shape[1], dtype=torch.bfloat16, size=0.5)
     logprobs, entropy = token_logprobs(model, batch, return_entropy=True)
     assert logprobs.dtype == entropy.dtype == torch.float32
-    logits = model.hidden[0].double() @ model.head.weight.double().T  # of products that are not rounded
-    log_p = logits.log_softmax(-1)[batch.completion_index - 1]  # (C, V)
-    assert_equal(logprobs, log_p.gather(-1, batch.input_ids[0, batch.completion_index, None])[:, 0], 1e-5)
-    assert_equal(entropy, -(log_p.exp() * log_p).sum(-1), 1e-5)
-    expected = gradients(model, *float64_outputs(model, batch, 1.0, 1, None))
-    assert_equal_gradients(gradients(model, logprobs, entropy), expected, 2e-2)
+    expected = float64_outputs(model, batch, 1.0, 1, None)  # of products that are not rounded
+    assert_all_equal((logprobs, entropy), expected, 1e-5)
+    assert_equal_gradients(gradients(model, logprobs, entropy), gradients(model, *expected), 2e-2)
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_shared_prompts_are_refused_where_only_packed_attention_sees_them(attn):
+def test_shared_prompts_are_refused_where_only_packed_attention_sees_them_and_where_they_are_none():
     sequences, shared = make_sharing_sequences()
-    with pytest.raises(ValueError, match="--attn packed"):
-        token_logprobs(cached("llama", attn), collate(sequences, shared=shared))
-
-
-# Trained, another one, a whole sequence.
-@pytest.mark.parametrize("second", [([5, 6, 8], [0, 1, 1]), ([5, 7, 8], [0, 0, 1]), ([5, 6], [0, 0])])
-def test_shared_prompt_that_is_not_one_is_refused(second):
-    with pytest.raises(ValueError, match="shared prompt"):
-        collate([([5, 6, 7], [0, 0, 1]), second], shared=[0, 2])
+    for attn in ("sdpa", "eager"):
+        with pytest.raises(ValueError, match="--attn packed"):
+            token_logprobs(cached("llama", attn), collate(sequences, shared=shared))
+    for second in (([5, 6, 8], [0, 1, 1]), ([5, 7, 8], [0, 0, 1]), ([5, 6], [0, 0])):  # trained, other, whole
+        with pytest.raises(ValueError, match="shared prompt"):
+            collate([([5, 6, 7], [0, 0, 1]), second], shared=[0, 2])
 
 
 def test_window_that_lives_in_the_mask_is_refused_once_it_matters():
-    config = transformers.PhimoeConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=2, sliding_window=8, pad_token_id=0,
-    )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="packed")
+    experts = {"num_local_experts": 2, "sliding_window": 8}
+    config = AutoConfig.for_model("phimoe", **SIZES | experts)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
     token_logprobs(model, collate(make_sequences((8, 5))))
     with pytest.raises(ValueError, match="sliding window"):
         token_logprobs(model, collate(make_sequences((9, 5))))
@@ -437,20 +366,6 @@ def test_frozen_head_gets_no_gradient_and_the_backbone_the_same():
     token_logprobs(model, batch).sum().backward()
     assert model.lm_head.weight.grad is None
     assert torch.equal(model.model.norm.weight.grad, expected)
-
-
-# What is refused --------------------------------------------------------------------------------------------
-
-
-def test_gemma2_is_exact_under_eager():
-    """Soft-capped attention scores, soft-capped logits, windows."""
-    settings = {"head_dim": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0} | WINDOWS
-    model, sequences = build("gemma2", "eager", **settings), make_sequences()
-    check_packed(model)
-    outputs = token_logprobs(model, collate(sequences), return_entropy=True)
-    expected = stock_logprobs(model, sequences)
-    assert_all_equal(outputs, expected, 1e-5)
-    assert_equal_gradients(gradients(model, *outputs), gradients(model, *expected))
 
 
 def test_attention_itself_refuses_what_its_kernels_do_not_compute():
@@ -468,9 +383,7 @@ LEAKING = {
 }
 
 
-@pytest.mark.parametrize(
-    "family, attn", [*product(list(LEAKING)[:3], ["packed", "eager"]), ("gemma2", "packed")]
-)
+@pytest.mark.parametrize("family, attn", [*product(LEAKING, ["packed"]), *product([*LEAKING][:3], ["eager"])])
 def test_check_packed_refuses_a_model_that_leaks(family, attn):
     with pytest.raises(ValueError, match="--attn|packed sequences"):  # some models refuse themselves
         check_packed(build(family, attn, **LEAKING[family]))
@@ -492,21 +405,6 @@ def test_check_packed_refuses_a_head_that_it_does_not_know(factor):
         check_packed(model)
 
 
-def test_check_packed_refuses_attention_that_sees_the_sequence_before(monkeypatch):
-    def leaking(module, query, key, value, mask, packed_lengths=None, **kwargs):
-        if packed_lengths is not None:
-            packed_lengths = packed_lengths.sum()[None]
-        return packed_attention(module, query, key, value, mask, packed_lengths=packed_lengths, **kwargs)
-
-    model = build("llama")
-    check_packed(model)
-    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "packed", leaking)
-    with pytest.raises(ValueError, match="llama.*--attn packed"):
-        check_packed(model)
-
-
-# Sampling ---------------------------------------------------------------------------------------------------
-
 PROMPTS = [[5, 6, 7, 8], [9, 10], [5, 6, 7, 8], [11, 12, 13, 14, 15, 16, 17]]
 
 
@@ -519,7 +417,8 @@ def uniforms(rows, columns, seed=0):
 def test_greedy_decoding_is_that_of_generate(family, attn):
     model = cached(family, attn)
     model.generation_config = GenerationConfig(eos_token_id=[2, 3], pad_token_id=0, max_new_tokens=40)
-    for prompt, (ids, _) in zip(PROMPTS, decode(model, PROMPTS, uniforms(4, 40), [2, 3], 0.0), strict=True):
+    decoded = common.decode(model, PROMPTS, uniforms(4, 40), [2, 3], 0.0)
+    for prompt, (ids, _) in zip(PROMPTS, decoded, strict=True):
         expected = model.generate(torch.tensor([prompt]), do_sample=False)[0, len(prompt) :].tolist()
         assert ids == expected
 
@@ -527,7 +426,7 @@ def test_greedy_decoding_is_that_of_generate(family, attn):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "cohere", "gpt2"])
 def test_sampled_log_probs_are_those_of_the_packed_row(family):
     model = cached(family)
-    sampled = decode(model, PROMPTS, uniforms(4, 30), [2, 3], 0.7)
+    sampled = common.decode(model, PROMPTS, uniforms(4, 30), [2, 3], 0.7)
     rows = [(p + ids, [0] * len(p) + [1] * len(ids)) for p, (ids, _) in zip(PROMPTS, sampled, strict=True)]
     expected = token_logprobs(model, collate(rows), temperature=0.7)
     assert_equal(torch.cat([logprobs for _, logprobs in sampled]), expected, 1e-4)
@@ -538,10 +437,10 @@ def test_sampled_log_probs_are_those_of_the_packed_row(family):
 def test_a_sample_depends_on_no_other_sequence():
     model, numbers = cached("llama"), uniforms(40, 50)
     prompts = PROMPTS * 10
-    together = decode(model, prompts, numbers, [2, 3], 1.0)
+    together = common.decode(model, prompts, numbers, [2, 3], 1.0)
     assert len({len(ids) for ids, _ in together}) > 5  # some end long before others
     for i in (0, 7, 22, 39):
-        [(alone, _)] = decode(model, [prompts[i]], numbers[i : i + 1], [2, 3], 1.0)
+        [(alone, _)] = common.decode(model, [prompts[i]], numbers[i : i + 1], [2, 3], 1.0)
         assert alone == together[i][0]
 
 
@@ -551,92 +450,77 @@ def test_draws_follow_the_distribution_at_each_temperature():
     grid = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     for temperature in (0.5, 1.0):
         p = (logits[0].double() / temperature).softmax(0)
-        tokens, logprobs = draw(logits.expand(20_000, -1), grid, temperature)
+        tokens, logprobs = common.draw(logits.expand(20_000, -1), grid, temperature)
         assert (torch.bincount(tokens, minlength=700) - 20_000 * p).abs().max() <= 1.5
         assert_equal(logprobs, p.log()[tokens], 1e-4)
-    assert draw(logits, grid[:1], 0.0)[0] == logits.argmax()
-    assert draw(logits * math.nan, grid[:1], 1.0)[0] < 700
+    assert common.draw(logits, grid[:1], 0.0)[0] == logits.argmax()
+    assert common.draw(logits * math.nan, grid[:1], 1.0)[0] < 700
 
 
 @pytest.mark.parametrize("multiple_of", [1, 2, 3, 8])
 def test_packs_every_index_once_within_the_budget(multiple_of):
     for seed in range(5):
         lengths = np.random.default_rng(seed).integers(1, 120, 40)
-        rows = pack(lengths, 100, multiple_of)
+        rows = common.pack(lengths, 100, multiple_of)
         assert sorted(i for row in rows for i in row) == list(range(40)) and len(rows) % multiple_of == 0
         assert all(len(row) == 1 or lengths[row].sum() <= 100 for row in rows if row)
         assert multiple_of > 1 or lengths.sum() / 100 / len(rows) > 0.8  # rows are full
-    assert pack([], 100) == [] and pack([3, 5, 2, 4], max_tokens=8) == [[1, 0], [3, 2]]
+    assert common.pack([], 100) == [] and common.pack([3, 5, 2, 4], max_tokens=8) == [[1, 0], [3, 2]]
 
 
 def test_rows_that_run_at_the_same_time_cost_alike():
     lengths = (np.random.default_rng(1).pareto(1.2, 400) * 100 + 20).clip(max=8192).astype(int)
-    rows = pack(lengths, 8192, multiple_of=4)
+    rows = common.pack(lengths, 8192, multiple_of=4)
     costs = [sum(lengths[i] * (12_288 + lengths[i]) for i in row) for row in rows]  # attention, at H = 2,048
     assert len(rows) > 8 and costs == sorted(costs, reverse=True)
 
-
-# Chat formats -----------------------------------------------------------------------------------------------
 
 USER = {"role": "user", "content": "a"}
 
 
 @pytest.mark.parametrize("case", read_lines(DATA / "chat_rows.jsonl"))
 def test_rows_of_all_formats_say_the_same(case):
-    read, expected = conversational(case["row"]), case["read"]
+    read, expected = common.conversational(case["row"]), case["read"]
     assert {name: read[name] for name in expected} == expected and None not in read.values()
 
 
 def test_template_shows_tools_null_contents_and_parts(random_model):
     tokenizer = AutoTokenizer.from_pretrained(random_model)
-    apply = template_of(tokenizer, {})
+    apply = common.template_of(tokenizer, {})
     parts = [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]
     assert apply([USER | {"content": parts}]) == apply([USER | {"content": "xy", "name": None}])
     assert apply([USER | {"content": None}]) == apply([USER | {"content": ""}])
     with pytest.raises(ValueError, match="does not show the tools"):
-        template_of(tokenizer, {"tools": '[{"name": "f"}]'})
+        common.template_of(tokenizer, {"tools": '[{"name": "f"}]'})
     tokenizer.chat_template = "{{ tools }}" + tokenizer.chat_template
-    assert template_of(tokenizer, {"tools": '[{"name": "f"}]'})([USER]).startswith("[{'name': 'f'}]")
+    assert common.template_of(tokenizer, {"tools": '[{"name": "f"}]'})([USER]).startswith("[{'name': 'f'}]")
 
 
-# Packed rows ------------------------------------------------------------------------------------------------
+ALONE = {"input_ids": [[5, 6, 7, 8, 9]], "position_ids": [[0, 1, 2, 0, 1]], "cu_seqlens": [0, 3, 5]}
+ALONE |= {"completion_index": [1, 2, 4], "sequence_index": [0, 0, 1], "predictor_index": [0, 1, 3]}
+SHARED = {"input_ids": [[5, 6, 7, 8, 9]], "position_ids": [[0, 1, 2, 2, 3]], "cu_seqlens": [0, 3, 5]}
+SHARED |= {"completion_index": [2, 3, 4], "predictor_index": [1, 1, 3]}  # 7 and 8 both follow 6
+SHARED |= {"sequence_index": [0, 1, 1], "key_index": [0, 1, 2, 0, 1, 3, 4]}
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
-def test_collate_lays_out_the_worked_example(kind):
-    batch = collate([(kind([5, 6, 7]), kind([False, True, True])), (kind([8, 9]), kind([False, True]))])
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
-    assert batch.cu_seqlens.tolist() == [0, 3, 5]
-    assert batch.completion_index.tolist() == [1, 2, 4]
-    assert batch.sequence_index.tolist() == [0, 0, 1]
+def test_collate_lays_out_the_worked_examples(kind):
+    marked = lambda ids, trained: (kind(ids), kind(trained))
+    batch = collate([marked([5, 6, 7], [False, True, True]), marked([8, 9], [False, True])])
+    shared = collate([([5, 6, 7], [0, 0, 1]), ([5, 6, 8, 9], [0, 0, 1, 1])], shared=[0, 2])
+    for some, wanted in ((batch, ALONE), (shared, SHARED)):
+        assert {name: getattr(some, name).tolist() for name in wanted} == wanted
     assert batch.lengths == (3, 2) and all(type(length) is int for length in batch.lengths)
-    assert (batch.num_sequences, len(batch.completion_index)) == (2, 3)
+    assert batch.num_sequences == 2 and (shared.lengths, shared.key_lengths) == ((3, 2), (3, 4))
     assert batch.cu_seqlens.dtype == torch.int32  # what the kernels take
-    assert batch.predictor_index.tolist() == [0, 1, 3]
-    for tensor in (batch.input_ids, batch.position_ids, batch.completion_index, batch.sequence_index):
-        assert tensor.dtype == torch.int64
+    assert all(getattr(batch, name).dtype == torch.int64 for name in ALONE if name != "cu_seqlens")
 
 
-def test_collate_lays_out_the_worked_example_of_a_shared_prompt():
-    batch = collate([([5, 6, 7], [0, 0, 1]), ([5, 6, 8, 9], [0, 0, 1, 1])], shared=[0, 2])
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3]]
-    assert batch.cu_seqlens.tolist() == [0, 3, 5]
-    assert batch.completion_index.tolist() == [2, 3, 4]
-    assert batch.predictor_index.tolist() == [1, 1, 3]  # 7 and 8 both follow 6
-    assert batch.sequence_index.tolist() == [0, 1, 1]
-    assert batch.key_index.tolist() == [0, 1, 2, 0, 1, 3, 4]
-    assert (batch.lengths, batch.key_lengths) == ((3, 2), (3, 4))
-
-
-@pytest.mark.parametrize("where", [0, 1, 2])
-def test_collate_refuses_to_train_a_first_token(where):
+def test_collate_refuses_to_train_a_first_token():
     sequences = [([5, 6], [0, 1]), ([7], [0]), ([8, 9], [0, 1])]
-    collate(sequences)
-    sequences[where][1][0] = 1
-    with pytest.raises(ValueError, match="first token"):
-        collate(sequences)
+    for ids, _ in sequences:
+        with pytest.raises(ValueError, match="first token"):
+            collate([(x, [1] * len(x) if x is ids else trained) for x, trained in sequences])
 
 
 def test_batch_moves_to_a_device_and_keeps_its_lengths_on_the_host():
@@ -649,9 +533,8 @@ def test_batch_moves_to_a_device_and_keeps_its_lengths_on_the_host():
 
 def test_filler_gives_no_logprobs_and_a_gradient_of_zero():
     model = build("llama")
-    logprobs, entropy, is_top1 = token_logprobs(
-        model, collate([([0], [0])]), return_entropy=True, return_top1=True
-    )
+    wanted = {"return_entropy": True, "return_top1": True}
+    logprobs, entropy, is_top1 = token_logprobs(model, collate([([0], [0])]), **wanted)
     assert logprobs.shape == entropy.shape == is_top1.shape == (0,)
     (logprobs.sum() + entropy.sum()).backward()
     for name, parameter in model.named_parameters():
@@ -660,13 +543,13 @@ def test_filler_gives_no_logprobs_and_a_gradient_of_zero():
 
 def test_segment_sum_adds_up_each_segment_and_leaves_empty_ones_at_zero():
     x = torch.tensor([1.0, 2.0, 4.0, 8.0], requires_grad=True)
-    sums = segment_sum(x, torch.tensor([3, 1, 3, 1]), 5)
+    sums = common.segment_sum(x, torch.tensor([3, 1, 3, 1]), 5)
     assert sums.tolist() == [0, 10, 0, 5, 0]
     (sums * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])).sum().backward()
     assert x.grad.tolist() == [4, 2, 4, 2]
-    rows = segment_sum(torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([1, 0, 1]), 3)
+    rows = common.segment_sum(torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([1, 0, 1]), 3)
     assert rows.tolist() == [[3, 4], [6, 8], [0, 0]]
-    assert segment_sum(torch.empty(0), torch.empty(0, dtype=torch.int64), 2).tolist() == [0, 0]
+    assert common.segment_sum(torch.empty(0), torch.empty(0, dtype=torch.int64), 2).tolist() == [0, 0]
 
 
 # KL divergence ----------------------------------------------------------------------------------------------
@@ -674,26 +557,14 @@ def test_segment_sum_adds_up_each_segment_and_leaves_empty_ones_at_zero():
 PI, REF = torch.tensor([0.75, 0.25]).double(), torch.tensor([0.5, 0.5]).double()
 
 
-BY_HAND = [
-    (kl_k1, [math.log(1.5), -math.log(2)]),
-    (kl_k2, [0.08220098, 0.24022651]),  # half the square of 0.40546511 and of 0.69314718
-    (kl_k3, [2 / 3 - 1 + math.log(1.5), 2 - 1 - math.log(2)]),
-]
-
-
-@pytest.mark.parametrize("estimator, by_hand", BY_HAND)
-def test_estimators_on_two_outcomes_have_the_values_worked_by_hand(estimator, by_hand):
-    assert_equal(estimator(PI.log(), REF.log()), torch.tensor(by_hand).double(), 1e-7)
-
-
 def test_kl_full_takes_the_policy_first():
     policy_first = 0.75 * math.log(1.5) - 0.25 * math.log(2)  # 0.1308
     reference_first = 0.5 * math.log(2 / 3) + 0.5 * math.log(2)  # 0.1438
-    assert kl_full(PI.log(), REF.log()).item() == pytest.approx(policy_first, abs=1e-7)
-    assert kl_full(REF.log(), PI.log()).item() == pytest.approx(reference_first, abs=1e-7)
-    unnormalised = kl_full(PI.log() + 7, REF.log() - 3)
+    assert common.kl_full(PI.log(), REF.log()).item() == pytest.approx(policy_first, abs=1e-7)
+    assert common.kl_full(REF.log(), PI.log()).item() == pytest.approx(reference_first, abs=1e-7)
+    unnormalised = common.kl_full(PI.log() + 7, REF.log() - 3)
     assert unnormalised.item() == pytest.approx(policy_first, abs=1e-6)
-    stacked = kl_full(torch.stack([PI, REF, PI]).log(), torch.stack([REF, PI, PI]).log())
+    stacked = common.kl_full(torch.stack([PI, REF, PI]).log(), torch.stack([REF, PI, PI]).log())
     assert_equal(stacked, torch.tensor([policy_first, reference_first, 0]), 1e-6)
 
 
@@ -711,15 +582,17 @@ def exact():
     return logits, log_p, log_q, kls, slopes
 
 
-ESTIMATORS = [  # estimator, is it unbiased, the KL whose gradient it has in the loss, is it right as a reward
-    (kl_k1, True, None, True),
-    (kl_k2, False, "KL(pi || ref)", False),
-    (kl_k3, True, "KL(ref || pi)", False),
+ESTIMATORS = [  # values by hand, is it unbiased, the KL whose gradient it has in the loss, right as a reward?
+    (common.kl_k1, [math.log(1.5), -math.log(2)], True, None, True),
+    # half the square of 0.40546511 and of 0.69314718
+    (common.kl_k2, [0.08220098, 0.24022651], False, "KL(pi || ref)", False),
+    (common.kl_k3, [2 / 3 - 1 + math.log(1.5), 2 - 1 - math.log(2)], True, "KL(ref || pi)", False),
 ]
 
 
-@pytest.mark.parametrize("estimator, is_unbiased, in_loss, is_right", ESTIMATORS)
-def test_bias_and_gradients_of_an_estimator(estimator, is_unbiased, in_loss, is_right):
+@pytest.mark.parametrize("estimator, by_hand, is_unbiased, in_loss, is_right", ESTIMATORS)
+def test_values_bias_and_gradients_of_an_estimator(estimator, by_hand, is_unbiased, in_loss, is_right):
+    assert_equal(estimator(PI.log(), REF.log()), torch.tensor(by_hand).double(), 1e-7)
     logits, log_p, log_q, kls, slopes = exact()
     p, k = log_p.detach().exp(), estimator(log_p, log_q)  # samples of the policy: no gradient flows through p
     bias = (p * k).sum() - kls["KL(pi || ref)"]
@@ -734,12 +607,12 @@ def test_bias_and_gradients_of_an_estimator(estimator, is_unbiased, in_loss, is_
 
 def test_kl_full_and_its_gradient_are_exact_and_float32():
     logits, _, log_q, kls, slopes = exact()
-    kl = kl_full(logits, log_q)
+    kl = common.kl_full(logits, log_q)
     assert_equal(kl, kls["KL(pi || ref)"], 1e-6)
     assert_equal(torch.autograd.grad(kl, logits)[0], slopes["KL(pi || ref)"], 1e-6)
     logits, ref_logits = torch.randn(2, 4, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
     log_p, log_q = logits.double().log_softmax(-1), ref_logits.double().log_softmax(-1)
-    kl = kl_full(logits, ref_logits)
+    kl = common.kl_full(logits, ref_logits)
     assert kl.dtype == torch.float32
     assert_equal(kl, (log_p.exp() * (log_p - log_q)).sum(-1), 1e-5)
 
@@ -749,19 +622,15 @@ def test_k3_is_accurate_for_tiny_log_ratios(sign):
     """At 1e-4 the estimator is 5e-9, which exp(-x) - 1 + x in float32 drowns in a rounding error of 6e-8."""
     log_ratio = sign * 2.0**-13  # 1.2e-4, and -1.5 + 2^-13 is exact in float32
     logprobs, ref_logprobs = torch.tensor([-1.5 + log_ratio], requires_grad=True), torch.tensor([-1.5])
-    k3 = kl_k3(logprobs, ref_logprobs)
+    k3 = common.kl_k3(logprobs, ref_logprobs)
     assert k3.item() == pytest.approx(log_ratio**2 / 2 - log_ratio**3 / 6, rel=5e-3)  # its Taylor series
     k3.backward()
     assert logprobs.grad.item() == pytest.approx(log_ratio, rel=5e-3)
 
 
-# Several processes ------------------------------------------------------------------------------------------
-
-
-def sharded_worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    compare_sharded(rank)
+def sharded_worker():
+    dist.init_process_group("gloo")
+    compare_sharded(dist.get_rank())
     gc.collect()  # the models hold the group, whose threads must not outlive the interpreter
     dist.destroy_process_group()
 
@@ -783,26 +652,19 @@ def compare_sharded(rank):
             weights = torch.randn(2, len(expected[0]), generator=torch.Generator().manual_seed(0))  # (2, C)
             whole.zero_grad()
             (weights * torch.stack(expected)).sum().backward()
-
             start = len(parts[0].completion_index) if rank else 0
             mine = slice(start, start + len(parts[rank].completion_index))
             sharded.zero_grad()  # before the forward pass, which leaves the root's parameters unsharded
             outputs = token_logprobs(sharded, parts[rank], **settings)
-            for x, y in zip(outputs, expected, strict=True):
-                assert_equal(x, y[mine], 1e-5)
+            assert_all_equal(outputs, [y[mine] for y in expected], 1e-5)
             loss = (weights[:, mine] * torch.stack(outputs)).sum()
             (loss * 2).backward()  # FSDP2 averages over the processes; the parts belong to one sum
-            assert_equal_gradients(
-                {name: p.grad.full_tensor() for name, p in sharded.named_parameters()},
-                {name: p.grad for name, p in whole.named_parameters()},
-            )
+            found = {name: p.grad.full_tensor() for name, p in sharded.named_parameters()}
+            assert_equal_gradients(found, {name: p.grad for name, p in whole.named_parameters()})
 
 
 def test_two_sharded_processes_give_the_logprobs_and_gradients_of_one(tmp_path):
-    torch.multiprocessing.spawn(sharded_worker, (str(tmp_path),), nprocs=2)
-
-
-# On a GPU ---------------------------------------------------------------------------------------------------
+    two_processes(sharded_worker, cwd=tmp_path)
 
 
 @pytest.mark.gpu

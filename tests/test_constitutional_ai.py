@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fork, read_lines
-from helpers import CPU, asked, error_of, said, stock, tiny_tokenizer
+from conftest import DATA, ROOT, read_lines, two_processes
+from helpers import error_of
+from samples import CPU, asked, said, stock, tiny_tokenizer
 from sync_docs import metric_differences
 
 import constitutional_ai as script
@@ -56,25 +57,15 @@ def untimed(folder: Path) -> list[dict]:
     return [{k: v for k, v in x.items() if k != CLOCK} for x in read_lines(folder / "metrics.jsonl")]
 
 
-# Formulas ---------------------------------------------------------------------------------------------------
-
-SHOWN = [  # P(first shown is better) in the order y, z and in z, y; P(y better), lean, same place
-    ((0.9, 0.1), 0.9, 0.0, 0),  # sure of y wherever it stands
-    ((0.9, 0.9), 0.5, 0.8, 1),  # goes by the place alone
-    ((1.0, 1.0), 0.5, 1.0, 1),  # always says "first"
-    ((0.0, 0.0), 0.5, -1.0, 1),  # always says "second"
-    ((0.8, 0.4), 0.7, 0.2, 0),
-    ((0.2, 0.6), 0.3, -0.2, 0),
-]
-
-
-@pytest.mark.parametrize(("shown", "prefers", "lean", "same_place"), SHOWN)
-def test_both_orders_are_averaged_and_tell_the_position_bias(shown, prefers, lean, same_place):
-    shown = torch.tensor([shown], dtype=torch.float64)
-    assert script.preference(shown).item() == pytest.approx(prefers)
-    assert script.preference(shown.flip(1)).item() == pytest.approx(1 - prefers)  # z and y change their names
-    leans, same = script.position_bias(shown)
-    assert (leans.item(), same.item()) == (pytest.approx(lean), same_place)
+@pytest.mark.parametrize("case", read_lines(DATA / "judgements.jsonl"), ids=lambda case: str(case["shown"]))
+def test_both_orders_are_averaged_and_tell_the_position_bias(case):
+    """P(first shown is better) in the order y, z and in z, y; P(y better), lean, same place."""
+    shown = torch.tensor([case["shown"]], dtype=torch.float64)
+    assert script.preference(shown).item() == pytest.approx(case["prefers"])
+    renamed = script.preference(shown.flip(1)).item()  # y and z change their names
+    assert renamed == pytest.approx(1 - case["prefers"])
+    lean, same_place = script.position_bias(shown)
+    assert (lean.item(), same_place.item()) == (pytest.approx(case["lean"]), case["same_place"])
 
 
 def test_soft_labels_are_normalised_over_the_two_labels():
@@ -91,9 +82,6 @@ def test_principles_of_an_answer_are_different_ones_and_every_one_is_drawn_alike
     assert (draws[:100] != [script.draw_principles((2, 0, i), 5, 3) for i in range(100)]).any()
 
 
-# The judge --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("settings", [{}, {"max_tokens_per_micro_batch": 50}, {"attn": "eager"}])
 @pytest.mark.parametrize("labels", [("A", "B"), ("first", "second")])  # one token each, and several
 def test_label_logprobs_are_those_of_a_stock_model(labels, settings, process_group, monkeypatch):
@@ -101,9 +89,8 @@ def test_label_logprobs_are_those_of_a_stock_model(labels, settings, process_gro
     args, model = script.Args(model="tiny/sft", **settings), stock("tiny/sft")
     tokenizer, judge = script.load_tokenizer(args), script.load_model("tiny/sft", args, CPU, frozen=True)
     label_ids = script.label_tokens(tokenizer, args)
-    assert tuple(tokenizer.batch_decode(label_ids)) == labels and (min(map(len, label_ids)) > 1) == (
-        labels[0] != "A"
-    )
+    assert tuple(tokenizer.batch_decode(label_ids)) == labels
+    assert (min(map(len, label_ids)) > 1) == (labels[0] != "A")
     questions = [asked("Which?"), [*asked("1 + 1?"), *said("2"), *asked("Is 2 better, or 3?")]]
     found = script.label_logprobs(judge, tokenizer, label_ids, questions, args)
     for question, line in zip(questions, found.tolist(), strict=True):
@@ -146,12 +133,8 @@ def test_judge_that_knows_better_is_followed_in_both_orders(make_rows, monkeypat
         gap = len(chosen["content"]) - len(rejected["content"])
         assert gap >= 0 and row["probability"] == pytest.approx(1 / (1 + np.exp(-0.05 * gap)))
         assert row["margin"] == pytest.approx(2 * row["probability"] - 1)
-        assert row["position_bias"] == pytest.approx(0, abs=1e-9) and (
-            row["margin"] == 0 or not row["same_place"]
-        )
-
-
-# What models are asked --------------------------------------------------------------------------------------
+        assert row["position_bias"] == pytest.approx(0, abs=1e-9)
+        assert row["margin"] == 0 or not row["same_place"]
 
 
 def test_every_round_asks_about_the_newest_answer_by_another_principle(make_rows, monkeypatch):
@@ -169,23 +152,19 @@ def test_every_round_asks_about_the_newest_answer_by_another_principle(make_rows
         whose, first, second = f"of (0, {row['index']})", *row["principles"]
         assert {first, second} <= {*rules} and first != second
         answers = [said(f"{number} {whose}") for number in range(5)]
-        check, rewrite = (
-            (script.CRITIQUE_REQUEST.format(principle=p) for p in (first, second)),
-            script.REVISION_REQUEST,
-        )
-        first_check, second_check = map(asked, check)
+        check = lambda principle: asked(script.CRITIQUE_REQUEST.format(principle=principle))
+        rewrite = asked(script.REVISION_REQUEST)
+        checked = row["prompt"] + answers[0] + check(first), row["prompt"] + answers[2] + check(second)
         assert own == [
             (0, row["prompt"]),
-            (1, row["prompt"] + answers[0] + first_check),
-            (2, row["prompt"] + answers[0] + first_check + answers[1] + asked(rewrite)),
-            (3, row["prompt"] + answers[2] + second_check),
-            (4, row["prompt"] + answers[2] + second_check + answers[3] + asked(rewrite)),
+            (1, checked[0]),
+            (2, checked[0] + answers[1] + rewrite),
+            (3, checked[1]),
+            (4, checked[1] + answers[3] + rewrite),
         ]
         assert row["completion"] == answers[4] and row["first_answer"] == f"0 {whose}"
-        assert row["critiques"] == [f"1 {whose}", f"3 {whose}"] and row["revisions"] == [
-            f"2 {whose}",
-            f"4 {whose}",
-        ]
+        assert row["critiques"] == [f"1 {whose}", f"3 {whose}"]
+        assert row["revisions"] == [f"2 {whose}", f"4 {whose}"]
 
 
 def test_prompts_of_any_kind_are_conversations_and_reach_the_judge_as_text():
@@ -195,9 +174,6 @@ def test_prompts_of_any_kind_are_conversations_and_reach_the_judge_as_text():
     turns = [{"role": "system", "content": "S"}, *asked("{first}?")]
     text = script.judge_request(turns, "{second}", "no", "Be {kind}.")  # braces of the data are only text
     assert text.startswith("System: S\n\nUser: {first}?\n\nA: {second}\n\nB: no\n\n") and "Be {kind}." in text
-
-
-# Rows -------------------------------------------------------------------------------------------------------
 
 
 def stop_in_second_step(monkeypatch):
@@ -235,9 +211,8 @@ def test_continued_run_makes_the_rows_of_one_that_never_stopped(stage, whole, ma
 @every_stage
 def test_rows_depend_on_no_batch_and_no_memory_flag(stage, whole, make_rows):
     rows = whole(stage)[1]
-    other = make_rows(
-        **STAGES[stage], batch_size=3, max_tokens_per_rollout=200, max_tokens_per_micro_batch=100
-    )[1]
+    flags = {"batch_size": 3, "max_tokens_per_rollout": 200, "max_tokens_per_micro_batch": 100}
+    other = make_rows(**STAGES[stage], **flags)[1]
     drop = ("probability", "margin", "first_shown", "position_bias", "label_mass", "same_place")
     exact = [[{k: v for k, v in row.items() if k not in drop} for row in some] for some in (rows, other)]
     assert exact[0] == exact[1]
@@ -253,13 +228,7 @@ def both_stages(flags):
 
 
 def test_two_processes_are_one(whole, make_rows, tmp_path):
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
-    group["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # what torchrun sets: the store is there already
-    processes = [fork(both_stages, SHORT, cwd=tmp_path, RANK=rank, LOCAL_RANK=rank, **group) for rank in "01"]
-    for process in processes:
-        process.join(300)
-    assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "output").read_text()
+    two_processes(both_stages, SHORT, cwd=tmp_path)
     names = "completion critiques chosen rejected principles principle violations rewards".split()
     for stage in STAGES:
         runs = whole(stage)[1], read_lines(tmp_path / stage / "rows.jsonl")
@@ -283,9 +252,8 @@ def test_rows_have_their_provenance_and_sft_dpo_and_reward_model_read_them(whole
     assert metric_differences(ROOT / "constitutional_ai.py", names) == []
     tokenizer = tiny_tokenizer()
     args = sft.Args()
-    [*texts] = [
-        sft.encode(tokenizer, row, args) for row in sft.load_rows(str(revised / "sft.jsonl"), "train", args)
-    ]
+    learnt = sft.load_rows(str(revised / "sft.jsonl"), "train", args)
+    texts = [sft.encode(tokenizer, row, args) for row in learnt]
     decoded = [tokenizer.decode(s.input_ids[s.trained]) for [s] in texts]
     assert decoded == [row["completion"][0]["content"] + "<|im_end|>" for row in rows if row["ended"]]
     learnt = read_lines(judged / "preference.jsonl")

@@ -1,8 +1,4 @@
-"""dapo.py: its loss, the punishment of long completions, dynamic sampling, short runs.
-
-Values are worked by hand from the paper. Advantages, token weights, sampling and what else is the same
-text in grpo.py are tested with grpo.py.
-"""
+"""dapo.py: punishment of length, dynamic sampling, short runs; what is grpo.py's text is tested there."""
 
 import json
 import math
@@ -11,36 +7,13 @@ import random
 import pytest
 import torch
 from conftest import ROOT
-from helpers import END, assert_continues, calls_of, error_of, float64, trainer
+from helpers import assert_continues, calls_of, trainer, written
 from safetensors.torch import load_file
-from test_grpo import loss_and_slope
+from samples import float64
 
 import dapo
 
 pytestmark = pytest.mark.usefixtures("process_group")
-
-
-# Loss and punishment ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "ratio, advantage, loss, slope",
-    [
-        (0.5, 2, -1.0, -1.0),
-        (0.79, -2, 1.6, 0.0),
-        (0.81, -2, 1.62, 1.62),
-        (1.0, 2, -2.0, -2.0),
-        (1.0, -2, 2.0, 2.0),
-        # higher than PPO's 1.2, and not above 1.28
-        (1.27, 2, -2.54, -2.54),
-        (1.29, 2, -2.56, 0.0),
-        (1.5, -2, 3.0, 3.0),
-    ],
-)
-def test_clip_is_higher_above_than_below(ratio, advantage, loss, slope):
-    args = dapo.Args()  # the paper's 0.2 and 0.28
-    loss_of = lambda rho, _: dapo.dapo_loss(rho, float64(advantage), args.epsilon, args.epsilon_high)
-    assert loss_and_slope(loss_of, ratio) == pytest.approx((loss, slope))
 
 
 def test_punishment_of_length_by_hand():
@@ -55,17 +28,9 @@ def test_punishment_of_length_by_hand():
 
 def test_groups_with_a_signal_are_those_with_two_different_rewards():
     nan = math.nan
-    groups = {
-        (0, 1, 0, 0): True,
-        (1, 1, 1, 1): False,
-        # whose mean is not 0.1
-        (0.1, 0.1, 0.1, 0.1): False,
-        # what has no reward neither is nor makes a difference
-        (nan, nan, nan, nan): False,
-        (nan, 1, 1, 1): False,
-        (nan, 1, 0, 1): True,
-        (-5, nan, nan, -6): True,
-    }
+    groups = {(0, 1, 0, 0): True, (1, 1, 1, 1): False, (0.1,) * 4: False}  # of these the mean is not 0.1
+    # what has no reward neither is nor makes a difference
+    groups |= {(nan,) * 4: False, (nan, 1, 1, 1): False, (nan, 1, 0, 1): True, (-5, nan, nan, -6): True}
     assert dict(zip(groups, dapo.with_signal(float64(*groups)).tolist(), strict=True)) == groups
 
 
@@ -74,9 +39,6 @@ def test_groups_without_a_signal_are_those_that_have_no_advantage():
     rewards[torch.rand(rewards.shape, generator=torch.Generator().manual_seed(1)) < 0.2] = math.nan
     nonzero = dapo.group_advantages(rewards).abs().amax(1) > 0
     assert torch.equal(nonzero, dapo.with_signal(rewards)) and 0 < nonzero.sum() < 200
-
-
-# Dynamic sampling -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -88,25 +50,21 @@ def train(tmp_path, one_cpu):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """scripted(groups): rewards of the groups in the order in which they are sampled, None for no reward.
+    """scripted(groups, ...): rewards of groups in the order of sampling, None for no reward; see `written`.
 
-    Returns how many prompts each round asks for, and the rewards of the groups that each step trains on, in
-    lists that the run fills. `lengths` are those of a group's completions; those in `cut` do not end.
+    It gives two lists that the run fills: the prompts of each round, and the rewards that each step takes.
     """
 
     def script(groups, lengths=(1, 2, 3, 4), cut=()):
         asked, trained, group_advantages = [], [], dapo.group_advantages
 
         def roll_out(policy, tokenizer, prompts, group_size, *_):
-            first, found = sum(asked), []
-            for n, prompt in enumerate(prompts, first):
-                for i, reward in enumerate(groups[n % len(groups)]):
-                    ids = [*range(10, 9 + lengths[i]), 9 if i in cut else END]
-                    logprobs = torch.full((len(ids),), -1.0)
-                    text = str(math.nan if reward is None else reward)
-                    found.append(dapo.Completion(prompt, ids, logprobs, text, i not in cut))
+            numbers = range(sum(asked), sum(asked) + len(prompts))
             asked.append(len(prompts))
-            return found
+            rewards = [reward for n in numbers for reward in groups[n % len(groups)]]
+            answers = written(dapo, prompts, group_size, lengths[:group_size] * len(prompts), cut)
+            texts = [str(math.nan if reward is None else reward) for reward in rewards]
+            return [x._replace(text=text) for x, text in zip(answers, texts, strict=True)]
 
         def score(rewarders, rollout, *_):
             scores = [[float(completion.text) for completion in rollout]] * len(rewarders)
@@ -194,12 +152,6 @@ def test_groups_without_rewards_are_dropped(train, scripted):
     assert asked == [3, 6] and trained == [[[0, 1], [0, 2], [0, 3]]]
 
 
-def test_rewards_of_none_end_the_run_after_the_first_rollout(train, capsys, monkeypatch):
-    rollouts = calls_of(monkeypatch, dapo, "roll_out")
-    line = error_of(lambda: train(reward="nothing", max_completion_length=4), capsys)
-    assert "nothing: None for every completion of the first rollout" in line and len(rollouts) == 1
-
-
 def test_what_is_carried_over_has_the_policy_that_sampled_it_as_its_old_one(train, monkeypatch):
     calls = calls_of(monkeypatch, dapo, "dapo_loss")
     monkeypatch.setattr(dapo, "with_signal", lambda rewards: torch.full((len(rewards),), len(rewards) != 4))
@@ -208,9 +160,6 @@ def test_what_is_carried_over_has_the_policy_that_sampled_it_as_its_old_one(trai
     first, second = (ratio for (ratio, *_), _ in calls)  # a row a step; half of the second is carried over
     assert (first == 1).all() and (second - 1).abs().max() > 0.01
     assert len(second) / 4 < (second == 1).sum() < len(second) * 3 / 4
-
-
-# Loss of a step ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("masked", [False, True])

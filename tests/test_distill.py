@@ -1,9 +1,4 @@
-"""distill.py: its divergences, heads in chunks, sampled losses, cache, teacher's answers, short runs.
-
-Divergences are held against sums written out over the vocabulary in float64, gradients against the papers'
-formulas, finite differences and autograd over whole logits, sampled losses against every sequence that a
-small vocabulary has (see test_grpo.py).
-"""
+"""distill.py against float64 sums over the vocabulary, enumeration, and whole logits of the stock models."""
 
 import math
 from functools import partial
@@ -12,29 +7,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import read_lines, write_rows
-from helpers import (
-    assert_same_metrics,
-    calls_of,
-    float64,
-    gradient_norm,
-    models_of,
-    said,
-    stock,
-    tiny_rows,
-    tiny_tokenizer,
-    trainer,
-)
+from helpers import assert_same_metrics, calls_of, models_of, trainer
+from samples import float64, gradient_norm, said, stock, tiny_rows, tiny_tokenizer
 from test_common import HEADS, Head, assert_equal, assert_equal_gradients, build, gradients, make_sequences
 from test_grpo import Table, distance
 
 import distill
 from common import collate, completion_states, head_logits, head_settings
 
-KINDS = {
-    "forward_kl": distill.forward_kl,
-    "reverse_kl": distill.reverse_kl,
-    "jsd": partial(distill.jsd, beta=0.3),
-}
+KINDS = {"forward_kl": distill.forward_kl, "reverse_kl": distill.reverse_kl}
+KINDS |= {"jsd": partial(distill.jsd, beta=0.3)}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+both_ends = pytest.mark.parametrize("end", [None, 2], ids=["equal-lengths", "an-end"])
 
 
 def random_logits(*shape, seed=0, size=2.0):
@@ -54,22 +38,7 @@ def written_out(kind, student, teacher, beta=0.3):
     return float64(*rows)
 
 
-# Divergences ------------------------------------------------------------------------------------------------
-
-
-def test_divergences_by_hand():
-    # p_S = (1/4, 3/4), p_T = (1/2, 1/2), m = (3/8, 5/8) at beta 1/2
-    student, teacher = float64([1 / 4, 3 / 4]).log(), float64([1 / 2, 1 / 2]).log()
-    log = math.log
-    assert distill.forward_kl(student, teacher).item() == pytest.approx(log(4 / 3) / 2)
-    assert distill.reverse_kl(student, teacher).item() == pytest.approx(log(1 / 2) / 4 + 3 * log(3 / 2) / 4)
-    of_teacher = log((1 / 2) / (3 / 8)) / 2 + log((1 / 2) / (5 / 8)) / 2
-    of_student = log((1 / 4) / (3 / 8)) / 4 + 3 * log((3 / 4) / (5 / 8)) / 4
-    found = distill.jsd(student, teacher, beta=0.5).item()
-    assert found == pytest.approx((of_teacher + of_student) / 2)
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_divergences_are_the_sums_over_the_vocabulary(kind):
     student, teacher = (random_logits(6, 9, seed=seed).log_softmax(-1) for seed in (1, 2))
     found = KINDS[kind](student, teacher)
@@ -88,7 +57,7 @@ def test_jsd_vanishes_at_its_end_points_like_the_two_kls():
     assert torch.allclose(to_reverse, distill.reverse_kl(student, teacher), rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_tokens_that_both_rule_out_count_nothing(kind):
     logits, teacher = random_logits(3, 5, seed=1), random_logits(3, 5, seed=2)
     without = KINDS[kind](logits.log_softmax(-1), teacher.log_softmax(-1))
@@ -100,16 +69,13 @@ def test_tokens_that_both_rule_out_count_nothing(kind):
     assert torch.isfinite(gradient).all()
 
 
-# The rest as one bucket -------------------------------------------------------------------------------------
-
-
 def test_bucket_by_hand():
     logprobs = float64([0.1, 0.4, 0.2, 0.3]).log()
     found = distill.bucketed(logprobs, torch.tensor([[1, 3]]))
     assert torch.allclose(found.exp(), float64([0.4, 0.3, 0.3]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_divergence_over_buckets_is_never_negative_and_grows_to_the_whole(kind):
     student, teacher = (random_logits(8, 12, seed=seed).log_softmax(-1) for seed in (3, 4))
     whole, values = KINDS[kind](student, teacher), []
@@ -120,9 +86,6 @@ def test_divergence_over_buckets_is_never_negative_and_grows_to_the_whole(kind):
     assert values.min() >= 0 and values[0].min() > 1e-6
     assert (values.diff(dim=0) > -1e-12).all()
     assert torch.allclose(values[-1], whole, atol=1e-14) and (values[5] < whole).all()
-
-
-# Both heads in chunks ---------------------------------------------------------------------------------------
 
 
 def plain_terms(logits, teacher_logits, targets, divergence, temperature):
@@ -155,11 +118,9 @@ def settings_of(divergence=distill.forward_kl, temperature=1.0, **changes):
     return {"divergence": divergence, "temperature": temperature, "vocab_size": 61} | changes
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 @pytest.mark.parametrize("config, scale, softcap, bias, temperature", HEADS)
-def test_chunked_heads_and_their_gradient_equal_float64_autograd(
-    config, scale, softcap, bias, temperature, kind
-):
+def test_chunked_heads_equal_float64_autograd(config, scale, softcap, bias, temperature, kind):
     batch = collate(make_sequences())
     size = batch.input_ids.shape[1]
     student, teacher = Head(size, bias, size=0.5, **config), Head(size, not bias, size=0.5)
@@ -205,9 +166,6 @@ def test_whole_logits_never_exist(monkeypatch):
     assert max(sizes) == 4 and len(sizes) == 2 * once  # each chunk of both again in the backward pass
 
 
-# Sampled losses ---------------------------------------------------------------------------------------------
-
-
 def sampled_gradient(student, teacher, discount):
     """Mean over all answers that the student may write of the gradient of sum_t -A_t log p_S."""
     ids = list(range(len(student.sequences)))
@@ -219,27 +177,22 @@ def sampled_gradient(student, teacher, discount):
     return student.gradient((chances * -advantages * logps).sum())
 
 
-@pytest.mark.parametrize("end", [None, 2], ids=["equal-lengths", "an-end"])
-def test_policy_gradient_at_discount_0_is_that_of_every_tokens_reverse_kl(end):
-    # What comes before a token is held fixed: the chance of a prefix is not differentiated.
+@both_ends
+def test_policy_gradient_is_of_each_tokens_reverse_kl_at_discount_0_and_of_whole_answers_at_1(end):
     student, teacher = Table(1, end), Table(2, end)
+    # At 0 what comes before a token is held fixed: the chance of a prefix is not differentiated.
     prefixes = torch.zeros(13, dtype=torch.float64)  # how likely the student is to come to each row
     for chance, rows in zip(student.probabilities().detach().tolist(), student.rows, strict=True):
         for row in rows:
             prefixes[row] += chance
     logprobs = student.logits.log_softmax(-1)
     log_ratio = logprobs - teacher.logits.detach().log_softmax(-1)
-    wanted = student.gradient((prefixes * (logprobs.exp() * log_ratio).sum(-1)).sum())
-    assert distance(sampled_gradient(student, teacher, 0.0), wanted) < 1e-9
-
-
-@pytest.mark.parametrize("end", [None, 2], ids=["equal-lengths", "an-end"])
-def test_policy_gradient_at_discount_1_is_that_of_the_reverse_kl_of_whole_answers(end):
-    student, teacher = Table(1, end), Table(2, end)
+    of_tokens = student.gradient((prefixes * (logprobs.exp() * log_ratio).sum(-1)).sum())
     log_ratio = student.probabilities().log() - teacher.probabilities().log().detach()
-    wanted = student.gradient((student.probabilities() * log_ratio).sum())
-    assert distance(sampled_gradient(student, teacher, 1.0), wanted) < 1e-9
-    assert distance(sampled_gradient(student, teacher, 0.0), wanted) > 0.01
+    of_answers = student.gradient((student.probabilities() * log_ratio).sum())
+    assert distance(sampled_gradient(student, teacher, 0.0), of_tokens) < 1e-9
+    assert distance(sampled_gradient(student, teacher, 1.0), of_answers) < 1e-9
+    assert distance(of_tokens, of_answers) > 0.01
 
 
 def test_advantages_by_hand():
@@ -249,9 +202,6 @@ def test_advantages_by_hand():
     assert found.tolist() == [-1 + 0.5 * (1 + 0.5 * 2), 1 + 0.5 * 2, 2, -0.5]
     found = distill.reverse_kl_advantages(logps, teacher_logps, index, 0.0)
     assert found.tolist() == [-1, 1, 2, -0.5]
-
-
-# Short runs -------------------------------------------------------------------------------------------------
 
 
 def answered_rows(name="sft_train", count=48):
@@ -342,10 +292,8 @@ def test_epochs_are_passes_over_what_a_mode_goes_through(train):
     assert args.max_steps == 0 and args.num_epochs * 4096 / args.batch_size == 400  # tiny's sequences
 
 
-# bfloat16 under FSDP2, a group of one process ---------------------------------------------------------------
-
-
 def test_cached_teacher_is_not_rounded_on_its_way_through_fsdp(train, monkeypatch):
+    # bfloat16 under FSDP2, a group of one process
     calls = calls_of(monkeypatch, distill, "forward_kl")
     monkeypatch.setitem(distill.DIVERGENCES, "forward_kl", distill.forward_kl)
     flags = {"dtype": "bfloat16", "max_steps": 1}
@@ -355,21 +303,15 @@ def test_cached_teacher_is_not_rounded_on_its_way_through_fsdp(train, monkeypatc
     assert_same_metrics(cached, live, rel=2e-3, abs_=2e-3, without=["packing/fill"])
 
 
-# The cache --------------------------------------------------------------------------------------------------
-
-
 def test_cache_of_all_tokens_equals_the_live_teacher(train, capsys):
     flags = {"kd_temperature": 1.5, "ce_coef": 0.3, "divergence": "jsd"}
     _, live = train(**flags)
     start_line = train.start
     _, cached = train(**flags, cache_top_k=768)
     assert "6,152 bytes a token" in capsys.readouterr().out
-    # The cache adds up the vocabulary in another order, the likeliest first. The gradient's norm, of a sum in
-    # which much cancels out, shows more of that rounding than the loss does.
-    lines = [start_line, *live]
-    assert_same_metrics(
-        [train.start, *cached], lines, rel=1e-6, abs_=1e-6, without=["grad_norm", "packing/fill"]
-    )
+    # The cache adds up the vocabulary in another order, which shows most in the gradient's norm.
+    lines, without = [start_line, *live], ["grad_norm", "packing/fill"]
+    assert_same_metrics([train.start, *cached], lines, rel=1e-6, abs_=1e-6, without=without)
     norms = [[line["grad_norm"] for line in lines] for lines in (cached, live)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
@@ -392,9 +334,6 @@ def test_cache_is_written_once_and_found_by_what_it_depends_on(train, monkeypatc
     for count, changes in enumerate(depends, 2):
         train(**(flags | changes))
         assert len(list((tmp_path / "cache").iterdir())) == count, changes
-
-
-# The student's own answers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -445,8 +384,6 @@ def test_sampled_token_that_pads_the_table_is_not_trained():
         assert found.input_ids.tolist() == [5, 6, 7, 800, 8] and found.trained.tolist() == wanted
 
 
-# The teacher's answers --------------------------------------------------------------------------------------
-
 SEQ_KD = {"mode": "seq_kd", "max_completion_length": 40, "max_steps": 1, "eval_dataset": None}
 
 
@@ -482,9 +419,10 @@ def test_loss_of_seq_kd_is_the_likelihood_of_the_answers(train):
     assert line["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "flags, stays", [({}, True), ({"cache_top_k": 4}, False), ({"mode": "seq_kd"}, False)], ids=str
-)
+STAYS = [({}, True), ({"cache_top_k": 4}, False), ({"mode": "seq_kd"}, False)]
+
+
+@pytest.mark.parametrize("flags, stays", STAYS, ids=str)
 def test_teacher_leaves_the_memory_unless_steps_ask_it(train, monkeypatch, flags, stays):
     loaded, alive, lr_factor = models_of(monkeypatch, distill), [], distill.lr_factor
 

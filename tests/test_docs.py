@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import tyro
+from conftest import DATA, read_lines
 from sync_copies import ROOT, scripts
 from sync_docs import between, documented_metrics, flag_table, metric_differences, outdated, page_of, table
 
@@ -262,28 +263,11 @@ def test_documented_metrics_are_compared_with_the_logged_ones(project):
     assert metric_differences(a, logged | {"kl"}) == ["kl is not documented"]
 
 
-ADDED = {  # text -> whether it is right
-    "```bash\n$ OMP_NUM_THREADS=2 python a.py --rate 0.5 \\\n  --num-steps 3 --verbose  # 1 m\n```": True,
-    "```bash\npython -m pytest && torchrun a.py --rate 2 > log\n```\n```text\npython a.py --bad\n```": True,
-    "```bash\npython a.py --rate fast\n```": False,
-    "```bash\npython c.py\n```": False,
-    "```bash\npython a.py\n    --rate 0.5\n```": False,
-    '[a](a.py) [b](<docs/a.md#logged-metrics> "t") [c](#second-part) `[b](none.md)`': True,
-    "[a](none.md)": False,
-    "[a](docs/a.md#metrics)": False,
-    '<img src="docs/none.png">': False,
-    "GSM8K has 62 problems, `<!-- results:begin s -->` is shown": True,
-    "62.4 ± 0.8": False,
-    "62 <!-- result: r.json#acc -->": False,
-    "<!-- results:begin s -->\n<!-- results:end -->": False,
-}
-
-
-@pytest.mark.parametrize(("text", "right"), ADDED.items())
-def test_command_link_or_number_that_does_not_hold_is_found(project, text, right):
+@pytest.mark.parametrize("case", read_lines(DATA / "documents.jsonl"), ids=lambda case: case["text"])
+def test_command_link_or_number_that_does_not_hold_is_found(project, case):
     readme = project / "README.md"
-    readme.write_text(f"{readme.read_text()}\n{text}\n")
-    assert (not problems_of(readme, project)) == right
+    readme.write_text(f"{readme.read_text()}\n{case['text']}\n")
+    assert (not problems_of(readme, project)) == case["right"]
 
 
 EDITS = [("README", "`b.py`", "`c.py`"), ("README", "`b.py`", "`a.py`"), ("README", "| runs |", "| works |")]

@@ -1,8 +1,4 @@
-"""dpo.py: its losses, packed pairs, preference data, the reference, and short runs.
-
-Losses are held against numbers worked by hand from the papers, log-probs against a loop over log_softmax of
-the stock model on one sequence at a time; only a setting that changes nothing is held against its absence.
-"""
+"""dpo.py against numbers worked by hand from the papers and a loop over log_softmax of the stock model."""
 
 import functools
 import itertools
@@ -15,20 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA, ROOT, read_lines, write_rows
-from helpers import (
-    CPU,
-    asked,
-    assert_continues,
-    assert_same_metrics,
-    calls_of,
-    error_of,
-    models_of,
-    said,
-    stock,
-    tiny_rows,
-    tiny_tokenizer,
-    trainer,
-)
+from helpers import assert_continues, assert_same_metrics, calls_of, error_of, models_of, trainer
+from samples import CPU, asked, float64, said, stock, tiny_rows, tiny_tokenizer
 from test_common import assert_equal_gradients, build
 from torch.distributed.fsdp import FSDPModule
 
@@ -40,29 +24,21 @@ cached = functools.cache(stock)  # for tests that leave the model as it is
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
-# Losses -----------------------------------------------------------------------------------------------------
 # data/dpo_losses.jsonl: beta 0.1; the log-ratios of chosen and rejected are (0, 0), (2, -3), (-4, -1), so the
 # margins 0, 0.5, -0.3; of TDPO the KLs are 1 (chosen) and 3 (rejected).
 BY_HAND = read_lines(DATA / "dpo_losses.jsonl")
-every_loss = pytest.mark.parametrize(
-    "case", BY_HAND, ids=lambda case: " ".join(map(str, [case["loss"], *case["settings"].values()]))
-)
+named = lambda case: " ".join(map(str, [case["loss"], *case["settings"].values()]))
+every_loss = pytest.mark.parametrize("case", BY_HAND, ids=named)
 
 
-def kls_of(name, chosen=1.0, rejected=3.0, size=1):
-    kls = {"chosen_kls": chosen, "rejected_kls": rejected}
-    full = {key: torch.full((size,), value, dtype=torch.float64) for key, value in kls.items()}
-    return full if name == "tdpo2" else {}
+def kls_of(name, size=1):
+    kls = {"chosen_kls": [1.0] * size, "rejected_kls": [3.0] * size}
+    return {key: float64(*values) for key, values in kls.items()} if name == "tdpo2" else {}
 
 
-def ratios_of(points):
-    """Log-ratios (chosen, rejected), (B,) each."""
-    return torch.tensor(points, dtype=torch.float64).T.clone()
-
-
-def loss_of(name, points, **settings):
-    kls = kls_of(name, size=len(points))
-    return dpo.LOSSES[name](*ratios_of(points), beta=settings.pop("beta", 0.1), **kls, **settings)
+def loss_of(name, points, beta=0.1, **settings):
+    """At log-ratios (chosen, rejected), (B,)."""
+    return dpo.LOSSES[name](*float64(*points).T, beta=beta, **kls_of(name, len(points)), **settings)
 
 
 @every_loss
@@ -73,7 +49,7 @@ def test_losses_by_hand_at_the_reference_and_beside_it(case):
 
 def test_tdpo2_has_gradient_into_the_kl_of_the_rejected_answer_only():
     kls = {key: value.requires_grad_() for key, value in kls_of("tdpo2").items()}
-    loss = dpo.tdpo2_loss(*ratios_of([(2, -3)]), beta=0.1, tdpo_alpha=0.5, **kls).sum()
+    loss = dpo.tdpo2_loss(*float64((2, -3)).T, beta=0.1, tdpo_alpha=0.5, **kls).sum()
     chosen, rejected = torch.autograd.grad(loss, list(kls.values()), allow_unused=True)
     # -log sigma(x): slope -sigma(-x) with x = 0.4 here, times beta, times alpha
     assert chosen is None and rejected.item() == pytest.approx(0.5 * 0.1 / (1 + math.exp(0.4)))
@@ -84,10 +60,16 @@ POINTS = [(0, 0), (2, -3), (-4, -1), (7.5, 7), (-0.5, 12), (-30, -55)]
 SWAPPED = [(r, c) for c, r in POINTS]
 
 
-def test_robust_loss_of_labels_that_flip_is_dpo_of_the_right_ones_on_average():
+def test_swapped_labels():
+    """DPO plus the margin; robust: DPO of the right labels on average; EXO: the smoothing turned round."""
+    margins = float64(*(0.1 * (c - r) for c, r in POINTS))
+    assert torch.allclose(loss_of("sigmoid", SWAPPED), loss_of("sigmoid", POINTS) + margins)
     for e in (0.05, 0.2, 0.45):
         right, flipped = (loss_of("robust", points, label_smoothing=e) for points in (POINTS, SWAPPED))
         assert torch.allclose((1 - e) * right + e * flipped, loss_of("sigmoid", POINTS), atol=1e-9)
+    swapped = loss_of("exo", SWAPPED, label_smoothing=0.2)
+    assert torch.allclose(swapped, loss_of("exo", POINTS, label_smoothing=0.8))
+    assert (swapped >= 0).all()  # a KL divergence
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm", "step_dpo"])
@@ -99,19 +81,6 @@ def test_cdpo_is_the_mixture_of_dpo_of_both_labels(name):
         assert torch.allclose(loss_of(name, POINTS, label_smoothing=e), mixture, atol=1e-9)
 
 
-def test_swapping_the_labels_adds_the_margin_to_dpo():
-    margins = torch.tensor([0.1 * (c - r) for c, r in POINTS], dtype=torch.float64)
-    assert torch.allclose(loss_of("sigmoid", SWAPPED), loss_of("sigmoid", POINTS) + margins)
-
-
-def test_exo_of_swapped_labels_is_exo_with_the_smoothing_turned_round():
-    swapped = loss_of("exo", SWAPPED, label_smoothing=0.2)
-    assert torch.allclose(swapped, loss_of("exo", POINTS, label_smoothing=0.8))
-    assert (swapped >= 0).all()  # a KL divergence
-    zero = [(math.log(4) / 0.1, 0)]  # where sigma(m) = 0.8 are the smoothed labels themselves
-    assert loss_of("exo", zero, label_smoothing=0.2).item() == pytest.approx(0, abs=1e-12)
-
-
 @every_loss
 def test_losses_of_the_margin_alone_ignore_a_shift_of_both_and_the_others_do_not(case):
     shifted = loss_of(case["loss"], [(c + 40, r + 40) for c, r in POINTS], **case["settings"])
@@ -120,17 +89,16 @@ def test_losses_of_the_margin_alone_ignore_a_shift_of_both_and_the_others_do_not
     assert same == (case["loss"] in margin_alone)
 
 
-def test_sppo_is_0_at_its_targets_for_any_beta():
+def test_sppo_and_exo_are_0_at_their_targets():
     for beta in (0.01, 0.1, 2.0):
         assert loss_of("sppo", [(0.5 / beta, -0.5 / beta)], beta=beta).item() == pytest.approx(0, abs=1e-20)
+    target = [(math.log(4) / 0.1, 0)]  # where sigma(m) = 0.8 are the smoothed labels themselves
+    assert loss_of("exo", target, label_smoothing=0.2).item() == pytest.approx(0, abs=1e-12)
 
 
 def test_preferred_counts_ties_half():
     margins = torch.tensor([3.0, 0.001, 0.0, 1e-5, -1e-5, -0.001, -3.0])
     assert dpo.preferred(margins).tolist() == [1, 1, 0.5, 0.5, 0.5, 0, 0]
-
-
-# Models and pairs -------------------------------------------------------------------------------------------
 
 
 def alone(model, sequence):
@@ -212,8 +180,6 @@ def test_only_what_both_prompts_begin_with_and_neither_answer_trains_is_shared()
     assert shared([5, 6, 7], [5, 6, 7], [9, 8], [9, 7]) == 3
 
 
-# Data -------------------------------------------------------------------------------------------------------
-
 ASK = asked("What is 1 and 2?")
 HH = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: What is 1 and 2?\n\nAssistant:"
 
@@ -280,20 +246,17 @@ def test_steps_before_those_of_math_step_dpo_are_read_and_not_trained(tmp_path):
 
 def test_rows_that_are_no_pairs_cost_the_row_not_the_run_and_are_counted_by_reason(tmp_path, capsys):
     row = lambda chosen, rejected, **more: {"prompt": ASK, "chosen": chosen, "rejected": rejected, **more}
-    reasons = {
-        3: (row("It is 3.", "It is 3."), "chosen and rejected are the same"),
-        4: (row("5", "6", score_chosen=7.0, score_rejected=7.0), "a tie: score_chosen equals"),
-        5: (row("3", "4 " * 60), "longer than --max-length"),
-        6: (row("", "3"), "an assistant turn is empty"),
-        7: ({"chosen": f"{HH} 3", "rejected": HH}, "an assistant turn is empty"),
-    }
+    bad = [row("It is 3.", "It is 3."), row("5", "6", score_chosen=7.0, score_rejected=7.0)]
+    bad += [row("3", "4 " * 60), row("", "3"), {"chosen": f"{HH} 3", "rejected": HH}]
+    reasons = ["chosen and rejected are the same", "a tie: score_chosen equals"]
+    reasons += ["longer than --max-length", "an assistant turn is empty"]  # the last one of two
     # A repeated pair counts once; one the other way round is another.
-    rows = [row("3", "4 5 6 7 8")] * 2 + [bad for bad, _ in reasons.values()] + [row("4 5 6 7 8", "3")]
+    rows = [row("3", "4 5 6 7 8")] * 2 + bad + [row("4 5 6 7 8", "3")]
     rows += [row(str(n), "9") for n in range(4)]
     pairs = pairs_of(tmp_path, rows, max_length=60)
     out = capsys.readouterr().out
-    for n, (_, reason) in reasons.items():
-        assert re.search(rf"\d rows dropped, first row {min(n, 6)}: {reason}", out)
+    for n, reason in enumerate(reasons, 3):
+        assert re.search(rf"{1 + (n == 6)} rows dropped, first row {n}: {reason}", out)
     assert len(pairs) == 6 and "6 different pairs" in out and "chosen ones longer in 17%" in out
     assert [spans(answer) for answer in pairs[1]] == [["4 5 6 7 8<|im_end|>"], ["3<|im_end|>"]]
 
@@ -351,21 +314,15 @@ def test_other_reference_gives_the_rewards_of_both_models_log_probs(train, tmp_p
     alike = torch.tensor([abs(c - r) <= 0.1 * max(c, r) for c, r in counts])
     assert alike.any() and not alike.all()
     right = (margins > 0).double()
-    expected = {
-        "eval/accuracy": right.mean().item(),
-        "eval/accuracy_length_matched": right[alike].mean().item(),
-        "eval/margin": margins.mean().item(),
-        "eval/chosen_log_ratio": ratios[:, 0].mean().item(),
-    }
-    assert {key: lines[0][key] for key in expected} == pytest.approx(expected, abs=1e-3)
+    numbers = [x.mean().item() for x in (right, right[alike], margins, ratios[:, 0])]
+    names = ("accuracy", "accuracy_length_matched", "margin", "chosen_log_ratio")
+    assert [lines[0][f"eval/{name}"] for name in names] == pytest.approx(numbers, abs=1e-3)
     samples = [sample for sample in read_lines(folder / "samples.jsonl") if sample["step"] == 0]
     assert lines[0]["eval/reward"] == np.mean([sample["right"] for sample in samples])
     assert 0 < lines[0]["eval/mean_length"] < 10 and len(samples) == 8
 
 
-def test_nothing_is_said_of_pairs_of_equal_length_where_there_are_none_nor_of_samples_that_are_not_drawn(
-    train,
-):
+def test_nothing_is_said_of_pairs_of_equal_length_without_any_nor_of_samples_that_are_not_drawn(train):
     held_out = [{"prompt": ASK, "chosen": "3", "rejected": "It is 4 5 6 7 8."}]
     _, lines = train(ROWS[:4], held_out, max_steps=1)
     assert lines[0].keys() == {"step", "eval/accuracy", "eval/margin", "eval/chosen_log_ratio"}
@@ -389,19 +346,16 @@ def test_tdpo_run_takes_the_kls_of_its_answers(train, tmp_path):
     assert train(rows, **flags)[1][0]["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "flags, loads, alive",
-    [
-        ({}, 1, 1),
-        ({"dtype": "bfloat16"}, 1, 1),  # sharded by FSDP2, whose modules refer to each other
-        ({"ref_model": "tiny/base", "dtype": "bfloat16"}, 2, 1),
-        ({"ref": "live"}, 2, 2),
-    ],
-    ids=str,
-)
-def test_reference_has_left_the_memory_before_training_unless_it_is_live(
-    train, monkeypatch, flags, loads, alive
-):
+MODELS = [  # flags, models that are loaded, models that are in memory in a step
+    ({}, 1, 1),
+    ({"dtype": "bfloat16"}, 1, 1),  # sharded by FSDP2, whose modules refer to each other
+    ({"ref_model": "tiny/base", "dtype": "bfloat16"}, 2, 1),
+    ({"ref": "live"}, 2, 2),
+]
+
+
+@pytest.mark.parametrize("flags, loads, alive", MODELS, ids=str)
+def test_reference_has_left_the_memory_in_a_step_unless_it_is_live(train, monkeypatch, flags, loads, alive):
     models, counts, clip = models_of(monkeypatch, dpo), [], torch.nn.utils.clip_grad_norm_
 
     def counted(*rest):

@@ -1,8 +1,4 @@
-"""grpo.py: its advantages, losses and weights, rewards, rollouts, rows, short runs and errors.
-
-Gradients are held against those of the expected reward over every sequence of a small vocabulary, values
-against numbers worked by hand.
-"""
+"""grpo.py and its kin against the gradient by enumeration, the stock model, and numbers worked by hand."""
 
 import functools
 import itertools
@@ -14,29 +10,19 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, read_lines, write_rows
-from helpers import (
-    CPU,
-    END,
-    calls_of,
-    error_of,
-    float64,
-    gradient_norm,
-    said,
-    stock,
-    tiny_rows,
-    tiny_tokenizer,
-    trainer,
-)
+from conftest import DATA, ROOT, read_lines, write_rows
+from helpers import calls_of, error_of, trainer, written
+from samples import CPU, END, float64, gradient_norm, said, stock, tiny_rows, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import common
+import dapo
 import grpo
+import ppo_rlhf
+import rejection_sampling
+import rloo_remax as rr
 
 pytestmark = pytest.mark.usefixtures("process_group")
-
-
-# Gradients against enumeration ------------------------------------------------------------------------------
 
 
 class Table:
@@ -49,9 +35,8 @@ class Table:
         generator = torch.Generator().manual_seed(seed)
         prefixes = [p for n in range(3) for p in itertools.product(range(3), repeat=n)]
         self.logits = torch.randn(13, 3, dtype=torch.float64, generator=generator).requires_grad_()
-        full = itertools.product(range(3), repeat=3)
         cut = lambda s: s[: s.index(end) + 1] if end in s else s
-        self.sequences = sorted({cut(s) for s in full})
+        self.sequences = sorted({cut(s) for s in itertools.product(range(3), repeat=3)})
         self.rows = [[prefixes.index(s[:t]) for t in range(len(s))] for s in self.sequences]
         self.lengths = torch.tensor([len(s) for s in self.sequences])
         self.rewards = torch.randn(len(self.sequences), dtype=torch.float64, generator=generator)
@@ -138,9 +123,6 @@ def test_division_by_the_length_favours_short_sequences():
     assert distance(found, true_gradient(table)) > 0.01
 
 
-# Advantages -------------------------------------------------------------------------------------------------
-
-
 def test_group_advantages_by_hand():
     rewards = float64([1, 0, 0, 0], [3, 1, 1, 3])
     # centred (3/4, -1/4, ...), squares 3/4 over 3: std 1/2; (1, -1, -1, 1): std sqrt(4/3)
@@ -176,9 +158,6 @@ def test_completion_without_a_reward_is_left_out_and_gets_no_advantage(scale):
     assert with_gaps[1:].tolist() == [[0] * 4] * 2
 
 
-# Loss -------------------------------------------------------------------------------------------------------
-
-
 def loss_and_slope(loss_of, ratio):
     """Loss at a ratio of new to old probability, and its slope by the log-prob -1.3 of one token."""
     logprobs = float64(-1.3).requires_grad_()
@@ -186,20 +165,21 @@ def loss_and_slope(loss_of, ratio):
     return loss.item(), torch.autograd.grad(loss.sum(), logprobs)[0].item()
 
 
-def test_clip_by_hand():
-    clip = lambda advantage: lambda rho, _: grpo.grpo_loss(rho, float64(advantage), 0.2, 0.28)
-    good = {0.5: (-1, -1), 1: (-2, -2), 1.25: (-2.5, -2.5), 1.5: (-2.56, 0)}  # above 1.28 no gradient
-    bad = {0.5: (1.6, 0), 0.9: (1.8, 1.8), 1: (2, 2), 1.5: (3, 3)}  # below 0.8 none
-    for advantage, wanted in ((2, good), (-2, bad)):
-        for ratio, loss_slope in wanted.items():
-            assert loss_and_slope(clip(advantage), ratio) == pytest.approx(loss_slope)
+PAPERS = (dapo.Args.epsilon, dapo.Args.epsilon_high)
+CLIPPED = {  # losses of a token by ratio, advantage and log-prob
+    "grpo": lambda rho, advantage, _: grpo.grpo_loss(rho, advantage, 0.2, 0.28),
+    "cispo": lambda rho, advantage, logprobs: grpo.cispo_loss(rho, advantage, logprobs, 4.0),
+    "dapo": lambda rho, advantage, _: dapo.dapo_loss(rho, advantage, *PAPERS),
+    "ppo": lambda rho, advantage, _: ppo_rlhf.ppo_policy_loss(rho, advantage, 0.2, 0.28),
+    "rloo": lambda rho, advantage, logprobs: rr.reinforce_loss(logprobs, rho, advantage, clip=(0.2, 0.3)),
+}
 
 
-@pytest.mark.parametrize("ratio, weight", [(0.01, 0.01), (0.5, 0.5), (1, 1), (4.9, 4.9), (5.1, 5), (90, 5)])
-@pytest.mark.parametrize("advantage", [2, -2])
-def test_cispo_clamps_the_weight_and_keeps_every_gradient(ratio, weight, advantage):
-    loss_of = lambda rho, logprobs: grpo.cispo_loss(rho, float64(advantage), logprobs, 4.0)
-    assert loss_and_slope(loss_of, ratio) == pytest.approx((weight * advantage * 1.3, -weight * advantage))
+@pytest.mark.parametrize("case", read_lines(DATA / "clips.jsonl"), ids=lambda x: "{loss}-{ratio}".format(**x))
+def test_clip_by_hand(case):
+    """Above its clip a good token has no gradient, below its clip a bad one; CISPO keeps every gradient."""
+    loss_of = lambda rho, logprobs: CLIPPED[case["loss"]](rho, float64(case["advantage"]), logprobs)
+    assert loss_and_slope(loss_of, case["ratio"]) == pytest.approx((case["value"], case["slope"]))
 
 
 def test_sequence_ratio_is_the_geometric_mean_with_its_gradient():
@@ -231,32 +211,24 @@ def test_token_weights_by_hand():
     assert weights("seq_mean_token_sum_norm") == pytest.approx([1 / 16] * 2)
 
 
-def test_distinct_ngrams_by_hand():
+def test_distinct_ngrams_by_hand_and_of_a_bounded_number_of_tokens(monkeypatch):
     # 12 23 34, 12 25: 4 of 5; orders longer than a completion have none
-    group = [[1, 2, 3, 4], [1, 2, 5]]
+    group, read = [[1, 2, 3, 4], [1, 2, 5]], []
     assert grpo.distinct_ngrams(group) == pytest.approx(4 / 5)
     assert grpo.distinct_ngrams(group, 1) == pytest.approx(5 / 7)
     assert grpo.distinct_ngrams([[1], [2]]) == 0
-
-
-def test_distinct_ngrams_read_a_bounded_number_of_tokens(monkeypatch):
-    read = []
     monkeypatch.setattr(grpo, "distinct_ngrams", lambda group: read.append(sum(map(len, group))) or 0.5)
     rollout = [completion_of([7] * 8000)] * 512
-    assert grpo.describe_rollout(rollout, 8)["completions/distinct_2"] == 0.5
-    assert sum(read) <= 2**16
-
-
-# Rollouts ---------------------------------------------------------------------------------------------------
+    assert grpo.describe_rollout(rollout, 8)["completions/distinct_2"] == 0.5 and sum(read) <= 2**16
 
 
 def prompts_of(rows):
     return [grpo.read_prompt(tiny_tokenizer(), row, f"row {n}", grpo.Args()) for n, row in enumerate(rows, 1)]
 
 
-def completion_of(token_ids, prompt=None, text="", ended=True):
-    prompt = prompt or grpo.Prompt([5, 6], {"prompt": "?"}, "row 1")
-    return grpo.Completion(prompt, token_ids, torch.zeros(len(token_ids)), text, ended)
+def completion_of(token_ids, text=""):
+    prompt = grpo.Prompt([5, 6], {"prompt": "?"}, "row 1")
+    return grpo.Completion(prompt, token_ids, torch.zeros(len(token_ids)), text, True)
 
 
 def test_end_tokens_are_those_of_the_model_and_of_the_template(one_cpu, tmp_path):
@@ -268,51 +240,50 @@ def test_end_tokens_are_those_of_the_model_and_of_the_template(one_cpu, tmp_path
     assert grpo.end_tokens(tiny_tokenizer(), model) == sorted({END, newline})
 
 
-# Rows -------------------------------------------------------------------------------------------------------
-
-
-def batch_of(row, answers):
-    sequences = [(x + y, [0] * len(x) + [1] * len(y)) for x, y in (answers[i] for i, _ in row)]
-    shared = [n for _, n in row]
-    return common.collate(sequences, shared=shared if any(shared) else None)
-
-
 # Short runs -------------------------------------------------------------------------------------------------
+
+
+SHORT = {"batch_size": 16, "num_generations": 4, "max_completion_length": 12, "max_steps": 2}
+SHORT |= {"reward": "residue"}
 
 
 @pytest.fixture
 def train(tmp_path, one_cpu):
     """As `trainer` says: 2 steps of 4 prompts on tiny/sft."""
-    flags = {"batch_size": 16, "num_generations": 4, "max_completion_length": 12, "max_steps": 2}
-    return trainer(grpo, tmp_path, reward="residue", **flags)
+    return trainer(grpo, tmp_path, **SHORT)
 
 
-@pytest.fixture
-def ratios(monkeypatch):
-    """The ratios of every row of a run, in order."""
-    found, grpo_loss = [], grpo.grpo_loss
-    spy = lambda ratio, *rest: found.append(ratio.detach()) or grpo_loss(ratio, *rest)
-    monkeypatch.setattr(grpo, "grpo_loss", spy)
-    return found
+FIRST = [  # script, its loss and where that takes the ratio, flags
+    (grpo, ("grpo_loss", 0), {"reward": "residue tensor", "reward_weights": (2.0, 0.5)}),
+    (grpo, ("grpo_loss", 0), {"temperature": 1.5}),
+    (rr, ("reinforce_loss", 1), {"algorithm": "rloo"}),
+    (rr, ("reinforce_loss", 1), {"algorithm": "reinforce_pp"}),
+]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 1.5])
-def test_first_pass_has_ratios_of_exactly_1_no_loss_and_a_gradient(train, ratios, temperature):
-    flags = {"reward": "residue tensor", "reward_weights": (2.0, 0.5)}
-    _, lines = train(temperature=temperature, max_tokens_per_micro_batch=256, **flags)
-    assert len(ratios) >= 4 and all((ratio == 1).all() for ratio in ratios)
+@pytest.mark.parametrize("script, loss, flags", FIRST)
+def test_first_pass_has_ratios_of_exactly_1_and_a_gradient(
+    tmp_path, one_cpu, monkeypatch, script, loss, flags
+):
+    calls = calls_of(monkeypatch, script, loss[0])
+    _, lines = trainer(script, tmp_path, **SHORT | {"max_tokens_per_micro_batch": 256} | flags)()
+    assert len(calls) >= 4 and all((arguments[loss[1]] == 1).all() for arguments, _ in calls)
     for line in lines:
-        assert abs(line["loss"]) < 1e-6 and line["grad_norm"] > 0.1
+        assert line["grad_norm"] > (0.1 if script is grpo else 0.01)
+        assert abs(line["loss"]) < 1e-6 or script is not grpo
         assert line["clip_ratio/low_mean"] == line["clip_ratio/high_mean"] == 0
         assert line["sampling/logp_difference_mean"] < 1e-4
     assert lines[0]["kl"] == 0 and lines[1]["kl"] > 1e-6  # the first is the reference itself
-    assert lines[0]["reward"] == pytest.approx(2.5 * lines[0]["rewards/tensor/mean"])
+    if "reward_weights" in flags:
+        assert lines[0]["reward"] == pytest.approx(2.5 * lines[0]["rewards/tensor/mean"])
     assert lines[0]["reward_std"] > 0 and lines[0]["epoch"] == 4 / 64
 
 
 @pytest.mark.parametrize("flags", [{"num_iterations": 2}, {"num_minibatches": 2}], ids=str)
-def test_second_update_of_a_rollout_has_other_ratios(train, ratios, flags):
+def test_second_update_of_a_rollout_has_other_ratios(train, monkeypatch, flags):
+    calls = calls_of(monkeypatch, grpo, "grpo_loss")
     _, [line] = train(max_steps=1, epsilon=1e-3, learning_rate=1e-3, max_tokens_per_micro_batch=256, **flags)
+    ratios = [ratio for (ratio, *_), _ in calls]
     first, second = torch.cat(ratios[: len(ratios) // 2]), torch.cat(ratios[len(ratios) // 2 :])
     assert (first == 1).all() and (second - 1).abs().max() > 0.01  # old log-probs are those of the same rows
     assert line["clip_ratio/low_mean"] > 0 and line["clip_ratio/high_mean"] > 0
@@ -334,17 +305,14 @@ UNSCALED = (0.75, -0.25, -0.25, -0.25, 1, -1, -1, 1)
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """scripted(lengths, scores): completions of given lengths and rewards in place of sampled ones.
+    """scripted(lengths, scores): completions as `written` says, with these rewards, in place of sampled ones.
 
-    Those whose numbers are in `cut` have no end; `surprise` makes the sampler's log-probs other than the
-    policy's: by that much below it.
+    The sampler's log-probs are by `surprise` below the policy's.
     """
 
     def script(lengths, scores, cut=(), surprise=None):
         def roll_out(policy, tokenizer, prompts, group_size, *_):
-            asked = [prompt for prompt in prompts for _ in range(group_size)]
-            ids = [[*range(10, 9 + n), 9 if i in cut else END] for i, n in enumerate(lengths)]
-            found = [completion_of(x, p, ended=i not in cut) for i, (x, p) in enumerate(zip(ids, asked))]
+            found = written(grpo, prompts, group_size, lengths, cut)
             if surprise is None:
                 return found
             rows = grpo.pack_rollout(found, list(range(len(found))), grpo.Args(), CPU)
@@ -390,11 +358,8 @@ def test_completions_that_are_not_trained_on_are_in_no_normaliser(train, scripte
     scores = [*SCORES[:4], 3.0, 1.0, math.nan, math.nan] if why == "no reward" else SCORES
     scripted(LENGTHS, scores, cut=() if why == "no reward" else (6, 7))
     advantages, lengths = UNSCALED[:6], LENGTHS[:6]  # (3, 1) has the mean 2, as (3, 1, 1, 3)
-    weights = {
-        "seq_mean_token_mean": [1 / (6 * n) for n in lengths],
-        "token_mean": [1 / 19] * 6,
-        "seq_mean_token_sum_norm": [1 / (6 * 8)] * 6,
-    }[loss_agg]
+    weights = {"token_mean": [1 / 19] * 6, "seq_mean_token_sum_norm": [1 / (6 * 8)] * 6}
+    weights = weights.get(loss_agg) or [1 / (6 * n) for n in lengths]
     wanted = -sum(a * n * w for a, n, w in zip(advantages, lengths, weights, strict=True))
     line = run_of_8(train, loss_agg=loss_agg, mask_truncated=True)
     assert line["loss"] == pytest.approx(wanted, abs=1e-6) and line["grad_norm"] > 0.01
@@ -438,9 +403,6 @@ def test_run_stops_above_max_kl(train, capsys):
     assert (folder / "model").is_dir() and "is above --max-kl 1e-06" in capsys.readouterr().out
 
 
-# Rewards ----------------------------------------------------------------------------------------------------
-
-
 def test_weighted_sum_leaves_out_what_is_none():
     nan = math.nan
     scores = float64([1, nan, nan, 2], [10, 20, nan, nan])
@@ -449,9 +411,7 @@ def test_weighted_sum_leaves_out_what_is_none():
     assert grpo.weighted_sum(scores[:, :1], ()).tolist() == [11]
 
 
-def test_reward_functions_see_messages_or_text_ids_and_the_columns_of_all_datasets(
-    train, tmp_path, monkeypatch
-):
+def test_reward_functions_see_texts_ids_and_the_columns_of_all_datasets(train, tmp_path, monkeypatch):
     monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
     rows = tiny_rows("prompts_train")[:1]
     one = write_rows(tmp_path / "one.jsonl", rows)
@@ -467,7 +427,6 @@ def test_reward_functions_see_messages_or_text_ids_and_the_columns_of_all_datase
 
 
 FAILURES = {
-    "nothing": r"--reward nothing: None for every completion of the first step",
     "text": r"reward text: ValueError: not a number for each of",
     "matrix": r"reward matrix: .*rows_\w+\.jsonl, row \d",
     "raises": r"reward raises: KeyError: .no such key. \(rows_\w+\.jsonl, row 3; reward_functions.py, line",
@@ -480,6 +439,15 @@ def test_reward_that_fails_ends_the_run_with_one_line(train, capsys, name, patte
     rows = [row | {"answer": str(10 + n)} for n, row in enumerate(tiny_rows("prompts_train")[:4], 1)]
     line = error_of(lambda: train(rows, reward=name), capsys)
     assert re.search(pattern, line), line
+
+
+@pytest.mark.parametrize("script", [grpo, dapo, rr, rejection_sampling], ids=lambda x: x.__name__)
+def test_rewards_of_none_end_the_run_after_the_first_rollout(script, tmp_path, one_cpu, capsys, monkeypatch):
+    rollouts, train = calls_of(monkeypatch, script, "roll_out"), trainer(script, tmp_path, reward="nothing")
+    flags = {"batch_size": 8, "num_generations": 4, "max_completion_length": 32}
+    flags |= {"prompts_per_round": 4} if script is rejection_sampling else {}
+    line = error_of(lambda: train(**flags), capsys)
+    assert "--reward nothing: None for every completion" in line and len(rollouts) == 1
 
 
 def test_evaluation_by_hand(monkeypatch):
@@ -496,9 +464,6 @@ def test_evaluation_by_hand(monkeypatch):
     assert metrics["eval/pass@k"] == 1 and metrics["eval/maj@k"] == pytest.approx(0.5)
     assert metrics["eval/completions/clipped_ratio"] == 0
     assert [sample["completion"] for sample in samples] == ["#### 1", "#### 1,000"]
-
-
-# Columns, weights, rows -------------------------------------------------------------------------------------
 
 
 def test_column_that_a_reward_needs_must_be_in_the_held_out_data_too(train, capsys, monkeypatch):
@@ -521,7 +486,8 @@ def test_rows_keep_to_the_budget_and_deal_evenly(max_tokens, multiple_of, share)
     rows = grpo.pack_siblings(answers, max_tokens, multiple_of, share)
     assert sorted(i for row in rows for i, _ in row) == list(range(24)) and len(rows) % multiple_of == 0
     for row in filter(None, rows):
-        batch = batch_of(row, answers)
+        sequences = [(x + y, [0] * len(x) + [1] * len(y)) for x, y in (answers[i] for i, _ in row)]
+        batch = common.collate(sequences, shared=[n for _, n in row] if share else None)
         trained = batch.input_ids[0, batch.completion_index].tolist()
         assert trained == [token for i, _ in row for token in answers[i][1]]
         assert batch.input_ids.shape[1] <= max_tokens or len(row) == 1

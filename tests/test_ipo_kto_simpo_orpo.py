@@ -1,8 +1,4 @@
-"""ipo_kto_simpo_orpo.py: its four losses, KTO's mismatched answers and data, its errors, short runs.
-
-Losses are held against numbers worked by hand from the papers, runs against a loop over log_softmax of the
-stock model on one sequence at a time. What the script shares with dpo.py is tested in test_dpo.py.
-"""
+"""ipo_kto_simpo_orpo.py against numbers worked by hand and a loop over the stock model."""
 
 import functools
 import itertools
@@ -14,19 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, read_lines, write_rows
-from helpers import (
-    asked,
-    calls_of,
-    error_of,
-    float64,
-    said,
-    softplus,
-    stock,
-    tiny_rows,
-    tiny_tokenizer,
-    trainer,
-)
+from helpers import calls_of, error_of, trainer
 from safetensors.torch import load_file, save_file
+from samples import asked, float64, said, softplus, stock, tiny_rows, tiny_tokenizer
 
 import ipo_kto_simpo_orpo as four
 
@@ -35,12 +21,14 @@ cached = functools.cache(stock)
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
-# Losses -----------------------------------------------------------------------------------------------------
-
-
 def ipo(*ratios, beta):
     """IPO at pairs of log-ratios (chosen, rejected)."""
     return four.ipo_loss(*float64(*ratios).T, beta=beta).tolist()
+
+
+def simpo(*averages, beta, share):
+    """SimPO at pairs of averaged log-probs."""
+    return four.simpo_loss(*float64(*averages).T, beta=beta, gamma_beta_ratio=share).tolist()
 
 
 def kto(*ratios, label, kl=0.7, desirable_weight=1.0, undesirable_weight=1.0):
@@ -50,36 +38,31 @@ def kto(*ratios, label, kl=0.7, desirable_weight=1.0, undesirable_weight=1.0):
     return four.kto_loss(float64(*ratios), labels, kl, beta=0.3, **weights).tolist()
 
 
-def test_ipo_is_0_at_its_target_margin_and_grows_on_both_sides():
+def test_ipo_by_hand_and_0_at_its_target_margin():
     for beta in (0.05, 0.1, 2.0):
         target = 1 / (2 * beta)
         losses = ipo((target, 0), (-1, -1 - target), (target + 3, 0), (target - 3, 0), beta=beta)
         assert losses == pytest.approx([0, 0, 9, 9], abs=1e-12)
-
-
-def test_simpo_at_equal_averages_is_softplus_of_gamma():
-    for beta, share in ((2.0, 0.5), (2.5, 0.3), (10.0, 0.3)):
-        averages = float64(-0.1, -3)
-        losses = four.simpo_loss(averages, averages, beta=beta, gamma_beta_ratio=share)
-        assert losses.tolist() == pytest.approx([softplus(beta * share)] * 2)
-
-
-def test_kto_at_its_reference_point_is_half_the_weight():
-    approx = lambda value: pytest.approx([value])
-    for kl in (0.0, 0.7):
-        assert kto(kl, label=True, kl=kl, desirable_weight=1.5, undesirable_weight=9.0) == approx(0.75)
-        assert kto(kl, label=False, kl=kl, desirable_weight=9.0, undesirable_weight=3.0) == approx(1.5)
-        assert kto(kl, label=True, kl=kl) == approx(0.5)
-        assert kto(kl, label=False, kl=kl) == approx(0.5)
-
-
-def test_ipo_by_hand():
     # target 2: margins 1 and -3; target 5: margins 0, 5 and -3
     assert ipo((1.5, 0.5), (-4, -1), beta=0.25) == pytest.approx([1, 25])
     assert ipo((3, 3), (2, -3), (-4, -1), beta=0.1) == pytest.approx([25, 0, 64])
 
 
-def test_kto_by_hand():
+def test_simpo_by_hand_and_softplus_of_gamma_at_equal_averages():
+    for beta, share in ((2.0, 0.5), (2.5, 0.3), (10.0, 0.3)):
+        losses = simpo((-0.1, -0.1), (-3, -3), beta=beta, share=share)
+        assert losses == pytest.approx([softplus(beta * share)] * 2)
+    # 2 (1) - 1 = 1, 2 (-1) - 1 = -3 and, with gamma 0.6 and beta 3, 3 (0.5) - 0.6 = 0.9
+    losses = simpo((-0.5, -1.5), (-1.5, -0.5), beta=2.0, share=0.5)
+    assert losses == pytest.approx([0.313262, 3.048587], abs=2e-6)
+    assert simpo((-0.5, -1.0), beta=3.0, share=0.2) == pytest.approx([0.341154], abs=2e-6)
+
+
+def test_kto_by_hand_and_half_the_weight_at_its_reference_point():
+    approx = lambda value: pytest.approx([value])
+    for kl in (0.0, 0.7):
+        assert kto(kl, label=True, kl=kl, desirable_weight=1.5, undesirable_weight=9.0) == approx(0.75)
+        assert kto(kl, label=False, kl=kl, desirable_weight=9.0, undesirable_weight=3.0) == approx(1.5)
     # beta (r - z0) is 0.39 and -0.51: 1 / (1 + e^0.39) = 1 / 2.476981, 1 / (1 + e^-0.51) = 1 / 1.600496
     assert kto(2, -1, label=True) == pytest.approx([0.403717, 0.624806], abs=2e-6)
     assert kto(2, -1, label=False) == pytest.approx([0.596283, 0.375194], abs=2e-6)
@@ -93,14 +76,6 @@ def test_kto_sends_no_gradient_into_the_kl():
     weights = {"desirable_weight": 1.0, "undesirable_weight": 1.0}
     four.kto_loss(ratios, torch.tensor([1, 0]), kl, beta=0.3, **weights).sum().backward()
     assert kl.grad is None and ratios.grad[0] < 0 < ratios.grad[1]
-
-
-def test_simpo_by_hand():
-    # 2 (1) - 1 = 1, 2 (-1) - 1 = -3 and, with gamma 0.6 and beta 3, 3 (0.5) - 0.6 = 0.9
-    losses = four.simpo_loss(float64(-0.5, -1.5), float64(-1.5, -0.5), beta=2.0, gamma_beta_ratio=0.5)
-    assert losses.tolist() == pytest.approx([0.313262, 3.048587], abs=2e-6)
-    losses = four.simpo_loss(float64(-0.5), float64(-1.0), beta=3.0, gamma_beta_ratio=0.2)
-    assert losses.tolist() == pytest.approx([0.341154], abs=2e-6)
 
 
 def log_odds(x):
@@ -201,15 +176,9 @@ def test_unpaired_rows_are_single_answers_with_their_labels(load):
 
 
 def test_dropped_answers_are_counted_and_take_their_labels_with_them(load, capsys):
-    rows = [
-        unpaired(1, "3", True),
-        unpaired(1, "3", True),  # again
-        unpaired(1, "3", False),  # another judge
-        unpaired(2, "4 " * 60, False),
-        unpaired(3, "", True),
-        unpaired(5, "8", False),
-        unpaired(6, "8", True),
-    ]
+    cases = [(1, "3", True), (1, "3", True), (1, "3", False)]  # the same again, and another judge's
+    cases += [(2, "4 " * 60, False), (3, "", True), (5, "8", False), (6, "8", True)]
+    rows = [unpaired(*case) for case in cases]
     answers, labels = load(rows, max_length=60)
     assert numbers_of(answers) == [1, 1, 5, 6] and labels == [[1], [0], [0], [1]]
     told = capsys.readouterr().out
@@ -226,9 +195,6 @@ def test_rows_that_are_not_understood_are_named_with_their_columns(load, capsys,
     assert "first row 1" in line and all(name in line for name in bad)
     assert ("prompt + completion + label" in line) == (algorithm == "kto")
     assert "prompt + chosen + rejected" in line
-
-
-# KTO's mismatched answers -----------------------------------------------------------------------------------
 
 
 def singles(prompts):
@@ -323,13 +289,20 @@ def mean_nll(model, answers):
     return -sum(logp(model, s) for s in answers) / sum(int(s.trained.sum()) for s in answers)
 
 
+def pair_metrics(chosen, rejected, accuracy):
+    """What a step says of the rewards of its answers."""
+    chosen, rejected = means(chosen), means(rejected)
+    wanted = {"chosen": chosen, "rejected": rejected, "margins": chosen - rejected, "accuracies": accuracy}
+    return {f"rewards/{name}": value for name, value in wanted.items()}
+
+
 PLAIN = {"ipo": {"beta": 0.1}, "simpo": {"beta": 3.0, "gamma_beta_ratio": 0.2}, "orpo": {"beta": 0.8}}
 
 
-@pytest.mark.parametrize(
-    "algorithm, flags",
-    [("ipo", {}), ("ipo", {"ipo_length_average": True}), ("simpo", {"sft_coef": 0.5}), ("orpo", {})],
-)
+FIRST = [("ipo", {}), ("ipo", {"ipo_length_average": True}), ("simpo", {"sft_coef": 0.5}), ("orpo", {})]
+
+
+@pytest.mark.parametrize("algorithm, flags", FIRST)
 def test_first_step_of_pairs_is_a_plain_loop_over_the_stock_model(train, load, near, algorithm, flags):
     rows, model, ref = rows_for(algorithm), near, "tiny/sft"
     pairs = [four.Pair(*answers) for answers in load(rows, algorithm=algorithm)[0]]
@@ -341,23 +314,17 @@ def test_first_step_of_pairs_is_a_plain_loop_over_the_stock_model(train, load, n
     loss += (1 if algorithm == "orpo" else flags.get("sft_coef", 0)) * nll
     assert nll > 0.05 and line["loss"] == pytest.approx(loss, rel=1e-4)
 
-    beta, both = PLAIN[algorithm]["beta"], []
-    for pair in pairs:
-        rewards = []
-        for answer in pair:
-            start = logp(ref, answer) if algorithm == "ipo" else 0
-            sums = algorithm == "ipo" and not flags.get("ipo_length_average")
-            rewards.append(beta * (logp(model, answer) - start) / (1 if sums else answer.trained.sum()))
-        both.append(rewards)
-    chosen_rewards, rejected_rewards = zip(*both, strict=True)
-    expected = {
-        "rewards/chosen": means(chosen_rewards),
-        "rewards/rejected": means(rejected_rewards),
-        "rewards/margins": means(chosen_rewards) - means(rejected_rewards),
-        "rewards/accuracies": means([c > r for c, r in both]),
-        "logps/chosen": means([logp(model, pair.chosen) for pair in pairs]),
-        "logps/rejected": means([logp(model, pair.rejected) for pair in pairs]),
-    }
+    def reward(answer):
+        start = logp(ref, answer) if algorithm == "ipo" else 0
+        sums = algorithm == "ipo" and not flags.get("ipo_length_average")
+        return (
+            PLAIN[algorithm]["beta"] * (logp(model, answer) - start) / (1 if sums else answer.trained.sum())
+        )
+
+    rewards = [[reward(pair[side]) for pair in pairs] for side in (0, 1)]
+    expected = pair_metrics(*rewards, means([c > r for c, r in zip(*rewards, strict=True)]))
+    expected["logps/chosen"] = means([logp(model, pair.chosen) for pair in pairs])
+    expected["logps/rejected"] = means([logp(model, pair.rejected) for pair in pairs])
     if algorithm == "ipo":
         expected["logps/chosen_drift"] = means([logp(model, y) - logp(ref, y) for y in chosen])
     assert {key: line[key] for key in expected} == pytest.approx(expected, abs=1e-3)
@@ -399,16 +366,10 @@ def test_first_step_of_kto_is_a_plain_loop_over_the_stock_model(train, load, nea
     assert len(good) != len(bad) and good and bad  # each has its own number in the means
     loss = means(losses) + coef * mean_nll(model, [answers[n][0] for n in good])
     assert line["loss"] == pytest.approx(loss, rel=1e-4)
-    chosen, rejected = (0.4 * means([ratios[n] for n in side]) for side in (good, bad))
-    expected = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": means(right),
-        "logps/chosen": means([logp(model, answers[n][0]) for n in good]),
-        "logps/rejected": means([logp(model, answers[n][0]) for n in bad]),
-        "logps/chosen_drift": means([ratios[n] for n in good]),
-    }
+    expected = pair_metrics(*([0.4 * ratios[n] for n in side] for side in (good, bad)), means(right))
+    expected["logps/chosen"] = means([logp(model, answers[n][0]) for n in good])
+    expected["logps/rejected"] = means([logp(model, answers[n][0]) for n in bad])
+    expected["logps/chosen_drift"] = means([ratios[n] for n in good])
     assert {key: line[key] for key in expected} == pytest.approx(expected, abs=1e-3)
 
 
@@ -440,19 +401,17 @@ def test_metrics_of_a_label_that_a_batch_has_not_are_not_logged(train):
     assert len({tuple(line) for line in lines}) == 2  # each label came
 
 
-@pytest.mark.parametrize(
-    "algorithm, flags, loads, passes",
-    [
-        ("simpo", {}, 1, 0),
-        ("orpo", {}, 1, 0),
-        ("ipo", {}, 1, 2),  # training and held-out pairs
-        ("kto", {}, 1, 3),  # mismatched answers besides
-        ("kto", {"ref_model": "tiny/base"}, 2, 3),
-    ],
-)
-def test_models_that_a_run_loads_and_passes_before_it_trains(
-    train, monkeypatch, algorithm, flags, loads, passes
-):
+PASSES = [  # algorithm, flags, models that are loaded, passes of the reference
+    ("simpo", {}, 1, 0),
+    ("orpo", {}, 1, 0),
+    ("ipo", {}, 1, 2),  # training and held-out pairs
+    ("kto", {}, 1, 3),  # mismatched answers besides
+    ("kto", {"ref_model": "tiny/base"}, 2, 3),
+]
+
+
+@pytest.mark.parametrize("algorithm, flags, loads, passes", PASSES)
+def test_models_and_passes_before_a_run_trains(train, monkeypatch, algorithm, flags, loads, passes):
     loaded, found = calls_of(monkeypatch, four, "load_model"), calls_of(monkeypatch, four, "pair_logps")
     passes_so_far = lambda *_: {"passes": sum(len(pairs[:1]) for (_, pairs, *_), _ in found)}
     monkeypatch.setattr(four, "evaluate", lambda *_: (passes_so_far(), []))
@@ -461,17 +420,13 @@ def test_models_that_a_run_loads_and_passes_before_it_trains(
     assert lines[0]["passes"] == passes
 
 
-# Evaluation -------------------------------------------------------------------------------------------------
-
-
 def test_unpaired_answers_are_evaluated_by_a_double_loop_over_good_and_bad(train, load, near):
     rows, others = rows_for("kto", 4), tiny_rows("unpaired_eval")[:9]
     held_out, labels = load(others)
     flags = {"model": near, "ref_model": "tiny/sft", "beta": 0.4, "max_completion_length": 4}
     folder, lines = train(rows, others, algorithm="kto", **flags)
     ratios = [logp(near, item[0]) - logp("tiny/sft", item[0]) for item in held_out]
-    good = [r for r, [label] in zip(ratios, labels, strict=True) if label]
-    bad = [r for r, [label] in zip(ratios, labels, strict=True) if not label]
+    good, bad = ([r for r, [y] in zip(ratios, labels, strict=True) if y == side] for side in (1, 0))
     expected = {
         "eval/accuracy": means([float(one > other) for one in good for other in bad]),
         "eval/margin": 0.4 * (means(good) - means(bad)),
@@ -492,17 +447,13 @@ def test_held_out_pairs_are_compared_by_what_the_algorithm_compares(train, load,
     model, with_reference = near, algorithm in ("ipo", "kto")
     flags = {"beta": 0.4} | ({"ref_model": "tiny/sft"} if with_reference else {})
     _, lines = train(rows, others, algorithm=algorithm, model=model, **flags)
-    margins = []
-    for pair in pairs:
-        if with_reference:
-            rewards = [logp(model, answer) - logp("tiny/sft", answer) for answer in pair]
-        else:
-            rewards = [logp(model, answer) / answer.trained.sum() for answer in pair]
-        margins.append(0.4 * (rewards[0] - rewards[1]))
-    alike = [
-        abs(one - other) <= 0.1 * max(one, other)
-        for one, other in ([int(answer.trained.sum()) for answer in pair] for pair in pairs)
-    ]
+    if with_reference:
+        reward = lambda answer: 0.4 * (logp(model, answer) - logp("tiny/sft", answer))
+    else:
+        reward = lambda answer: 0.4 * logp(model, answer) / answer.trained.sum()
+    margins = [reward(chosen) - reward(rejected) for chosen, rejected in pairs]
+    counts = [[int(answer.trained.sum()) for answer in pair] for pair in pairs]
+    alike = [abs(one - other) <= 0.1 * max(one, other) for one, other in counts]
     right = [float(margin > 0) for margin in margins]
     assert any(alike) and 0 < means(right)
     expected = {

@@ -1,7 +1,4 @@
-"""Merging: formulas against values worked by hand, and the streamed result against whole tensors in memory.
-
-The models are small and made here: a random one, and copies of it whose weights were moved.
-"""
+"""merge.py: formulas against values worked by hand, the streamed result against whole tensors in memory."""
 
 import json
 import math
@@ -15,15 +12,17 @@ from unittest.mock import Mock
 import pytest
 import torch
 import tyro
-from conftest import ROOT, fork, run_command, start
-from helpers import error_of, stock
+from conftest import DATA, ROOT, read_lines, run_command, start
+from helpers import error_of
 from safetensors.torch import load_file, save_file
+from samples import stock
 from sync_docs import metric_differences
 from transformers import AutoTokenizer
 
 import merge
 
 pytestmark = pytest.mark.usefixtures("one_cpu")
+EMBEDDING = "model.embed_tokens.weight"
 NEEDS_BASE = {"task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs"}
 
 
@@ -66,10 +65,14 @@ def run(tmp_path):
     return run_in
 
 
+def tensors_of(folder):
+    """The tensors of a model, from all its files."""
+    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+
+
 def weights(folder):
-    """The tensors of a merged model, from all its files."""
-    files = sorted((folder / "model").glob("*.safetensors"))
-    return {name: x for path in files for name, x in load_file(path).items()}
+    """The tensors that a run has merged."""
+    return tensors_of(folder / "model")
 
 
 def vectors(*rows):
@@ -78,9 +81,6 @@ def vectors(*rows):
 
 def settings(weights=(1.0,), densities=None, lambda_=1.0, t=0.5, outliers=0.01):
     return merge.Settings(weights, densities or (1.0,) * len(weights), lambda_, t, outliers)
-
-
-# Formulas ---------------------------------------------------------------------------------------------------
 
 
 def test_averages_by_hand_and_exact_at_their_ends():
@@ -241,17 +241,14 @@ def test_greedy_soup_keeps_what_does_not_make_it_worse():
 def test_zero_task_vectors_leave_the_base(method, compat, models, run):
     copies = [models[0]] * (1 if method in ("slerp", "wise_ft") else 2)
     merged = weights(run(method, models[0], copies, compat=compat))
-    base = load_file(models[0] / "model.safetensors")
+    base = tensors_of(models[0])
     for name in base:
         assert torch.allclose(merged[name], base[name], rtol=1e-6, atol=0), name
 
 
-# Streams ----------------------------------------------------------------------------------------------------
-
-
 def in_memory(method, folders, density=0.3, rule=(), seed=1, **flags):
     """The merged tensors by the papers from whole tensors, thresholds by sorting."""
-    loaded = [load_file(folder / "model.safetensors") for folder in folders]
+    loaded = list(map(tensors_of, folders))
     count = len(folders) - 1
     densities = [density, 0.6 if rule else density][:count]
     p = settings(**{"weights": (1.0,) * count, "densities": densities, "outliers": 0.1} | flags)
@@ -271,27 +268,12 @@ def in_memory(method, folders, density=0.3, rule=(), seed=1, **flags):
     return merged
 
 
-ONE, OWN_DENSITY = {"density": 0.3}, {"density": 0.3, "rule": ("*:density.2=0.6",)}
-CASES = [
-    ("linear", {"weights": (1.0, 3.0)}, "paper"),
-    ("soup", {}, "paper"),
-    ("wise_ft", {"t": 0.3}, "paper"),
-    ("slerp", {"t": 0.3}, "paper"),
-    ("task_arithmetic", {"weights": (1.0, 0.5), "lambda_": 0.7}, "paper"),
-    ("ties", ONE | {"lambda_": 0.7}, "paper"),
-    ("ties", OWN_DENSITY, "paper"),
-    ("ties", OWN_DENSITY, "mergekit"),
-    ("dare_linear", OWN_DENSITY | {"seed": 5}, "paper"),
-    ("dare_linear", ONE, "mergekit"),
-    ("dare_ties", ONE, "paper"),
-    ("dare_ties", ONE, "mergekit"),
-    ("breadcrumbs", OWN_DENSITY, "paper"),
-    ("model_stock", {}, "paper"),
-]
+MERGES = read_lines(DATA / "merges.jsonl")
 
 
-@pytest.mark.parametrize(("method", "flags", "compat"), CASES)
-def test_streamed_result_is_that_of_whole_tensors(method, flags, compat, models, run, monkeypatch):
+@pytest.mark.parametrize("case", MERGES, ids=lambda case: f"{case['method']}-{case['compat']}")
+def test_streamed_result_is_that_of_whole_tensors(case, models, run, monkeypatch):
+    method, compat, flags = case["method"], case["compat"], case["flags"]
     folders = models[:2] if method in ("wise_ft", "slerp") else models[:3]
     peers = method in ("slerp", "model_stock") or compat == "mergekit"  # see test_peers.py
     expected = {} if peers else in_memory(method, folders, **flags)
@@ -323,9 +305,6 @@ def test_arithmetic_is_float32_and_rounds_once_to_the_type_of_the_base(dtype, mo
     assert json.loads((folder / "model" / "config.json").read_text())["dtype"] == "float16"
 
 
-# What is written --------------------------------------------------------------------------------------------
-
-
 def logits_of(folder):
     model = stock(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -352,7 +331,7 @@ def test_shards_load_give_the_logits_of_one_file_and_can_be_merged_again(models,
 
 
 def head(tensors):
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
 
 
 def test_heads_tied_stored_twice_and_untied(models, run, tmp_path, capfd):
@@ -361,7 +340,7 @@ def test_heads_tied_stored_twice_and_untied(models, run, tmp_path, capfd):
     assert "lm_head.weight" not in weights(run("wise_ft", twice, [models[0]]))
     untied = [changed(tmp_path / f"u{i}", models[i], head, tie_word_embeddings=False) for i in (0, 1)]
     merged = weights(run("wise_ft", untied[0], [untied[1]], t=0.25))
-    assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    assert torch.equal(merged["lm_head.weight"], merged[EMBEDDING])
     line = error_of(lambda: run("linear", None, [models[0], untied[1]]), capfd)
     assert "tie_word_embeddings" in line and "lm_head.weight" in line
     wrong = changed(tmp_path / "wrong", twice, lambda tensors: tensors["lm_head.weight"].add_(1))
@@ -378,9 +357,6 @@ def test_scalar_and_empty_tensors_and_other_types(method, models, run, tmp_path)
     merged = weights(run(method, odd(0), [odd(1), odd(2)]))
     assert merged["scalar"].shape == () and merged["empty"].shape == (0, 4)
     assert merged["mixed"].dtype == torch.bfloat16 and merged["mixed"].tolist() == [1, 1, 1]
-
-
-# What is refused --------------------------------------------------------------------------------------------
 
 
 def shrink(tensors):
@@ -404,9 +380,6 @@ def test_mismatched_models_are_one_error_that_lists_all(models, run, tmp_path, c
     longer = changed(tmp_path / "longer", models[1], rope_theta=123.0)
     run("linear", None, [models[0], longer])
     assert "differ in rope_theta" in capfd.readouterr().out
-
-
-EMBEDDING = "model.embed_tokens.weight"
 
 
 def with_tokens(folder, like, *texts, more_rows=None):
@@ -436,8 +409,7 @@ def test_pad_vocab_keeps_the_tokens_that_one_model_added(method, models, run, tm
     others = [padded, added] if method == "linear" else [added]
     flags = {"density": 1.0} if method == "ties" else {}
     folder = run(method, base, others, pad_vocab=True, **flags) / "model"
-    merged = load_file(folder / "model.safetensors")[EMBEDDING]
-    own, other = (load_file(f / "model.safetensors")[EMBEDDING] for f in (added, padded))
+    merged, own, other = (tensors_of(path)[EMBEDDING] for path in (folder, added, padded))
     n = len(own) - 2
     assert merged.shape == own.shape and torch.equal(merged[n:], own[n:])
     mean = (own[:n] + other[:n]) / 2 if method == "linear" else own[:n]
@@ -483,25 +455,26 @@ BROKEN = [("config.json", "{"), ("config.json", "[]"), ("model.safetensors", "{"
 BROKEN += [("model.safetensors.index.json", text) for text in ("{}", '{"weight_map": []}')]
 
 
-def test_broken_file_is_named(models, run, tmp_path, capfd):
-    for i, (name, content) in enumerate(BROKEN):
-        broken = changed(tmp_path / f"broken{i}", models[1])
-        (broken / name).write_text(content)
-        assert str(broken / name) in error_of(lambda b=broken: run("linear", None, [b, models[0]]), capfd)
+@pytest.mark.parametrize("name, content", BROKEN)
+def test_broken_file_is_named(name, content, models, run, tmp_path, capfd):
+    broken = changed(tmp_path / "broken", models[1])
+    (broken / name).write_text(content)
+    assert str(broken / name) in error_of(lambda: run("linear", None, [broken, models[0]]), capfd)
 
 
 FULL = "No space left on device"
-FAILURES = [
-    ("shutil.disk_usage", Mock(return_value=SimpleNamespace(free=1000)), "no room for"),
-    ("os.fsync", Mock(side_effect=OSError(28, FULL)), FULL),
-    ("save_file", Mock(side_effect=merge.SafetensorError(f"I/O error: {FULL}")), FULL),
-    ("shutil.copymode", Mock(side_effect=OSError(5, "Bad disk", "/its/name")), "/its/name: Bad"),
-]
+FAILURES = {  # what fails, how, and what is said
+    "shutil.disk_usage": ({"return_value": SimpleNamespace(free=1000)}, "no room for"),
+    "os.fsync": ({"side_effect": OSError(28, FULL)}, FULL),
+    "save_file": ({"side_effect": merge.SafetensorError(f"I/O error: {FULL}")}, FULL),
+    "shutil.copymode": ({"side_effect": OSError(5, "Bad disk", "/its/name")}, "/its/name: Bad"),
+}
 
 
-@pytest.mark.parametrize(("name", "function", "wanted"), FAILURES, ids=[case[0] for case in FAILURES])
-def test_full_disk_is_one_clear_line(name, function, wanted, models, run, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(f"merge.{name}", function)
+@pytest.mark.parametrize("name", FAILURES)
+def test_full_disk_is_one_clear_line(name, models, run, tmp_path, capfd, monkeypatch):
+    behaviour, wanted = FAILURES[name]
+    monkeypatch.setattr(f"merge.{name}", Mock(**behaviour))
     assert wanted in error_of(lambda: run("linear", None, models[:2]), capfd)
     assert not list(tmp_path.iterdir())
 
@@ -521,14 +494,7 @@ def merge_until_a_signal(number, words):
     merge.main(tyro.cli(merge.Args, args=list(map(str, words))))
 
 
-def test_killed_half_way_there_is_no_model_and_interrupted_nothing(models, tmp_path):
-    def forked(function, *args):
-        process = fork(function, *args, cwd=tmp_path)
-        process.join(300)
-        told = (tmp_path / "output").read_text()
-        (tmp_path / "output").unlink()
-        return process.exitcode, told
-
+def test_killed_half_way_there_is_no_model_and_interrupted_nothing(models, forked, tmp_path):
     words = ["--method", "linear", "--models", *models[:2], "--output-dir", tmp_path / "out"]
     code, told = forked(merge_until_a_signal, signal.SIGINT, words)
     assert code == 2 and told.endswith("error: interrupted\n") and not list(tmp_path.iterdir())
@@ -537,9 +503,6 @@ def test_killed_half_way_there_is_no_model_and_interrupted_nothing(models, tmp_p
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"args.json", "merge.py", "model.partial"}
     code, told = forked(run_command, ROOT / "merge.py", *words)  # what is left is not written into
     assert code == 2 and told.endswith("out: File exists\n")
-
-
-# Rules, soups, report ---------------------------------------------------------------------------------------
 
 
 def resolve(*rules, compat="paper", method="task_arithmetic", **flags):
@@ -595,7 +558,7 @@ def test_report_has_the_norms_and_cosines_of_the_task_vectors(models, tmp_path, 
     summary = merge.main(merge.Args(**chosen, output_dir=str(tmp_path / "run")))
     assert metric_differences(ROOT / "merge.py", set(summary)) == []
     kinds = json.loads((tmp_path / "run" / "report.json").read_text())["kinds"]
-    tensors = [load_file(folder / "model.safetensors") for folder in models[:3]]
+    tensors = list(map(tensors_of, models[:3]))
     kind = "model.layers.*.mlp.up_proj.weight"
     for name, members in (("all", list(tensors[0])), (kind, [kind.replace("*", i) for i in "01"])):
         base, *others = (torch.cat([x[member].flatten() for member in members]).double() for x in tensors)
@@ -612,7 +575,7 @@ def test_default_run_merges_half_way_from_base_to_sft_and_needs_no_transformers(
     assert done.returncode == 0 and done.stdout.endswith("False\n") and "Traceback" not in done.stderr
     [folder] = (tmp_path / "runs").iterdir()
     merged = weights(folder)
-    base, sft = (load_file(tiny / name / "model.safetensors") for name in ("base", "sft"))
+    base, sft = (tensors_of(tiny / name) for name in ("base", "sft"))
     for name in merged:
         assert torch.equal(merged[name], torch.lerp(base[name].float(), sft[name].float(), 0.5).bfloat16())
     assert (folder / "report.json").exists() and "model.layers.*.mlp.up_proj.weight" in done.stdout

@@ -1,7 +1,6 @@
 """A mistake in the flags ends a script with one line, before a model is loaded or anything is written.
 
-data/mistakes.jsonl holds the cases: script, flags, and what the line must say, a regular expression. A new
-script adds its own there.
+A line of data/mistakes.jsonl has script, flags, and what the line must say, a regular expression.
 """
 
 import importlib

@@ -1,8 +1,4 @@
-"""online_dpo.py: who answers, who judges, which pairs come of it, rounds and short runs.
-
-The mixture is held against the enumeration of all it can write; pairs, scores, losses and gradients against
-numbers worked by hand and stock models. Its losses are the text of other scripts and tested there.
-"""
+"""online_dpo.py against the enumeration of its mixture, stock models, and numbers worked by hand."""
 
 import itertools
 import math
@@ -13,21 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import read_lines
-from helpers import (
-    END,
-    asked,
-    assert_continues,
-    assert_same_metrics,
-    calls_of,
-    error_of,
-    float64,
-    gradient_norm,
-    said,
-    stock,
-    tiny_rows,
-    tiny_tokenizer,
-    trainer,
-)
+from helpers import assert_continues, assert_same_metrics, calls_of, error_of, trainer
+from samples import END, asked, float64, gradient_norm, said, stock, tiny_rows, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import common
@@ -55,9 +38,6 @@ def test_metrics_of_answers_and_pairs_by_hand():
     assert found["pairs/gold_accuracy"] == 0.5 and math.isnan(found["win_rate"])
     found = od.describe_pairs(rollout, float64(3, 1, 2, 4, 1, 1), golds, places[:2], 2, nash)
     assert found["win_rate"] == 0.5 and found["reward"] == 2  # of the policy's answers, the first of two
-
-
-# The mixture ------------------------------------------------------------------------------------------------
 
 
 def language_model(seed, layers):
@@ -110,8 +90,6 @@ def test_mixture_is_sampled_as_enumeration_says(c):
         assert (by_token.exp() - enumerated(policy, ref_policy, 0.0)[0].exp()).abs().max() > 0.02
 
 
-# Answers of the data ----------------------------------------------------------------------------------------
-
 ASK, SAY = asked("1 + 1 ="), said("2")
 GIVEN = [
     {"prompt": ASK, "completion": SAY},
@@ -131,9 +109,6 @@ def test_answer_of_a_row_ends_and_follows_the_prompt_and_other_rows_are_dropped(
     ids = [*tiny_tokenizer()("2").input_ids, END]
     assert all(answer.token_ids == ids and answer.text == "2" for answer in found)
     assert "2 rows dropped, first row 6: no answer" in capsys.readouterr().out
-
-
-# Short runs -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -170,10 +145,8 @@ BY_HAND = {"dpo": lambda h: -F.logsigmoid(0.3 * h), "ipo": lambda h: (h - 1 / 0.
 
 @pytest.mark.parametrize("loss", BY_HAND)
 def test_loss_gradient_and_kl_of_online_pairs_are_those_of_stock_models(train, pairs, monkeypatch, loss):
-    rollouts, (policy, ref_policy) = (
-        calls_of(monkeypatch, od, "roll_out"),
-        map(stock, ("tiny/sft", "tiny/base")),
-    )
+    rollouts = calls_of(monkeypatch, od, "roll_out")
+    policy, ref_policy = stock("tiny/sft"), stock("tiny/base")
     _, [line] = train("online_dpo", loss=loss, beta=0.3, ref_model="tiny/base", max_steps=1)
     ratio = lambda answers: logps_of(answers, policy) - logps_of(answers, ref_policy).detach()
     chosen, rejected = (ratio([pair[n] for pair in pairs]) for n in (1, 2))
@@ -248,14 +221,12 @@ def test_rounds_keep_their_pairs_for_themselves_and_for_dpo(train):
 
 
 @pytest.mark.parametrize("algorithm", od.SETTINGS)
-def test_memory_flags_change_nothing(train, algorithm):
+def test_shared_prompts_change_nothing(train, algorithm):
     settings = {"round_steps": 2} if "round_steps" in od.SETTINGS[algorithm] else {"loss": "simpo"}
     _, wanted = train(algorithm, **settings)
-    _, found = train(algorithm, max_tokens_per_micro_batch=64, max_tokens_per_rollout=200, **settings)
-    _, repeated = train(algorithm, attn="eager", **settings)  # no prompt is shared
-    for lines in (found, repeated):
-        assert_same_metrics(lines[:1], wanted[:1], rel=1e-4, abs_=1e-5)
-        assert lines[1]["loss"] == pytest.approx(wanted[1]["loss"], rel=1e-2)
+    _, lines = train(algorithm, attn="eager", max_tokens_per_micro_batch=64, **settings)  # nothing is shared
+    assert_same_metrics(lines[:1], wanted[:1], rel=1e-4, abs_=1e-5)
+    assert lines[1]["loss"] == pytest.approx(wanted[1]["loss"], rel=1e-2)
 
 
 @pytest.mark.parametrize("algorithm", ["iterative_dpo", "nash_md"])

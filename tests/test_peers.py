@@ -1,7 +1,6 @@
-"""One optimizer step of our scripts and of TRL 1.16, on the same models and tokens: the same numbers.
+"""A step of our scripts is one of TRL 1.16, a merged model one of mergekit 0.1.5: the same numbers.
 
-And merged models of merge.py and of mergekit 0.1.5. Both are in benchmarks/requirements.txt only; without
-TRL, or with another version, this file is skipped, and without mergekit its part.
+Both are in benchmarks/requirements.txt only; what is not installed, or another TRL, is skipped.
 """
 
 import importlib
@@ -13,9 +12,10 @@ from typing import NamedTuple
 import datasets
 import pytest
 import torch
-from conftest import DATA
-from helpers import asked, said, stock, trainer
+from conftest import DATA, read_lines
+from helpers import trainer
 from safetensors.torch import load_file, save_file
+from samples import asked, said, stock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import distill
@@ -30,16 +30,7 @@ if not trl.__version__.startswith("1.16."):
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
 
-PAIRS = [  # prompt, chosen, rejected: either answer may be the longer one, by a little or by a lot
-    ("What color is the sky?", "It is blue.", "It is green and green."),
-    ("What color is the grass?", "The grass is green today.", "Blue."),
-    ("How many apples does Nora have left?", "12 - 5 = 7", "5"),
-    ("Two and two?", "Four.", "Think, then answer: two and two are six, and three and three are four."),
-    ("Be brief. Three and three?", "Six.", "Four!"),
-    ("Was the sky blue yesterday?", "The sky was blue yesterday and the sky is blue today.", "No."),
-    ("Thank you, that is right.", "You are a helpful assistant.", "Nora gives away the sky."),
-    ("Nora has 12 apples. Is it right?", "Yes, that is right.", "What color is the grass?"),
-]
+PAIRS = read_lines(DATA / "peer_pairs.jsonl")  # either answer may be the longer one, by a little or by a lot
 LEARNING_RATE = 1e-4
 LOSS = {"abs": 1e-4, "rel": 1e-6}  # float32 has no more digits for a loss above a hundred (sppo)
 METRIC = {"abs": 1e-3, "rel": 1e-5}
@@ -74,7 +65,7 @@ def models(random_model, tmp_path_factory):
 
 def talks() -> list[dict]:
     """The pairs as messages."""
-    return [{"prompt": asked(p), "chosen": said(c), "rejected": said(r)} for p, c, r in PAIRS]
+    return [{k: asked(text) if k == "prompt" else said(text) for k, text in row.items()} for row in PAIRS]
 
 
 @pytest.fixture
@@ -111,9 +102,7 @@ def trl_step(models, tmp_path, one_cpu):
         common |= {"lr_scheduler_type": "constant", "gradient_checkpointing": False, "use_cpu": True}
         common |= {"bf16": False, "save_strategy": "no", "logging_steps": 1}
         common |= {"report_to": "none", "disable_tqdm": True}
-        ref_model = {}
-        if reference is not None:
-            ref_model["ref_model"] = stock(reference)
+        ref_model = {} if reference is None else {"ref_model": stock(reference)}
         trainer = trainer_class(
             model=str(policy),
             args=config_class(**common | settings),
@@ -192,24 +181,6 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-# DPO --------------------------------------------------------------------------------------------------------
-
-# Our name: TRL's name, and what is not a default of both. TRL's label_smoothing is 0 by default, with which
-# exo has no value and TRL raises; ours is EXO's 1e-3. Averaged log-ratios are small and want a larger beta
-# than 0.1, which all others take here (TRL's default, not ours).
-LOSSES = {
-    "sigmoid": ("sigmoid", {}),
-    "robust": ("robust", {"label_smoothing": 0.1}),
-    "hinge": ("hinge", {}),
-    "exo": ("exo_pair", {"label_smoothing": 1e-3}),
-    "nca": ("nca_pair", {}),
-    "bco": ("bco_pair", {}),
-    "sppo": ("sppo_hard", {}),
-    "apo_zero": ("apo_zero", {}),
-    "apo_down": ("apo_down", {}),
-    "discopop": ("discopop", {"discopop_tau": 0.2}),
-    "sigmoid_norm": ("sigmoid_norm", {"beta": 2.0}),
-}
 LOGPS = ("logps/chosen", "logps/rejected")
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
@@ -228,12 +199,13 @@ def dpo_steps(our_step, trl_step, models):
     return run
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_dpo_step_is_that_of_trl(loss, dpo_steps):
-    loss_type, both = LOSSES[loss]
-    ours, theirs = dpo_steps(talks(), loss, [loss_type], both)
+# What is not a default of both: with TRL's label_smoothing, 0, exo has no value, and averaged log-ratios are
+# small and want a larger beta.
+@pytest.mark.parametrize("case", read_lines(DATA / "peer_losses.jsonl"), ids=lambda case: case["loss"])
+def test_a_dpo_step_is_that_of_trl(case, dpo_steps):
+    ours, theirs = dpo_steps(talks(), case["loss"], [case["loss_type"]], case["both"])
     # TRL logs the rewards of sums where the loss is of averages; ours are those of the loss.
-    assert_same_step(ours, theirs, *LOGPS, *(REWARDS if loss != "sigmoid_norm" else ()))
+    assert_same_step(ours, theirs, *LOGPS, *(REWARDS if case["loss"] != "sigmoid_norm" else ()))
 
 
 def test_a_dpo_step_leaves_the_weights_of_trl(dpo_steps, models):
@@ -245,7 +217,7 @@ def test_a_dpo_step_leaves_the_weights_of_trl(dpo_steps, models):
 
 
 # Texts whose tokens do not merge across the end of the prompt.
-TEXTS = [{"prompt": p, "chosen": f" {c}", "rejected": f" {r}"} for p, c, r in PAIRS]
+TEXTS = [{k: text if k == "prompt" else f" {text}" for k, text in row.items()} for row in PAIRS]
 MOVING = {"ref": "live", "sync_ref_every": 1, "sync_ref_alpha": 0.6}
 TRL_MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6}
 STEPS = {  # rows, loss types of TRL, settings of both, flags of ours, settings of TRL
@@ -262,17 +234,12 @@ def test_a_dpo_step_with_other_settings_is_that_of_trl(rows, loss_type, both, fl
     assert_same_step(ours, theirs, *LOGPS, *REWARDS)
 
 
-# SFT --------------------------------------------------------------------------------------------------------
-
-
 def test_an_sft_step_is_that_of_trl(our_step, trl_step):
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in talks()]
     ours, theirs = our_step("sft", rows), trl_step(trl.SFTTrainer, trl.SFTConfig, rows)
     assert_same_step(ours, theirs, "mean_token_accuracy", "num_tokens")
     assert weight_differences(ours.weights, theirs.weights).max() < WEIGHTS
 
-
-# IPO, KTO, SimPO, ORPO --------------------------------------------------------------------------------------
 
 SECOND = "ipo_kto_simpo_orpo"
 
@@ -286,9 +253,8 @@ def test_an_ipo_step_is_that_of_trl(our_step, trl_step, models):
     assert_same_step(ours, theirs, *LOGPS)  # TRL logs the rewards of sums, ours are those of the loss
 
 
-# DPOTrainer ignores label_smoothing for sigmoid and has no IPO of summed log-probs; CPOTrainer has both. Of
-# SimPO, TRL takes gamma itself, ours and SimPO's reference code take its quotient by beta. The mean log-probs
-# of ORPO go from -0.005, an answer nearly certain, to -100.
+# DPOTrainer ignores label_smoothing for sigmoid and has no IPO of summed log-probs; CPOTrainer has both.
+# Its SimPO takes gamma itself. The mean log-probs of ORPO go from -0.005, an answer nearly certain, to -100.
 SIMPO = {"beta": 2.5, "gamma_beta_ratio": 0.6}
 FUNCTIONS = {  # name in TRL: our function, its settings, another setting of TRL, inputs
     "sigmoid": (dpo.dpo_loss, {"beta": 0.3, "label_smoothing": 0.2}, {}, 5 * normal(2, 16)),
@@ -358,9 +324,6 @@ def test_kto_loss_is_that_of_trl_for_its_kl(roles, trl_step, models):
     assert losses.mean().item() == pytest.approx(theirs.metrics["loss"], **LOSS)
 
 
-# Distillation -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_divergences_are_those_of_trls_gkd(temperature):
     # Its beta 0 and 1 stand for the two KLs; it has no factor of the squared temperature.
@@ -374,9 +337,6 @@ def test_divergences_are_those_of_trls_gkd(temperature):
         theirs = GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, **settings).sum(-1)
         ours = kind(*((x / temperature).log_softmax(-1) for x in (student, teacher)))
         assert torch.allclose(ours, theirs, atol=1e-12), beta
-
-
-# Reward models ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -448,26 +408,10 @@ def merged_by_both(models, tmp_path, one_cpu):
     return run
 
 
-ONE, FIRST, OTHER = {"weight": 0.7, "density": 1.0}, {"weight": 1.0}, {"weight": 0.6}
-BOTH, SCALED = {"weights": (1.0, 0.6)}, {"weights": (1.0, 0.6), "lambda_": 0.8}
-SPARSE, FULL = ([FIRST | {"density": d}, OTHER | {"density": d}] for d in (0.4, 1.0))
-LAYERS = [{"filter": "mlp", "value": [0.1, 0.9]}, {"filter": "self_attn", "value": 0.7}, {"value": 0.3}]
-MERGES = [  # settings of mergekit for each model and for all, flags of ours
-    ("linear", [FIRST, OTHER], {}, BOTH),
-    ("slerp", [{}], {"t": 0.3}, {"t": 0.3}),
-    ("slerp", [{}], {"t": LAYERS}, {"t": 0.3, "rule": ("mlp.*:t=0.1,0.9", "self_attn.*:t=0.7")}),
-    ("task_arithmetic", [FIRST, OTHER], {"lambda": 0.8}, SCALED),
-    ("ties", SPARSE, {"lambda": 0.8}, SCALED | {"density": 0.4}),
-    ("breadcrumbs", SPARSE, {"gamma": 0.1}, BOTH | {"outliers": 0.1, "density": 0.4}),
-    ("model_stock", [{}, {}], {}, {}),
-    ("dare_linear", [ONE], {}, {"weights": (0.7,), "density": 1.0}),
-    ("dare_ties", FULL, {"lambda": 0.8}, SCALED | {"density": 1.0}),
-]
-
-
-@pytest.mark.parametrize(("method", "parameters", "shared", "flags"), MERGES, ids=[m[0] for m in MERGES])
-def test_a_merge_is_that_of_mergekit(method, parameters, shared, flags, merged_by_both, models):
-    ours, theirs = merged_by_both(method, parameters, shared, **flags)
+@pytest.mark.parametrize("case", read_lines(DATA / "mergekit.jsonl"), ids=lambda case: case["method"])
+def test_a_merge_is_that_of_mergekit(case, merged_by_both, models):
+    """Its settings of each model and of all, and our flags."""
+    ours, theirs = merged_by_both(case["method"], case["models"], case["shared"], **case["flags"])
     assert ours.keys() == theirs.keys()
     gaps = {name: (ours[name] - theirs[name]).abs().max().item() for name in ours}
     assert {name: gap for name, gap in gaps.items() if not gap < 1e-5} == {}

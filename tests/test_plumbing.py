@@ -13,16 +13,15 @@ import time
 import datasets
 import pytest
 import torch
-from conftest import ROOT, fork, read_lines, run_command, start, write_rows
+from conftest import DATA, ROOT, read_lines, run_command, start, write_rows
 from helpers import error_of
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 import sft
 
-ROWS = [
-    {"question": f"What is {i} and 2?", "answer": f"{i} and 2 are {i + 2}\n#### {i + 2}"} for i in range(12)
-]
+SUM = "{0} and 2 are {1}\n#### {1}"
+ROWS = [{"question": f"What is {i} and 2?", "answer": SUM.format(i, i + 2)} for i in range(12)]
 
 
 @pytest.fixture
@@ -30,8 +29,7 @@ def flags(random_model, tmp_path, one_cpu):
     """flags(**changes): of a run of 3 steps with checkpoints at every step, into tmp_path/run."""
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     small = {"model": str(random_model), "dataset": (path,), "output_dir": str(tmp_path / "run")}
-    small |= {"batch_size": 4, "max_steps": 3, "save_every": 1, "warmup_steps": 0}
-    small |= {"learning_rate": 1e-3 + 1e-9}
+    small |= {"batch_size": 4, "max_steps": 3, "save_every": 1, "warmup_steps": 0, "learning_rate": 9e-4}
     return lambda **changes: small | changes
 
 
@@ -56,31 +54,10 @@ def refused(flags, capsys, monkeypatch):
     return run
 
 
-@pytest.fixture
-def forked(tmp_path):
-    """forked(function, ...) -> exit status and all that it printed, of a call in tmp_path."""
-
-    def run(function, *args):
-        process = fork(function, *args, cwd=tmp_path)
-        process.join(300)
-        return process.exitcode, (tmp_path / "output").read_text()
-
-    return run
-
-
-# Flags and folders ------------------------------------------------------------------------------------------
-
-
-def test_command_line_tells_a_mistake_in_one_line(tmp_path):
-    done = start(sys.executable, ROOT / "sft.py", "--batch-size", "0", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: --batch-size 0:")
-    assert len(done.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == []
-
-
-def test_command_line_that_fails_later_leaves_no_empty_run(tmp_path):
+def test_command_line_that_fails_tells_why_and_leaves_no_empty_run(tmp_path):
     done = start(sys.executable, ROOT / "sft.py", "--model", "x", cwd=tmp_path)
     told = done.stderr.splitlines()
-    assert done.returncode == 2 and told[-1].startswith("error: --model x") and "Traceback" not in told[0]
+    assert done.returncode == 2 and told[-1].startswith("error: --model x") and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.rglob("*") if path.name != "runs"] == []
 
 
@@ -103,26 +80,15 @@ def test_two_runs_started_at_once_have_two_folders(flags, tmp_path, monkeypatch)
     assert len({path.name for path in folders}) == 2 and all(path.is_dir() for path in folders)
 
 
-OTHERS = [
-    (r"--resume: model was .* and is .*", {"model": "tiny/base"}),
-    (r"--resume: dataset was .* and is .*", {"dataset": ("tiny/data/sft_train.jsonl",)}),
-    (r"--resume: seed was 1 and is 2", {"seed": 2}),
-    (r"--resume: weight_decay was 0\.0 and is 0\.1", {"weight_decay": 0.1}),
-    (r"is finished: step 3 of 3; a larger --max-steps goes on", {}),
-    (r"is finished: step 3 of 2", {"max_steps": 2}),
-    (r"--resume: script was grpo.py and is sft.py", {}),
-]
-
-
 def test_another_run_is_not_continued(train, capsys):
     folder, lines = train()
     model = (folder / "model" / "model.safetensors").read_bytes()
-    for pattern, changes in OTHERS:
-        if "script" in pattern:
+    for case in read_lines(DATA / "other_runs.jsonl"):
+        if "script" in case["told"]:
             begun = json.loads((folder / "args.json").read_text())
             (folder / "args.json").write_text(json.dumps(begun | {"script": "grpo.py"}))
-        line = error_of(lambda changes=changes: train(resume=True, **changes), capsys)
-        assert re.search(pattern, line), line
+        line = error_of(lambda flags=case["flags"]: train(resume=True, **flags), capsys)
+        assert re.search(case["told"], line), line
         assert read_lines(folder / "metrics.jsonl") == lines
         assert (folder / "model" / "model.safetensors").read_bytes() == model
 
@@ -149,10 +115,7 @@ def test_damaged_last_checkpoint_falls_back_to_the_one_before(train, flags, caps
     folder, lines = train()
     shutil.rmtree(folder / "model")
     last = folder / "checkpoints" / "step_00000003"
-    assert {path.name for path in last.parent.iterdir()} == {
-        "step_00000002",
-        last.name,
-    }  # of three the last two
+    assert {path.name for path in last.parent.iterdir()} == {"step_00000002", last.name}  # of three two
     for path in last.glob("*.distcp"):
         path.write_bytes(path.read_bytes()[:100]) if how == "cut" else path.unlink()
     capsys.readouterr()
@@ -252,16 +215,11 @@ def test_wandb_is_imported_only_on_request(flags, forked, tmp_path):
 
 
 def test_step_that_is_not_finite_ends_the_run_before_its_update(train, monkeypatch, capsys, tmp_path):
-    calls, sft_loss = [], sft.sft_loss
-    monkeypatch.setattr(
-        sft, "sft_loss", lambda *x: calls.append(0) or sft_loss(*x) * (math.nan if len(calls) > 1 else 1)
-    )
+    factors, sft_loss = iter([1, math.nan]), sft.sft_loss
+    monkeypatch.setattr(sft, "sft_loss", lambda *x: sft_loss(*x) * next(factors))
     assert "step 2: loss nan" in error_of(train, capsys)
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000001"]
-
-
-# Models -----------------------------------------------------------------------------------------------------
 
 
 def test_dtype_and_processes_decide_whether_a_model_is_sharded(flags):
@@ -278,26 +236,19 @@ def test_soft_capped_model_is_refused_by_name(flags, random_model, tmp_path, cap
     folder = tmp_path / "gemma2"
     shutil.copytree(random_model, folder)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
-    config = Gemma2Config(
-        vocab_size=500, intermediate_size=64, num_key_value_heads=2, pad_token_id=0, **sizes
-    )
+    sizes |= {"vocab_size": 500, "intermediate_size": 64, "num_key_value_heads": 2}
+    config = Gemma2Config(**sizes, pad_token_id=0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     line = error_of(lambda: sft.main(sft.Args(**flags(model=str(folder)))), capsys)
     assert re.search("gemma2: .*use --attn eager", line)
     sft.main(sft.Args(**flags(model=str(folder), attn="eager", output_dir=str(tmp_path / "eager"))))
 
 
-# Files ------------------------------------------------------------------------------------------------------
-
-
 def test_files_of_every_kind_hold_the_same_rows(tmp_path, one_cpu):
-    rows = [
-        {"prompt": "The sky is", "completion": " blue."},
-        {"prompt": "Be", "completion": " brief, déjà\u2028"},
-    ]
-    files = [
-        tmp_path / f"same.{kind}" for kind in ("jsonl", "json", "parquet", "csv", "jsonl.gz", "bom.jsonl")
-    ]
+    rows = [{"prompt": "The sky is", "completion": " blue."}]
+    rows += [{"prompt": "Be", "completion": " brief, déjà\u2028"}]
+    kinds = ("jsonl", "json", "parquet", "csv", "jsonl.gz", "bom.jsonl")
+    files = [tmp_path / f"same.{kind}" for kind in kinds]
     write_rows(files[0], rows)
     files[1].write_text(json.dumps(rows, indent=1), encoding="utf-8")
     table = datasets.Dataset.from_list(rows)
@@ -317,15 +268,11 @@ def test_empty_cells_are_empty_texts_and_numbers_stay_whole(tmp_path):
     assert [str(row["answer"]) for row in rows] == ["3", "4", ""] and rows[1]["question"] == ""
 
 
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n'),
-        ("a.json", b'[{"text": "a"}, '),
-        ("a.parquet", b"PAR1"),
-        ("a.jsonl", b""),
-    ],
-)
+BROKEN = [("a.jsonl", b'{"text": "a"}\n{"text": \n'), ("a.json", b'[{"text": "a"}, ')]
+BROKEN += [("a.parquet", b"PAR1"), ("a.jsonl", b"")]
+
+
+@pytest.mark.parametrize("name, content", BROKEN)
 def test_broken_files_are_named(tmp_path, capsys, name, content, refused):
     (tmp_path / name).write_bytes(content)
     refused(rf"{name} (cannot be loaded|: hardly a row|: .*empty)", dataset=(str(tmp_path / name),))

@@ -1,30 +1,15 @@
-"""ppo_rlhf.py: advantages, losses, shaping, a step by hand, models and short runs.
-
-Gradients are held against those of the expected reward over every sequence of a small vocabulary (see
-test_grpo.py), a whole step against stock models, values against numbers worked by hand. Most runs train on
-written completions, so that lengths, ends and scores are known.
-"""
+"""ppo_rlhf.py against the gradient by enumeration, stock models, and numbers worked by hand."""
 
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    CPU,
-    END,
-    assert_same_metrics,
-    float64,
-    stock,
-    stock_classifier,
-    tiny_rows,
-    tiny_tokenizer,
-    trainer,
-)
-from test_grpo import Table, distance, loss_and_slope, regularised_gradient, true_gradient
+from helpers import assert_same_metrics, trainer
+from samples import CPU, END, float64, stock, stock_classifier, tiny_rows, tiny_tokenizer
+from test_grpo import Table, distance, regularised_gradient, true_gradient
 
 import common
 import ppo_rlhf as ppo
@@ -33,30 +18,21 @@ JUDGE, BASE = "tiny/reward", "tiny/base"
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
-# Advantages -------------------------------------------------------------------------------------------------
-
 LENGTHS = (3, 1, 7, 2, 1, 40)
 INDEX = torch.tensor([4, 0, 9, 2, 7, 1]).repeat_interleave(torch.tensor(LENGTHS))  # numbers of sequences
-
-
-def ragged(seed=0):
-    """Rewards and values of tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(54, dtype=torch.float64, generator=generator) for _ in range(2)]
 
 
 def double_sum(rewards, values, gamma, lam):
     """Eq. 16 of arXiv:1506.02438 for one sequence, term by term."""
     values = [*values, 0.0]
     deltas = [r + gamma * values[t + 1] - values[t] for t, r in enumerate(rewards)]
-    return [
-        sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))
-    ]
+    weighted = lambda t: [(gamma * lam) ** k * delta for k, delta in enumerate(deltas[t:])]
+    return [sum(weighted(t)) for t in range(len(deltas))]
 
 
 @pytest.mark.parametrize("gamma, lam", [(1, 0.95), (0.9, 0.5), (1, 1), (0.8, 0), (0, 0.5)])
 def test_gae_is_the_double_sum_on_ragged_lengths(gamma, lam):
-    rewards, values = ragged()
+    rewards, values = torch.randn(2, 54, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     given = rewards.clone(), values.clone()
     wanted = []
     for r, v in zip(rewards.split(LENGTHS), values.split(LENGTHS), strict=True):
@@ -76,9 +52,6 @@ def test_gae_by_hand():
     assert [len(x) for x in ppo.gae(nothing, nothing, nothing.long(), 1.0, 0.95)] == [0, 0]
 
 
-# Gradients against enumeration ------------------------------------------------------------------------------
-
-
 def expected_gradient(table, advantages_of):
     """The mean of minus the gradient of PPO's loss at ratio 1 over all that the policy may sample."""
     ids = range(len(table.sequences))
@@ -87,11 +60,6 @@ def expected_gradient(table, advantages_of):
     ratio = torch.exp(logps - logps.detach())
     losses = ppo.ppo_policy_loss(ratio, advantages_of(index, logps.detach()), epsilon=0.2, epsilon_high=0.2)
     return -table.gradient((losses * chances[index]).sum())
-
-
-def states_of(table):
-    """The state before each token of all sequences, end to end: a row of the table."""
-    return torch.tensor(sum(table.rows, []))
 
 
 both_kinds = pytest.mark.parametrize("end", [None, 2], ids=["equal-lengths", "an-end"])
@@ -114,7 +82,8 @@ def test_score_and_kl_as_rewards_of_tokens_give_the_gradient_of_reward_minus_kl(
 def advantages_under(table, values_of_states, lam):
     def advantages_of(index, logps):
         rewards = ppo.shaped_rewards(table.rewards[index], torch.zeros_like(logps), index, kl_coef=0.0)
-        return ppo.gae(rewards, values_of_states[states_of(table)], index, gamma=1.0, lam=lam)[0]
+        values = values_of_states[sum(table.rows, [])]  # of the state before each token, a row of the table
+        return ppo.gae(rewards, values, index, gamma=1.0, lam=lam)[0]
 
     return advantages_of
 
@@ -130,56 +99,27 @@ def exact_values(table):
 
 
 @both_kinds
-def test_any_values_leave_the_gradient_unbiased_at_lambda_1(end):
-    table = Table(11, end)
-    values = torch.randn(13, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    wanted = true_gradient(table)
-    assert distance(expected_gradient(table, advantages_under(table, values, 1.0)), wanted) < 1e-6
-    assert distance(expected_gradient(table, advantages_under(table, values, 0.5)), wanted) > 0.01
-
-
-@both_kinds
-@pytest.mark.parametrize("lam", [0.0, 0.4, 0.95])
-def test_exact_values_leave_the_gradient_unbiased_at_every_lambda(end, lam):
+@pytest.mark.parametrize("lam", [0.0, 0.4, 0.95, 1.0])
+def test_exact_values_leave_the_gradient_unbiased_at_every_lambda_and_any_values_at_1(end, lam):
     table = Table(12, end)
     found = expected_gradient(table, advantages_under(table, exact_values(table), lam))
     assert distance(found, true_gradient(table)) < 1e-6
+    any_values = torch.randn(13, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = expected_gradient(table, advantages_under(table, any_values, lam))
+    assert (distance(found, true_gradient(table)) < 1e-6) == (lam == 1)
 
 
-# Losses -----------------------------------------------------------------------------------------------------
+VALUES = [  # value, cliprange, loss, slope; the old value is 1, the return 3
+    (1.0, 0.2, 2.0, -2.0),
+    (1.125, 0.2, 1.875**2 / 2, -1.875),
+    (1.5, 0.2, 1.62, 0.0),  # moved further than allowed towards the return: the loss of 1.2, no gradient
+    (0.5, 0.2, 3.125, -2.5),  # moved away: the loss of the value itself
+    (9.0, 0.2, 18.0, 6.0),  # and beyond the return
+    (9.0, None, 18.0, 6.0),
+]
 
 
-@pytest.mark.parametrize(
-    "ratio, advantage, loss, slope",
-    [
-        (0.5, 2, -1.0, -1.0),
-        (1.0, 2, -2.0, -2.0),
-        (1.5, 2, -2.56, 0.0),  # above 1.28 a good token has nothing left to earn
-        (0.5, -2, 1.6, 0.0),  # below 0.8 a bad one
-        (1.5, -2, 3.0, 3.0),
-        # between epsilon and epsilon_high
-        (1.25, 2, -2.5, -2.5),
-        (0.75, -2, 1.6, 0.0),
-    ],
-)
-def test_clip_by_hand(ratio, advantage, loss, slope):
-    clip = {"epsilon": 0.2, "epsilon_high": 0.28}
-    loss_of = lambda rho, _: ppo.ppo_policy_loss(rho, float64(advantage), **clip)
-    assert loss_and_slope(loss_of, ratio) == pytest.approx((loss, slope))
-
-
-@pytest.mark.parametrize(
-    "value, cliprange, loss, slope",
-    [
-        (1.0, 0.2, 2.0, -2.0),  # old value 1, return 3
-        (1.125, 0.2, 1.875**2 / 2, -1.875),
-        # moved further than allowed towards the return: the loss of 1.2, no gradient
-        (1.5, 0.2, 1.62, 0.0),
-        (0.5, 0.2, 3.125, -2.5),  # moved away: the loss of the value itself
-        (9.0, 0.2, 18.0, 6.0),  # and beyond the return
-        (9.0, None, 18.0, 6.0),
-    ],
-)
+@pytest.mark.parametrize("value, cliprange, loss, slope", VALUES)
 def test_value_loss_by_hand(value, cliprange, loss, slope):
     for sign in (1, -1):  # and mirrored
         values = float64(sign * value).requires_grad_()
@@ -187,9 +127,6 @@ def test_value_loss_by_hand(value, cliprange, loss, slope):
         found = ppo.value_loss(values, old, returns, cliprange)
         assert found.item() == pytest.approx(loss)
         assert torch.autograd.grad(found.sum(), values)[0].item() == pytest.approx(sign * slope)
-
-
-# Shaping and measures ---------------------------------------------------------------------------------------
 
 
 def test_score_comes_at_the_last_token_and_the_kl_at_every_token():
@@ -201,8 +138,8 @@ def test_score_comes_at_the_last_token_and_the_kl_at_every_token():
 
 
 def test_whiten_by_hand():
-    for values in (float64(1, 2, 3), float64(0, 0, 0, 2)):
-        deviations = {3: [-1, 0, 1], 4: [-0.5, -0.5, -0.5, 1.5]}[len(values)]
+    for values, deviations in (([1, 2, 3], [-1, 0, 1]), ([0, 0, 0, 2], [-0.5, -0.5, -0.5, 1.5])):
+        values = float64(*values)
         assert ppo.whiten(values, values).tolist() == pytest.approx(deviations, abs=1e-7)
         mean = values.mean().item()
         kept = ppo.whiten(values, values, shift_mean=False).tolist()
@@ -214,14 +151,11 @@ def test_whiten_by_hand():
         assert ppo.whiten(values, values, shift_mean=False).tolist() == pytest.approx(values.tolist())
 
 
-STEP = 64 / 1000  # completions over the horizon
-KLS = [(6.0, 1.0), (5.4, 1 - 0.1 * STEP), (1e9, 1 + 0.2 * STEP), (-3.0, 1 - 0.2 * STEP)]  # target 6
-
-
-@pytest.mark.parametrize("kl, factor", KLS)
-def test_kl_controller_by_hand(kl, factor):
-    found = ppo.adapted_kl_coef(0.15, kl, target=6.0, horizon=1000, num_episodes=64)
-    assert found == pytest.approx(0.15 * factor)
+def test_kl_controller_by_hand():
+    step = 64 / 1000  # completions over the horizon
+    for kl, factor in ((6.0, 1), (5.4, 1 - 0.1 * step), (1e9, 1 + 0.2 * step), (-3.0, 1 - 0.2 * step)):
+        found = ppo.adapted_kl_coef(0.15, kl, target=6.0, horizon=1000, num_episodes=64)
+        assert found == pytest.approx(0.15 * factor), kl
 
 
 def test_explained_variance_by_hand():
@@ -246,10 +180,9 @@ SETTINGS |= {"kl_coef": 0.05, "num_ppo_epochs": 1, "num_minibatches": 1, "clipra
 
 @pytest.fixture
 def train(tmp_path, one_cpu, monkeypatch):
-    """As `trainer` says; train.weights: of the models that were saved.
+    """As `trainer` says, of one step over 2 groups of 2; train.weights: of the models that were saved.
 
-    One step of one pass over 2 groups of 2 on tiny/sft, with a value model that starts from it. With
-    `written`, pairs of answers and scores, one a step, those take the place of what would be sampled.
+    `written`, pairs of answers and scores, one a step, take the place of what would be sampled.
     """
     short = trainer(ppo, tmp_path, **SETTINGS)
     save_model, sample = ppo.save_model, ppo.roll_out
@@ -259,17 +192,14 @@ def train(tmp_path, one_cpu, monkeypatch):
         save_model(folder, model, tokenizer)
 
     def run(written=(), **flags):
-        def roll_out(policy, tokenizer, asked, group_size, temperature, seed, *rest):
+        def roll_out(*given):
+            seed, rollout = given[5], []
             if not written or seed[1] == 0:  # 0: an evaluation
-                return sample(policy, tokenizer, asked, group_size, temperature, seed, *rest)
-            rollout = []
-            answers, scores = written[min(seed[1], len(written)) - 1]
-            for n, (ids, score) in enumerate(zip(answers, scores, strict=True)):
+                return sample(*given)
+            for n, (ids, score) in enumerate(zip(*written[min(seed[1], len(written)) - 1], strict=True)):
                 text = PROMPTS[n // 2]
-                row = {"prompt": text, "score": score}
-                prompt = ppo.Prompt(tokenizer(text).input_ids, row, f"row {n}")
-                sampled = tokenizer.decode(ids, skip_special_tokens=True)
-                logprobs = torch.full((len(ids),), -1.0)
+                prompt = ppo.Prompt(tiny_tokenizer()(text).input_ids, {"prompt": text, "score": score}, "")
+                sampled, logprobs = tiny_tokenizer().decode(ids[:-1]), torch.full((len(ids),), -1.0)
                 rollout.append(ppo.Completion(prompt, ids, logprobs, sampled, ids[-1] == END))
             return rollout
 
@@ -287,13 +217,12 @@ ONCE = ((ANSWERS, SCORES),)
 
 @pytest.fixture
 def looked(monkeypatch):
-    """What went into and came out of GAE at each step of a run, by name."""
+    """Of each step of a run, what went into GAE and came out: values, numbers of sequences, advantages."""
     found, gae = [], ppo.gae
 
-    def spy(token_rewards, values, sequence_index, gamma, lam):
-        given = {"rewards": token_rewards.clone(), "values": values.clone(), "index": sequence_index}
-        advantages, returns = gae(token_rewards, values, sequence_index, gamma, lam)
-        found.append(SimpleNamespace(**given, advantages=advantages.clone(), returns=returns.clone()))
+    def spy(token_rewards, values, index, *rest):
+        advantages, returns = gae(token_rewards, values, index, *rest)
+        found.append((values.clone(), index, advantages.clone()))
         return advantages, returns
 
     monkeypatch.setattr(ppo, "gae", spy)
@@ -302,13 +231,9 @@ def looked(monkeypatch):
 
 @pytest.fixture
 def losses(monkeypatch):
-    """Arguments of every call of ppo_policy_loss: a row of an update."""
+    """(ratio, advantages) of every call of ppo_policy_loss: a row of an update."""
     found, ppo_policy_loss = [], ppo.ppo_policy_loss
-
-    def spy(ratio, advantages, *clip):
-        found.append(SimpleNamespace(ratio=ratio.detach(), advantages=advantages, clip=clip))
-        return ppo_policy_loss(ratio, advantages, *clip)
-
+    spy = lambda *given: found.append((given[0].detach(), given[1])) or ppo_policy_loss(*given)
     monkeypatch.setattr(ppo, "ppo_policy_loss", spy)
     return found
 
@@ -391,18 +316,12 @@ def test_losses_metrics_and_updates_of_a_step_are_those_of_stock_models(train):
         numbers = -surrogate.mean(), errors.mean(), lost.float().mean(), k3, entropies.mean(), ratio.mean()
         numbers += (held,)
         seen.append([x.item() for x in numbers] + norms)
-    mean = np.mean(seen, 0)
-
-    metrics = {
-        "loss/policy_avg": mean[0],
-        "loss/value_avg": mean[1],
-        "loss": mean[0] + 0.1 * mean[1] - 0.05 * mean[4],
-        "policy/clipfrac_avg": mean[2],
-        "policy/approxkl_avg": mean[3],
-        "val/ratio": mean[5],
-        "val/clipfrac_avg": mean[6],
-        "grad_norm": mean[7],
-        "grad_norm/value": mean[8],
+    names = ["loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "policy/approxkl_avg", "entropy"]
+    names += ["val/ratio", "val/clipfrac_avg", "grad_norm", "grad_norm/value"]
+    metrics = dict(zip(names, np.mean(seen, 0), strict=True))
+    entropy = metrics.pop("entropy")
+    metrics |= {
+        "loss": metrics["loss/policy_avg"] + 0.1 * metrics["loss/value_avg"] - 0.05 * entropy,
         "objective/entropy": seen[0][4],
         "objective/scores": np.mean(SCORES),
         "objective/kl": log_ratio.sum().item() / 4,
@@ -414,7 +333,8 @@ def test_losses_metrics_and_updates_of_a_step_are_those_of_stock_models(train):
         "completions/clipped_ratio": 0.5,
     }
     assert {key: line[key] for key in metrics} == pytest.approx(metrics, rel=2e-4, abs=1e-6)
-    assert seen[1][2] > 0.1 and seen[0][7] > 0.5 and mean[6] > 0 and metrics["objective/kl"] != 0
+    assert seen[1][2] > 0.1 and seen[0][7] > 0.5
+    assert metrics["val/clipfrac_avg"] > 0 and metrics["objective/kl"] != 0
     for name, (model, rate) in models.items():
         found, wanted = train.weights[name], model.state_dict()
         # AdamW's first steps are of size `rate` whatever the gradient's: near 0 its sign is a rounding
@@ -435,25 +355,18 @@ def test_truncated_importance_weights_multiply_the_losses(train, losses):
     assert line["loss/policy_avg"] == pytest.approx(-sum(s * len(x) for s, x in zip(SCORES, logps)) / 10)
 
 
-# Golden behaviour -------------------------------------------------------------------------------------------
+GOLDEN = [{"num_minibatches": 2}, {"gradient_checkpointing": True, "attn": "eager"}]
+GOLDEN += [{"temperature": 0.7, "max_tokens_per_micro_batch": 64, "value_model": JUDGE}]
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"num_minibatches": 2},
-        {"temperature": 0.7, "max_tokens_per_micro_batch": 64, "value_model": JUDGE},
-        {"gradient_checkpointing": True, "attn": "eager"},
-    ],
-    ids=["minibatches", "rows", "checkpointing"],
-)
+@pytest.mark.parametrize("flags", GOLDEN, ids=["minibatches", "checkpointing", "rows"])
 def test_first_pass_has_ratios_of_exactly_1_up_to_the_first_update_and_later_ones_move(train, losses, flags):
     defaults = {"num_ppo_epochs": 3, "max_steps": 2, "batch_size": 8, "learning_rate": 1e-3}
     _, lines = train(**(defaults | flags))
     for line in lines:
         assert line["policy/clipfrac_avg"] > 0.01 and line["policy/approxkl_avg"] > 1e-4
         assert line["sampling/logp_difference_mean"] < 1e-4
-    assert (losses[0].ratio == 1).all() and (losses[-1].ratio != 1).any()
+    assert (losses[0][0] == 1).all() and (losses[-1][0] != 1).any()
     assert lines[0]["kl"] == lines[0]["objective/kl"] == 0 and lines[1]["kl"] > 1e-4
 
 
@@ -471,14 +384,13 @@ def test_old_log_probs_are_of_the_very_rows_that_are_trained_on(train, monkeypat
     assert looked_at[0::2] == looked_at[1::2] == trained_on[:rows] == trained_on[rows:] and rows > 2
 
 
-# Rewards ----------------------------------------------------------------------------------------------------
+LEFT_OUT = {  # values are 0, and not
+    "without-a-score": ((1.0, None, 3.0, None), {}),
+    "cut-off": (SCORES, {"mask_truncated": True, "value_model": JUDGE}),
+}
 
 
-@pytest.mark.parametrize(
-    "scores, flags",
-    [((1.0, None, 3.0, None), {}), (SCORES, {"mask_truncated": True, "value_model": JUDGE})],
-    ids=["without-a-score", "cut-off"],  # values are 0, and not
-)
+@pytest.mark.parametrize("scores, flags", LEFT_OUT.values(), ids=LEFT_OUT)
 def test_completion_that_is_not_trained_on_takes_no_part_in_the_update(train, losses, scores, flags):
     # whatever its tokens are: neither a gradient nor a share in what whitening and means are over
     other = ([END], [500, 9, 77, 3], [12, END], [300])
@@ -492,9 +404,9 @@ def test_completion_that_is_not_trained_on_takes_no_part_in_the_update(train, lo
     others = {"num_tokens", "objective/scores", "rewards/given/mean"}
     others |= {key for key in found[0][0] if key.startswith("completions/")}
     assert_same_metrics(*[[line] for line, _ in found], rel=1e-4, without=others)
-    assert [len(x.advantages) for x in losses] == [3] * 4  # tokens of the first and the third
-    assert losses[0].advantages.mean().item() == pytest.approx(0, abs=1e-6)
-    assert losses[0].advantages.std(unbiased=True).item() == pytest.approx(1)
+    assert [len(advantages) for _, advantages in losses] == [3] * 4  # tokens of the first and the third
+    assert losses[0][1].mean().item() == pytest.approx(0, abs=1e-6)
+    assert losses[0][1].std(unbiased=True).item() == pytest.approx(1)
 
 
 def test_rollout_without_anything_to_train_on_changes_nothing(train):
@@ -515,10 +427,10 @@ def test_rollout_without_anything_to_train_on_changes_nothing(train):
 def test_advantages_are_whitened_over_the_rollout_and_returns_are_not(train, looked, losses, whitened):
     flags = {"num_minibatches": 2, "learning_rate": 0.0, "value_learning_rate": 0.0}
     [line] = train(written=ONCE, **flags, whiten_advantages=whitened, lam=0.5)[1]
-    raw = looked[0].advantages
+    [(_, _, raw)] = looked
     wanted = (raw - raw.mean()) / raw.std(unbiased=True) if whitened else raw
     assert len(losses) == 2  # the mean of neither minibatch alone is 0
-    used = torch.cat([x.advantages for x in losses])
+    used = torch.cat([advantages for _, advantages in losses])
     assert used.tolist() == pytest.approx(wanted.tolist(), rel=1e-5, abs=1e-6)
     # 4 tokens of one group, 6 of the other, values 0: the mean of both means of R^2 / 2
     halves = [x.square().mean().item() / 2 for x in raw.split([4, 6])]
@@ -546,9 +458,6 @@ def test_kl_weight_follows_the_formula_from_step_to_step_and_in_a_continued_run(
     assert [line["objective/kl_coef"] for line in train(**flags)[1]] == [0.05] * 3
 
 
-# Models -----------------------------------------------------------------------------------------------------
-
-
 def test_saved_value_model_goes_on_as_the_next_value_model(train, looked):
     folder, _ = train(value_model=JUDGE, value_learning_rate=1e-3)
     start = str(folder / "value_model")
@@ -558,8 +467,9 @@ def test_saved_value_model_goes_on_as_the_next_value_model(train, looked):
     assert critic.config.reward_offset == stock_critic().config.reward_offset != 0
     with torch.no_grad():
         wanted = {n: stock_values(critic, *pair)[:-1] for n, pair in enumerate(pairs_of(ANSWERS))}
-    for n, values in wanted.items():
-        assert looked[-1].values[looked[-1].index == n].tolist() == pytest.approx(values.tolist(), abs=1e-4)
+    values, index, _ = looked[-1]
+    for n, of_answer in wanted.items():
+        assert values[index == n].tolist() == pytest.approx(of_answer.tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("spec", ["tiny/reward", "tiny/reward:min"])
@@ -578,7 +488,7 @@ def test_value_model_starts_from_the_first_reward_model_and_says_its_score_behin
 
 def test_value_model_from_the_policy_says_0_at_first(train, looked):
     _, [line] = train(written=ONCE, value_model="tiny/sft")
-    assert looked[0].values.tolist() == [0] * 10 and line["val/explained_var"] == 0
+    assert looked[0][0].tolist() == [0] * 10 and line["val/explained_var"] == 0
     after, start = train.weights["value_model"], stock("tiny/sft").state_dict()
     assert after.pop("score.weight").abs().min() > 0
     # a head of 0 lets no gradient through until it has moved
@@ -606,9 +516,8 @@ def test_check_of_the_value_model_finds_a_leak_between_sequences(one_cpu, monkey
     def leaking(sequences, *rest):
         batch = collate(sequences, *rest)
         whole = torch.arange(batch.input_ids.shape[1])[None]  # as if the row were one sequence
-        return common.replace(
-            batch, lengths=(whole.shape[1],), position_ids=whole, key_index=None, key_lengths=None
-        )
+        one = {"lengths": (whole.shape[1],), "position_ids": whole, "key_index": None, "key_lengths": None}
+        return common.replace(batch, **one)
 
     collate = common.collate
     monkeypatch.setattr(common, "collate", leaking)

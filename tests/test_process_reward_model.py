@@ -1,9 +1,4 @@
-"""process_reward_model.py: where steps end, their loss and logits, runs, best of N and annotation.
-
-Losses and measures are held against numbers worked by hand, logits against the stock sequence classifier at
-the end of one prefix at a time; searches and annotations run on completions and scores that are known.
-What the script shares with other scripts is tested with them.
-"""
+"""process_reward_model.py against numbers worked by hand and the stock classifier on one prefix at a time."""
 
 import json
 import zlib
@@ -11,20 +6,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_lines, write_rows
-from helpers import (
-    CPU,
-    END,
-    asked,
-    error_of,
-    float64,
-    gradient_norm,
-    said,
-    stock_classifier,
-    tiny_rows,
-    tiny_tokenizer,
-    trainer,
-)
+from conftest import DATA, ROOT, read_lines, write_rows
+from helpers import error_of, rewards, trainer
+from samples import CPU, END, asked, float64, gradient_norm, said, stock_classifier, tiny_rows, tiny_tokenizer
 from transformers import AutoTokenizer
 
 import process_reward_model as prm
@@ -32,9 +16,6 @@ from common import collate
 
 ROWS = tiny_rows("steps_train")
 pytestmark = pytest.mark.usefixtures("one_cpu", "process_group")
-
-
-# Losses and measures ----------------------------------------------------------------------------------------
 
 
 def test_step_loss_by_hand_of_hard_and_soft_labels():
@@ -74,9 +55,6 @@ def test_majority_takes_the_first_of_the_most_frequent_answers():
     right = np.array([list("01101"), list("10011"), list("00101")]) == "1"
     assert prm.best_of(5, right, prm.votes(answers)) == 1
     assert prm.best_of(5, ~right, prm.votes(answers)) == 0
-
-
-# Where steps end --------------------------------------------------------------------------------------------
 
 
 def steps_of(prompt, steps, tokenizer=None):
@@ -119,9 +97,6 @@ def test_step_whose_separator_is_merged_with_the_next_step_ends_one_token_before
     assert last == len(ids) - 1 and ids[last] == END
 
 
-# Logits -----------------------------------------------------------------------------------------------------
-
-
 def stock_logits(model, sequence):
     """The stock classifier's output on the prefix up to and with each mark, one forward each."""
     ids = torch.tensor(sequence.input_ids).long()[None]
@@ -140,12 +115,8 @@ def tiny_sequences(count):
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 def test_logits_are_those_of_the_stock_model_on_every_prefix_whatever_the_row(random_classifiers, kind):
-    sequences, model, plain = (
-        tiny_sequences(5),
-        loaded(random_classifiers[kind]),
-        stock_classifier(random_classifiers[kind]),
-    )
-    sequences.insert(2, steps_of("Text.\n", ["a", "b c", "d"]))
+    model, plain = loaded(random_classifiers[kind]), stock_classifier(random_classifiers[kind])
+    sequences = [*tiny_sequences(5), steps_of("Text.\n", ["a", "b c", "d"])]
     with torch.no_grad():
         expected = [stock_logits(plain, sequence) for sequence in sequences]
         for picks in (range(6), range(5, -1, -1), (3,), (2, 4)):
@@ -153,49 +124,20 @@ def test_logits_are_those_of_the_stock_model_on_every_prefix_whatever_the_row(ra
             assert logits.dtype == torch.float32
             assert torch.allclose(logits, torch.cat([expected[i] for i in picks]), atol=1e-4)
     assert torch.cat(expected).std() > 0.1
-
-
-def test_step_probabilities_are_in_the_order_of_the_solutions_for_any_row_budget(random_classifiers):
-    sequences, model, plain = (
-        tiny_sequences(6),
-        loaded(random_classifiers["qwen3"]),
-        stock_classifier(random_classifiers["qwen3"]),
-    )
-    with torch.no_grad():
-        expected = [stock_logits(plain, sequence).sigmoid() for sequence in sequences]
-    for budget in (8192, 100, 1):
+    for budget in (8192, 100, 1):  # in the order of the solutions for any rows
         found = prm.step_probabilities(model, sequences, prm.Args(max_tokens_per_micro_batch=budget), CPU)
-        assert [len(p) for p in found] == [len(p) for p in expected]
-        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected, strict=True))
-
-
-# Data -------------------------------------------------------------------------------------------------------
-
-
-ROW = {"prompt": "a\n", "completions": ["b", "c"], "labels": [True, 0.25]}
-
-
-def load(tmp_path, rows, **flags):
-    path = write_rows(tmp_path / "steps.jsonl", rows)
-    return prm.load_steps(tiny_tokenizer(), path, "train", prm.Args(dataset=(path,), **flags))
-
-
-BAD_ROWS = [
-    ({"prompt": "a", "completions": ["b"]}, "found the columns prompt, completions, labels"),
-    ({"prompt": "a", "completions": [], "labels": []}, "0 steps, and labels []"),
-    (ROW | {"labels": [1.0]}, "2 steps, and labels [1.0]"),
-    (ROW | {"labels": [1, 1.5]}, "2 steps, and labels [1, 1.5]"),
-    (ROW | {"labels": [-0.1, 1]}, "2 steps, and labels"),
-    (ROW | {"prompt": "b\n", "completions": ["b " * 60, "c"]}, "longer than --max-length"),
-]
+        for probabilities, logits in zip(found, expected, strict=True):
+            assert probabilities.tolist() == pytest.approx(logits.sigmoid().tolist(), abs=1e-4)
 
 
 def test_bad_rows_are_dropped_and_counted_by_reason(tmp_path, capsys):
-    good = [ROW | {"prompt": f"{n}\n"} for n in range(8)]
-    assert len(load(tmp_path, [*good, ROW, ROW, *(bad for bad, _ in BAD_ROWS)], max_length=40)) == 9
+    bad, row = read_lines(DATA / "step_rows.jsonl"), {"completions": ["b", "c"], "labels": [True, 0.25]}
+    good = [{"prompt": f"{n}\n"} | row for n in range(9)]
+    rows = write_rows(tmp_path / "steps.jsonl", [*good, good[0], *(case["row"] for case in bad)])
+    args = prm.Args(dataset=(rows,), max_length=40)
+    assert len(prm.load_steps(tiny_tokenizer(), rows, "train", args)) == 9
     told = capsys.readouterr().out
-    for _, reason in BAD_ROWS:
-        assert reason in told, told
+    assert [case["told"] for case in bad if case["told"] not in told] == [], told
 
 
 # Runs -------------------------------------------------------------------------------------------------------
@@ -209,19 +151,13 @@ def train(tmp_path, random_classifiers):
     return lambda rows, *rest, **flags: train(rows, *rest, **{"batch_size": len(rows)} | flags)
 
 
-def uneven_rows():
-    """Solutions of 1 to 4 steps with hard and soft labels: a mean of means is not the mean over steps."""
-    rows = [dict(row) for row in ROWS[:5]]
-    rows[0] |= {"completions": ["#### 92"], "labels": [0.2]}
-    rows[1] |= {"completions": [*rows[1]["completions"], "That is all."], "labels": [1.0, 0.75, 0.0, 1.0]}
+def test_first_step_is_a_plain_loop_and_its_mean_over_the_steps_of_the_batch(train, random_classifiers):
+    # Solutions of 1 to 4 steps with hard and soft labels: a mean of means is not the mean over steps.
+    model, losses, right, rows = stock_classifier(random_classifiers["qwen3"]), [], [], ROWS[:5]
+    one = {"completions": ["#### 92"], "labels": [0.2]}
+    four = {"completions": [*rows[1]["completions"], "That is all."], "labels": [1.0, 0.75, 0.0, 1.0]}
+    rows = [rows[0] | one, rows[1] | four, *rows[2:]]
     assert len({len(row["labels"]) for row in rows}) >= 3
-    return rows
-
-
-def test_first_step_is_a_plain_loop_and_the_mean_is_over_the_steps_of_the_whole_batch(
-    train, random_classifiers
-):
-    rows, model, losses, right = uneven_rows(), stock_classifier(random_classifiers["qwen3"]), [], []
     for row in rows:
         logits = stock_logits(model, steps_of(row["prompt"], row["completions"]))
         for x, z in zip(logits, map(float, row["labels"]), strict=True):
@@ -249,64 +185,37 @@ def test_evaluation_by_hand(monkeypatch):
     assert prm.evaluate_steps(None, [], None, None) == {}
 
 
-# Best of N --------------------------------------------------------------------------------------------------
-
 # Of each of two prompts (right answers 7 and 9): final answer, PRM's steps, outcome model's score.
 SAMPLES = [
-    [
-        ("a\n#### 5", [0.9, 0.8], 0.0),
-        ("b\n#### 7", [0.7, 0.9], 3.0),
-        ("c\n#### 7", [0.95, 0.85], 1.0),
-        ("d\n#### 6", [0.9, 0.99], 2.0),
-    ],
-    [
-        ("e\n#### 9", [0.3, 0.6], 1.0),
-        ("f\n\n#### 8", [0.5, 0.4], 2.0),
-        ("g\n#### 8", [0.2, 0.99], 0.0),
-        ("####  9", [0.8], 1.5),
-    ],
+    *[("a\n#### 5", [0.9, 0.8], 0.0), ("b\n#### 7", [0.7, 0.9], 3.0)],
+    *[("c\n#### 7", [0.95, 0.85], 1.0), ("d\n#### 6", [0.9, 0.99], 2.0)],
+    *[("e\n#### 9", [0.3, 0.6], 1.0), ("f\n\n#### 8", [0.5, 0.4], 2.0)],
+    *[("g\n#### 8", [0.2, 0.99], 0.0), ("####  9", [0.8], 1.5)],
 ]
 
 
-@pytest.fixture
-def search(monkeypatch, tmp_path):
-    """search(**flags) -> table, metrics, samples of best_of_n on SAMPLES; search.asked: the prompts."""
-    known = [sample for group in SAMPLES for sample in group]
-    tokenizer = tiny_tokenizer()
-    prompts = [
-        {"prompt": asked("What is 3 + 4?"), "answer": "7"},
-        {"prompt": asked("4 + 5?"), "answer": "#### 9"},
-    ]
-    judge = prm.judge
-
-    def complete(policy, speller, asked, *_):
-        run.asked = asked
-        return [text for text, _, _ in known], [False] * 7 + [True]
+def test_best_of_n_by_hand(monkeypatch, tmp_path):
+    tokenizer, judge = tiny_tokenizer(), prm.judge
+    prompts = [{"prompt": asked("What is 3 + 4?"), "answer": "7"}]
+    prompts += [{"prompt": asked("4 + 5?"), "answer": "#### 9"}]
 
     def step_probabilities(model, sequences, args, device):
-        for sequence, (_, steps, _) in zip(sequences, known, strict=True):
+        for sequence, (_, steps, _) in zip(sequences, SAMPLES, strict=True):
             assert sequence.trained.sum() == len(steps)  # blank lines are no steps
-        return [torch.tensor(steps) for _, steps, _ in known]
+        return [torch.tensor(steps) for _, steps, _ in SAMPLES]
 
     def judged(spec, rows, *rest):
-        return np.array([s for _, _, s in known]) if spec == "somewhere" else judge(spec, rows, *rest)
+        return np.array([s for _, _, s in SAMPLES]) if spec == "somewhere" else judge(spec, rows, *rest)
 
     monkeypatch.setattr(prm, "load_policy", lambda *_: (tokenizer, None))
-    monkeypatch.setattr(prm, "complete", complete)
+    monkeypatch.setattr(prm, "complete", lambda *_: ([text for text, *_ in SAMPLES], [False] * 7 + [True]))
     monkeypatch.setattr(prm, "judge", judged)
     monkeypatch.setattr(prm, "step_probabilities", step_probabilities)
-
-    def run(**flags):
-        args = prm.Args(policy="tiny/sft", num_samples=4, dataset=("other.jsonl",), **flags)
-        metrics, samples = prm.best_of_n(None, tokenizer, prompts, tmp_path, args, CPU)
-        return json.loads((tmp_path / "best_of_n.json").read_text()), metrics, samples
-
-    return run
-
-
-def test_best_of_n_by_hand(search):
+    flags = {"policy": "tiny/sft", "num_samples": 4, "outcome_model": "somewhere", "step_aggregation": "min"}
+    args = prm.Args(dataset=("other.jsonl",), **flags)
+    metrics, samples = prm.best_of_n(None, tokenizer, prompts, tmp_path, args, CPU)
+    table = json.loads((tmp_path / "best_of_n.json").read_text())
     # right: 0 1 1 0 and 1 0 0 1. By min the PRM has 0.8 0.7 0.85 0.9 and 0.3 0.4 0.2 0.8.
-    table, metrics, samples = search(outcome_model="somewhere", step_aggregation="min")
     assert table == [
         {"n": 1, "single": 0.5, "prm": 0.5, "orm": 0.5, "majority": 0.5, "any": 0.5},
         # of the halves the PRM takes 0.8, 0.9 and 0.4 (wrong), 0.8 (right); the outcome model 3 and 1.5
@@ -323,13 +232,10 @@ def test_best_of_n_by_hand(search):
 
 
 def test_verifier_that_fails_in_the_search_does_not_lose_the_training(train, tmp_path, capsys):
-    (tmp_path / "judge.py").write_text(
-        "def judge(completions, **columns):\n    assert len(completions) == 1, 'too many'\n    return [1.0]\n"
-    )
     prompts = write_rows(tmp_path / "prompts.jsonl", tiny_rows("prompts_eval")[:2])
     flags = {"search_dataset": prompts, "policy": "tiny/sft", "num_samples": 2, "max_completion_length": 8}
-    line = error_of(lambda: train(ROWS[:4], reward=f"{tmp_path / 'judge.py'}:judge", **flags), capsys)
-    assert "AssertionError: too many" in line and stock_classifier(tmp_path / "run_0" / "model")
+    line = error_of(lambda: train(ROWS[:4], reward=rewards("together")[0], **flags), capsys)
+    assert "ZeroDivisionError" in line and stock_classifier(tmp_path / "run_0" / "model")
 
 
 # Annotation -------------------------------------------------------------------------------------------------
@@ -359,15 +265,11 @@ def annotate(monkeypatch, tmp_path):
 
 
 SOLUTIONS = [
-    {
-        "prompt": asked("3 + 4 + 1?"),
-        "completions": ["3 + 4 = 7", "7 + 1 = 8", "#### 8"],
-        "answer": "8",
-        "kept": 1,
-    },
-    {"prompt": asked("What is 1 + 1?"), "completions": ["1 + 1 = 3", "#### 3"], "answer": "2", "kept": 2},
-    {"prompt": asked("What is 5?"), "completions": ["#### 5"], "answer": "5", "kept": 3},
+    {"prompt": asked("3 + 4 + 1?"), "completions": ["3 + 4 = 7", "7 + 1 = 8", "#### 8"], "answer": "8"},
+    {"prompt": asked("What is 1 + 1?"), "completions": ["1 + 1 = 3", "#### 3"], "answer": "2"},
+    {"prompt": asked("What is 5?"), "completions": ["#### 5"], "answer": "5"},
 ]
+SOLUTIONS = [row | {"kept": n} for n, row in enumerate(SOLUTIONS, 1)]
 # 4 rollouts from behind the first and the second step of the first solution, and the first of the second
 ANSWERS = [8, 8, 1, 8, 8, 1, 1, 1, 3, 3, 3, 3]
 
@@ -379,11 +281,7 @@ def test_soft_labels_are_the_shares_of_right_completions_and_the_last_one_is_the
     assert [{k: row[k] for k in SOLUTIONS[0]} for row in rows] == SOLUTIONS
     assert next(annotate.answers, None) is None  # the last steps are not completed
     assert metrics == pytest.approx({"mean_label": 3 / 6, "clipped_ratio": 4 / 12})
-
-
-def test_what_is_completed_is_exactly_the_tokens_up_to_the_end_of_each_step(annotate):
-    annotate.answers = iter(ANSWERS)
-    annotate(SOLUTIONS)
+    # what is completed is exactly the tokens up to the end of each step
     head = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     first, second = (head.format(row["prompt"][0]["content"]) for row in SOLUTIONS[:2])
     texts = [first + "3 + 4 = 7\n", first + "3 + 4 = 7\n7 + 1 = 8\n", second + "1 + 1 = 3\n"]

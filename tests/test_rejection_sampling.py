@@ -8,19 +8,17 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_lines
-from helpers import assert_continues, calls_of, error_of, rewards, stock, tiny_rows, trainer
+from conftest import DATA, ROOT, read_lines
+from helpers import assert_continues, calls_of, error_of, rewards, trainer
 from safetensors.torch import load_file
+from samples import stock, tiny_rows
 
 import estimators
 import rejection_sampling as rs
 import sft
 
-SCORINGS = {
-    "no ties": [0.3, -1.0, 2.0, 0.5],
-    "a tie": [1.0, 0.0, 1.0, 0.5],
-    "a verifier": [0.0, 1.0, 0.0, 1.0],
-}
+SCORINGS = {"no ties": [0.3, -1.0, 2.0, 0.5], "a tie": [1.0, 0.0, 1.0, 0.5]}
+SCORINGS |= {"a verifier": [0.0, 1.0, 0.0, 1.0]}
 every_scoring = pytest.mark.parametrize("scores", SCORINGS.values(), ids=SCORINGS)
 CHANCES = np.array([0.4, 0.3, 0.1, 0.2])
 HELD_OUT = tiny_rows("prompts_eval", 6)
@@ -35,9 +33,6 @@ def train(tmp_path, one_cpu):
     settings |= {"learning_rate": 1e-3, "max_completion_length": 40, "num_generations": 4, "batch_size": 16}
     run = trainer(rs, tmp_path, reward="residue")
     return lambda rows=None, held_out=None, **flags: run(rows, held_out, **settings | flags)
-
-
-# Best of N --------------------------------------------------------------------------------------------------
 
 
 def enumerated_law(scores, n):
@@ -93,23 +88,18 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
 def test_value_of_the_best_of_k_is_estimated_without_bias_from_more_samples(scores, k):
     """Its mean over all draws of 4 samples is what the law of the best of k says, of scores and values."""
     scores, values = np.array(scores), np.array([2.0, -1.0, 0.5, 7.0])
+    draws = np.array([*itertools.product(range(4), repeat=4)])
     for of in (scores, values):
-        mean = sum(
-            CHANCES[list(draw)].prod() * (estimators.chosen_shares(scores[list(draw)], k) @ of[list(draw)])
-            for draw in itertools.product(range(4), repeat=4)
+        found = [estimators.chosen_shares(scores[draw], k) @ of[draw] for draw in draws]
+        assert CHANCES[draws].prod(1) @ found == pytest.approx(
+            estimators.best_of_n_law(CHANCES, scores, k) @ of
         )
-        assert mean == pytest.approx(estimators.best_of_n_law(CHANCES, scores, k) @ of)
 
 
 def test_majority_by_hand():
     finals, right = list("abbcab"), np.array([0.0, 1, 1, 0, 0, 1])  # b is right
-    shares = {
-        1: 3 / 6,
-        2: 1 / 3,
-        3: 1 / 2,
-        4: 1,
-        6: 1,
-    }  # 2: a, b, a; 3: b, c; 4: the two left over are no group
+    # 2: a, b, a; 3: b, c; 4: the two left over are no group
+    shares = {1: 3 / 6, 2: 1 / 3, 3: 1 / 2, 4: 1, 6: 1}
     assert {k: estimators.majority_right(finals, right, k) for k in shares} == pytest.approx(shares)
 
 
@@ -141,39 +131,14 @@ def test_prompts_without_all_their_rewards_are_left_out_and_shares_of_right_ones
     assert [line["k"] for line in table] == [1, 2, 4, 6]
 
 
-# What is kept -----------------------------------------------------------------------------------------------
-
-GROUP = [  # completion, reward, ended, correct
-    ("a", 0.5, True, True),
-    ("b", 0.9, False, True),
-    (" a ", 0.5, True, True),
-    ("c", 0.9, True, False),
-    ("d", None, True, False),
-    ("e", 0.7, True, True),
-    ("f", 0.5, True, True),
-]
-KEPT = {  # filter, threshold, most -> what of the group is kept
-    ("all_correct", None, 9): "aef",
-    ("all_correct", None, 2): "ae",
-    ("all_correct", 0.6, 9): "e",
-    ("top1", None, 9): "c",
-    ("top1", 1.0, 9): "",
-    ("threshold", 0.7, 9): "ce",
-    ("threshold", 0.0, 3): "ace",
-}
-
-
-@pytest.mark.parametrize("settings, kept", KEPT.items())
-def test_filters_by_hand(settings, kept):
-    group = rows_of(*zip(*GROUP), names=("completion", "reward", "ended", "correct"))
-    reasons = rs.reasons_against(group, *settings)
-    assert "".join(row["completion"] for row, reason in zip(group, reasons) if not reason) == kept
-    assert reasons[1] == "cut off" and reasons[4] == "no reward"
-    if settings == ("all_correct", None, 2):
+@pytest.mark.parametrize("case", read_lines(DATA / "filters.jsonl"), ids=lambda case: str(case["settings"]))
+def test_filters_by_hand(case):
+    """Settings: filter, threshold, most."""
+    reasons = rs.reasons_against(case["group"], *case["settings"])
+    kept = [row["completion"] for row, reason in zip(case["group"], reasons, strict=True) if not reason]
+    assert "".join(kept) == case["kept"] and reasons[1] == "cut off" and reasons[4] == "no reward"
+    if case["settings"] == ["all_correct", None, 2]:
         assert reasons == ["", "cut off", "duplicate", "wrong", "no reward", "", "not among the best"]
-
-
-# Rounds -----------------------------------------------------------------------------------------------------
 
 
 def test_rounds_are_on_disk_with_their_origin_and_are_what_sft_would_train_on(train):
@@ -230,29 +195,23 @@ def test_continuing_within_a_round_equals_never_having_stopped_and_samples_nothi
     assert len(calls) == 2  # one of each round, none of the run that went on
 
 
-def started_from(train, monkeypatch, **flags):
-    """Whether the policy is the first model again at the first step of a round; its run's folder."""
-    first, found = load_file(ROOT / "tiny" / "sft" / "model.safetensors"), []
-    token_logprobs = rs.token_logprobs
+def test_restart_trains_from_the_first_model_on_samples_of_the_newest(train, monkeypatch):
+    first, token_logprobs = load_file(ROOT / "tiny" / "sft" / "model.safetensors"), rs.token_logprobs
 
     def spy(policy, *given, **settings):
         now = dict(policy.named_parameters())
-        found.append(all(torch.equal(now[name], first[name].float()) for name in first))
+        is_first.append(all(torch.equal(now[name], first[name].float()) for name in first))
         return token_logprobs(policy, *given, **settings)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(rs, "token_logprobs", spy)
-        folder, _ = train(**flags)
-    return found, folder
-
-
-def test_restart_trains_from_the_first_model_on_samples_of_the_newest(train, monkeypatch):
-    found, folder = started_from(train, monkeypatch)
-    again, restarted = started_from(train, monkeypatch, restart=True)
-    assert found == [True, False, False, False] and again == [True, False, True, False]
-    for number in (1, 2):
-        one, other = (read_lines(x / f"round_{number}.jsonl") for x in (folder, restarted))
-        assert [row["completion_ids"] for row in one] == [row["completion_ids"] for row in other]
+    monkeypatch.setattr(rs, "token_logprobs", spy)
+    sampled = []
+    for restart, wanted in ((False, [True, False, False, False]), (True, [True, False, True, False])):
+        is_first = []
+        folder, _ = train(restart=restart)
+        assert is_first == wanted
+        rows = [read_lines(folder / f"round_{number}.jsonl") for number in (1, 2)]
+        sampled.append([[row["completion_ids"] for row in some] for some in rows])
+    assert sampled[0] == sampled[1]
 
 
 def test_best_of_n_writes_the_best_answers_and_trains_nothing(train, monkeypatch):
@@ -309,22 +268,13 @@ def test_evaluation_by_hand(monkeypatch, tmp_path):
     assert metrics == {"eval/greedy_reward": 0.5} and [sample["n"] for sample in samples] == [0, 1]
 
 
-@pytest.mark.parametrize(
-    "told, flags",
-    [
-        ("--reward nothing: None for every completion", {"reward": "nothing"}),
-        ("round 1: not one of 16 answers is kept", {"threshold": 9.0}),
-    ],
-)
-def test_round_without_a_single_answer_ends_the_run_with_one_line(train, capsys, told, flags):
-    assert told in error_of(lambda: train(**flags), capsys)
+def test_round_without_a_single_answer_ends_the_run_with_one_line(train, capsys):
+    assert "round 1: not one of 16 answers is kept" in error_of(lambda: train(threshold=9.0), capsys)
 
 
 def test_later_round_that_keeps_nothing_leaves_the_policy_of_the_one_before(train, monkeypatch):
-    reasons_against, calls = rs.reasons_against, []
-    spy = lambda group, *rest: (
-        calls.append(1) or (["no"] * 4 if len(calls) > 4 else reasons_against(group, *rest))
-    )
+    reasons_against, numbers = rs.reasons_against, itertools.count()
+    spy = lambda *given: ["no"] * 4 if next(numbers) >= 4 else reasons_against(*given)
     monkeypatch.setattr(rs, "reasons_against", spy)
     folder, lines = train()
     assert (folder / "model").exists() and [line["round"] for line in lines] == [1, 1]

@@ -1,8 +1,4 @@
-"""reward_model.py: its losses, rewards read by position, heads, runs, ensembles, scores and dtypes.
-
-Losses are held against numbers worked by hand, rewards against the stock sequence classifier on one answer at
-a time. What the script shares with others is tested with them.
-"""
+"""reward_model.py against numbers worked by hand and the stock sequence classifier, one answer at a time."""
 
 import json
 import math
@@ -13,21 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import read_lines, write_rows
-from helpers import (
-    CPU,
-    END,
-    calls_of,
-    error_of,
-    float64,
-    gradient_norm,
-    said,
-    softplus,
-    stock_classifier,
-    tiny_rows,
-    tiny_tokenizer,
-    trainer,
-)
+from helpers import calls_of, error_of, trainer
 from safetensors.torch import load_file
+from samples import CPU, END, float64, gradient_norm, said, softplus, stock_classifier, tiny_rows
 
 import reward_model as rm
 from common import collate
@@ -36,8 +20,6 @@ ROWS = tiny_rows("preference_train")
 pytestmark = pytest.mark.usefixtures("one_cpu", "process_group")
 
 
-# Losses -----------------------------------------------------------------------------------------------------
-
 CHOSEN, REJECTED = (2.0, -1.0, 0.3), (0.5, 1.0, 0.3)  # differences 1.5, -2, 0
 
 
@@ -45,24 +27,18 @@ def bradley_terry(**settings):
     return rm.bradley_terry_loss(float64(*CHOSEN), float64(*REJECTED), **settings).tolist()
 
 
-def test_bradley_terry_by_hand():
+def test_bradley_terry_by_hand_with_margins_and_smoothed_labels():
     # ln(1 + e^-1.5), ln(1 + e^2), ln 2
     assert bradley_terry() == pytest.approx([0.201413, 2.126928, 0.693147], abs=2e-6)
-
-
-def test_margin_is_what_the_chosen_answer_must_win_by():
-    # differences less margins: 1, -3, 1
-    losses = bradley_terry(margin=float64(0.5, 1.0, -1.0))
-    assert losses == pytest.approx([0.313262, 3.048587, 0.313262], abs=2e-6)
+    # a margin is what the chosen answer must win by; differences less margins: 1, -3, 1
+    margins = float64(0.5, 1.0, -1.0)
+    assert bradley_terry(margin=margins) == pytest.approx([0.313262, 3.048587, 0.313262], abs=2e-6)
     assert bradley_terry(margin=0.5) == pytest.approx([0.313262, softplus(2.5), softplus(0.5)])
-
-
-def test_smoothed_bradley_terry_mixes_the_losses_of_both_labels():
     # 0.9 * 0.201413 + 0.1 * 1.701413, 0.9 * 2.126928 + 0.1 * 0.126928
     losses = bradley_terry(label_smoothing=0.1)
     assert losses == pytest.approx([0.351413, 1.926928, 0.693147], abs=2e-6)
     # The better answer, whichever it is, must win by the margin: at 1.5 - 0.5 and -1.5 - 0.5, and so on
-    both = bradley_terry(label_smoothing=0.1, margin=float64(0.5, 1.0, -1.0))
+    both = bradley_terry(label_smoothing=0.1, margin=margins)
     expected = [0.9 * softplus(-d + m) + 0.1 * softplus(d + m) for d, m in ((1.5, 0.5), (-2, 1), (0, -1))]
     assert both == pytest.approx(expected)
 
@@ -79,20 +55,15 @@ def test_margin_with_smoothing_never_helps_the_wrong_label():
     assert gradients[1][2] == pytest.approx(0)  # equal rewards stay equal
 
 
-def test_outcome_loss_by_hand():
+def test_outcome_and_center_loss_by_hand():
     rewards, labels = float64(2, -1, 0, -1), torch.tensor([1, 1, 0, 0])
     losses = rm.outcome_loss(rewards, labels).tolist()
     assert losses == pytest.approx([0.126928, 1.313262, 0.693147, 0.313262], abs=2e-6)
     # 0.8 * 0.126928 + 0.2 * 2.126928, 0.8 * 1.313262 + 0.2 * 0.313262, ln 2, 0.8 * 0.313262 + 0.2 * 1.313262
     losses = rm.outcome_loss(rewards, labels, label_smoothing=0.2).tolist()
     assert losses == pytest.approx([0.526928, 1.113262, 0.693147, 0.513262], abs=2e-6)
-
-
-def test_center_loss_is_the_square_of_the_sum():
+    # the centre's is the square of the sum
     assert rm.center_loss(float64(2, 1.5, -1), float64(-3, 1.5, 1)).tolist() == [1, 9, 0]
-
-
-# Measures ---------------------------------------------------------------------------------------------------
 
 
 def logit(p):
@@ -109,9 +80,6 @@ def test_calibration_error_by_hand():
     assert rm.calibration_error(split) == pytest.approx((0.43 + 0.36 + 0.93) / 3, abs=1e-6)
 
 
-# Models and answers -----------------------------------------------------------------------------------------
-
-
 def loaded(folder, **flags):
     args = rm.Args(model=str(folder), **flags)
     return rm.load_reward_model(str(folder), args, rm.load_tokenizer(args), CPU)
@@ -125,10 +93,10 @@ def stock_reward(model, sequence):
 
 
 def stock_rewards(folder, pairs):
-    """(P, K) by `stock_reward`, a list of lists."""
+    """(P, K) by `stock_reward`."""
     model = stock_classifier(folder)
     with torch.no_grad():
-        return [[stock_reward(model, answer).item() for answer in pair] for pair in pairs]
+        return np.array([[stock_reward(model, answer).item() for answer in pair] for pair in pairs])
 
 
 def pairs_of(folder, tmp_path, rows):
@@ -149,17 +117,14 @@ def random_answers(count, tail=0, seed=0):
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 def test_rewards_are_those_of_the_stock_classifier_on_each_answer_alone(random_classifiers, kind):
-    answers, model, plain = (
-        random_answers(6),
-        loaded(random_classifiers[kind]),
-        stock_classifier(random_classifiers[kind]),
-    )
+    """And read at the end token, not at what a template writes behind it."""
+    folder, answers, tails = random_classifiers[kind], random_answers(6), random_answers(3, tail=2)
+    model, plain = loaded(folder), stock_classifier(folder)
     with torch.no_grad():
         # the whole answer through the stock forward, which looks for the last token that is not padding
-        expected = [
-            plain(input_ids=torch.tensor(a.input_ids[None]).long()).logits[0, 0].item() for a in answers
-        ]
-        found = rm.head_outputs(model, collate(answers))
+        whole = [plain(input_ids=torch.tensor(a.input_ids[None]).long()).logits[0, 0].item() for a in answers]
+        found = rm.head_outputs(model, collate([*answers, *tails]))
+        expected = [*whole, *(stock_reward(plain, answer).item() for answer in tails)]
     assert found.dtype == torch.float32 and np.std(expected) > 0.1
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
 
@@ -174,15 +139,7 @@ def test_shared_beginnings_do_not_change_the_rewards(random_classifiers, kind, t
         shared, apart = (rm.head_outputs(model, row) for row in rows)
     assert torch.allclose(apart, shared, atol=1e-5)
     expected = stock_rewards(random_classifiers[kind], pairs)
-    assert shared.view(-1, 2).numpy() == pytest.approx(np.array(expected), abs=1e-4)
-
-
-def test_reward_is_read_at_the_end_token_and_not_at_what_a_template_writes_behind_it(random_classifiers):
-    tails, model = random_answers(3, tail=2), loaded(random_classifiers["qwen3"])
-    with torch.no_grad():
-        found = rm.head_outputs(model, collate(tails)).tolist()
-        expected = [stock_reward(stock_classifier(random_classifiers["qwen3"]), a).item() for a in tails]
-    assert found == pytest.approx(expected, abs=1e-4)
+    assert shared.view(-1, 2).numpy() == pytest.approx(expected, abs=1e-4)
 
 
 def test_new_head_is_drawn_from_the_seed_with_standard_deviation_1_over_sqrt_of_h_plus_1():
@@ -193,17 +150,7 @@ def test_new_head_is_drawn_from_the_seed_with_standard_deviation_1_over_sqrt_of_
     assert torch.allclose(heads[2], drawn)
 
 
-def test_attention_that_mixes_the_answers_of_a_row_is_refused(random_classifiers, monkeypatch, capsys):
-    def leaky(model, batch):
-        return head_outputs(model, batch) + 0.01 * torch.arange(batch.num_sequences)
-
-    head_outputs = rm.head_outputs
-    monkeypatch.setattr(rm, "head_outputs", leaky)
-    line = error_of(lambda: loaded(random_classifiers["qwen3"]), capsys)
-    assert "packed rewards are 0.01" in line
-
-
-def test_start_up_check_lets_large_rewards_have_large_rounding(random_classifiers, monkeypatch):
+def test_start_up_check_refuses_a_leak_and_lets_large_rewards_round(random_classifiers, monkeypatch, capsys):
     model, head_outputs = loaded(random_classifiers["qwen3"]), rm.head_outputs
     model.score.weight.data *= 1e4 / model.score.weight.data.norm()
     monkeypatch.setattr(rm, "head_outputs", lambda *rest: head_outputs(*rest) * (1 + 1e-5))
@@ -212,6 +159,10 @@ def test_start_up_check_lets_large_rewards_have_large_rounding(random_classifier
     monkeypatch.setattr(rm, "head_outputs", lambda *rest: head_outputs(*rest) + 0.1)
     with pytest.raises(ValueError, match="packed rewards are 0.1"):
         rm.check_rewards(model)
+    leaky = lambda model, batch: head_outputs(model, batch) + 0.01 * torch.arange(batch.num_sequences)
+    monkeypatch.setattr(rm, "head_outputs", leaky)
+    line = error_of(lambda: loaded(random_classifiers["qwen3"]), capsys)
+    assert "packed rewards are 0.01" in line
 
 
 # Runs -------------------------------------------------------------------------------------------------------
@@ -228,63 +179,51 @@ def train(tmp_path, random_classifiers):
 def test_first_step_is_a_plain_loop_over_the_stock_model(train, tmp_path, random_classifiers):
     center_coef, label_smoothing, margins = 0.01, 0.2, (0.5, None, 0.0, 1.5, -1.0)
     rows = [row | {"margin": m} for row, m in zip(ROWS, margins, strict=False)]
-    pairs, model = (
-        pairs_of(random_classifiers["qwen3"], tmp_path, rows),
-        stock_classifier(random_classifiers["qwen3"]),
-    )
-    losses, rewards = [], []
+    folder = random_classifiers["qwen3"]
+    pairs, model, losses = pairs_of(folder, tmp_path, rows), stock_classifier(folder), []
     for pair, margin in zip(pairs, margins, strict=True):
         chosen, rejected = (stock_reward(model, answer) for answer in pair)
         d, m = chosen - rejected, margin or 0.0
         loss = (1 - label_smoothing) * torch.log1p(torch.exp(m - d))
         loss = loss + label_smoothing * torch.log1p(torch.exp(m + d))
         losses.append(loss + center_coef * (chosen + rejected) ** 2)
-        rewards.append((chosen.item(), rejected.item()))
     loss = torch.stack(losses).mean()
     loss.backward()
     flags = {"center_coef": center_coef, "label_smoothing": label_smoothing}
     total = sum(len(answer.input_ids) for pair in pairs for answer in pair)
+    rewards = stock_rewards(folder, pairs)
+    expected = {
+        "loss": loss.item(),
+        "grad_norm": gradient_norm(model),
+        "accuracy": np.mean(rewards[:, 0] > rewards[:, 1]),  # without the margin
+        "margin": np.mean(rewards[:, 0] - rewards[:, 1]),
+        "mean_reward": rewards.mean(),
+        "min_reward": rewards.min(),
+        "max_reward": rewards.max(),
+    }
     # Rows of some pairs, rows of one: the mean is over the pairs of all.
     for budget in (total // 3, 30):
         _, [line] = train(rows, max_tokens_per_micro_batch=budget, **flags)
-        rewards = np.array(rewards)
-        expected = {
-            "loss": loss.item(),
-            "grad_norm": gradient_norm(model),
-            "accuracy": float(np.mean(rewards[:, 0] > rewards[:, 1])),  # without the margin
-            "margin": float(np.mean(rewards[:, 0] - rewards[:, 1])),
-            "mean_reward": float(rewards.mean()),
-            "min_reward": float(rewards.min()),
-            "max_reward": float(rewards.max()),
-        }
-        assert rewards.min() < rewards.max() and expected["min_reward"] < expected["mean_reward"]
         assert {key: line[key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 def test_evaluation_by_hand(train, tmp_path, random_classifiers):
-    held_out = ROWS[20:32]
+    held_out, folder = ROWS[20:32], random_classifiers["qwen3"]
     _, lines = train(ROWS[:2], held_out)
-    others = pairs_of(random_classifiers["qwen3"], tmp_path, held_out)
-    rewards = np.array(stock_rewards(random_classifiers["qwen3"], others))
-    args = rm.Args(model=random_classifiers["qwen3"])
-    items = rm.load_answers(rm.load_tokenizer(args), str(tmp_path / "pairs.jsonl"), "train", args)
-    counts = np.array([item.lengths for item in items])  # tokens behind the prompt, the end token included
-    words = [
-        [tiny_tokenizer()(row[k][0]["content"]).input_ids for k in ("chosen", "rejected")] for row in held_out
-    ]
-    assert counts.tolist() == [[len(ids) + 1 for ids in pair] for pair in words]
+    rewards = stock_rewards(folder, pairs_of(folder, tmp_path, held_out))
+    texts = [[row[k][0]["content"] for k in ("chosen", "rejected")] for row in held_out]
+    # tokens behind the prompt, the end token included
+    tokenizer = rm.load_tokenizer(rm.Args())
+    counts = np.array([[len(tokenizer(text).input_ids) + 1 for text in pair] for pair in texts])
     alike = np.array([abs(c - r) <= 0.1 * max(c, r) for c, r in counts.tolist()])
     assert alike.any() and not alike.all()
     differences = rewards[:, 0] - rewards[:, 1]
     confidence, right = 1 / (1 + np.exp(-np.abs(differences))), differences > 0
-    ece = sum(
-        abs(sum(confidence[i] - right[i] for i in range(12) if int((confidence[i] - 0.5) * 20) == n))
-        for n in range(10)
-    )
+    bins = np.floor((confidence - 0.5) * 20)
     expected = {
         "eval/accuracy": np.mean(right),
         "eval/accuracy_length_matched": np.mean(right[alike]),
-        "eval/ece": ece / 12,
+        "eval/ece": sum(abs((confidence - right)[bins == n].sum()) for n in range(10)) / 12,
         "eval/margin": np.mean(differences),
         "eval/length_correlation": np.corrcoef(rewards.flatten(), counts.flatten())[0, 1],
     }
@@ -302,23 +241,17 @@ def test_accuracy_of_equal_lengths_is_not_logged_where_nothing_matches(train):
 
 
 def unpaired_rows(rows):
-    return [
-        {"prompt": row["prompt"], "completion": row[key], "label": key == "chosen"}
-        for row in rows
-        for key in ("chosen", "rejected")
-    ]
+    found = [(row["prompt"], row[key], key == "chosen") for row in rows for key in ("chosen", "rejected")]
+    return [dict(zip(("prompt", "completion", "label"), values, strict=True)) for values in found]
 
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["unpaired", "taken-apart"])
 def test_outcome_step_is_a_plain_loop_over_single_answers(train, tmp_path, random_classifiers, pairs):
-    rows, held_out = ROWS[:3], ROWS[20:26]
+    rows, others, folder = ROWS[:3], ROWS[20:26], random_classifiers["qwen3"]
     singles = unpaired_rows(rows)[: None if pairs else 5]  # three good ones, two bad
-    answers = [a for pair in pairs_of(random_classifiers["qwen3"], tmp_path, rows) for a in pair][
-        : len(singles)
-    ]
-    model, labels = stock_classifier(random_classifiers["qwen3"]), [row["label"] for row in singles]
+    answers = [a for pair in pairs_of(folder, tmp_path, rows) for a in pair][: len(singles)]
+    model, signs = stock_classifier(folder), torch.tensor([1.0, -1.0] * 3)[: len(singles)]
     rewards = torch.stack([stock_reward(model, answer) for answer in answers])
-    signs = torch.tensor([1.0 if good else -1.0 for good in labels])
     losses = 0.9 * torch.log1p(torch.exp(-signs * rewards)) + 0.1 * torch.log1p(torch.exp(signs * rewards))
     losses.mean().backward()
     found, good = rewards.detach(), signs > 0
@@ -333,21 +266,17 @@ def test_outcome_step_is_a_plain_loop_over_single_answers(train, tmp_path, rando
     }
     flags = {"objective": "outcome", "label_smoothing": 0.1, "batch_size": len(singles)}
     # Held-out pairs are judged as pairs, held-out single answers one by one.
-    held_out = held_out if pairs else unpaired_rows(held_out)
+    held_out = others if pairs else unpaired_rows(others)
     _, lines = train(rows if pairs else singles, held_out, max_tokens_per_micro_batch=100, **flags)
     assert {key: lines[1][key] for key in expected} == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    others = np.array(
-        stock_rewards(
-            random_classifiers["qwen3"], pairs_of(random_classifiers["qwen3"], tmp_path, ROWS[20:26])
-        )
-    )
+    chosen, rejected = stock_rewards(folder, pairs_of(folder, tmp_path, others)).T
     if pairs:
-        assert lines[0]["eval/accuracy"] == pytest.approx(np.mean(others[:, 0] > others[:, 1]))
-        assert "eval/auc" not in lines[0]
+        wanted = {"eval/accuracy": np.mean(chosen > rejected)}
     else:
-        assert lines[0]["eval/accuracy"] == pytest.approx(np.mean([*(others[:, 0] > 0), *(others[:, 1] < 0)]))
-        auc = np.mean([[g > b for b in others[:, 1]] for g in others[:, 0]])
-        assert lines[0]["eval/auc"] == pytest.approx(auc) and "eval/margin" not in lines[0]
+        wanted = {"eval/accuracy": np.mean([*(chosen > 0), *(rejected < 0)])}
+        wanted["eval/auc"] = np.mean([[c > r for r in rejected] for c in chosen])
+    assert {key: lines[0][key] for key in wanted} == pytest.approx(wanted)
+    assert ("eval/auc" in lines[0], "eval/margin" in lines[0]) == (not pairs, pairs)
 
 
 @pytest.mark.parametrize("objective", ["bradley_terry", "outcome"])
@@ -359,7 +288,7 @@ def test_saved_model_has_the_rewards_of_transformers_and_pairs_an_offset_that_ce
     folder, _ = train(rows, **flags)
     config = json.loads((folder / "model" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForSequenceClassification"] and config["pad_token_id"] == 0
-    rewards = np.array(stock_rewards(folder / "model", pairs_of(random_classifiers["qwen3"], tmp_path, rows)))
+    rewards = stock_rewards(folder / "model", pairs_of(random_classifiers["qwen3"], tmp_path, rows))
     assert abs(rewards.mean()) > 0.01  # stock: without the offset
     if objective == "outcome":  # sigma(r) is the probability that an answer is good
         assert config["reward_offset"] == 0
@@ -378,9 +307,6 @@ def test_head_is_exact_in_bfloat16(train, random_classifiers):
     assert rewards.dtype == torch.float32 and (rewards.bfloat16() != rewards).any()
 
 
-# Ensembles --------------------------------------------------------------------------------------------------
-
-
 def test_ensemble_is_a_folder_of_members_that_differ(train, random_classifiers, tmp_path):
     train(ROWS[:6], model=random_classifiers["causal"], num_members=3, batch_size=2, seed=5)
     folder = tmp_path / "run_0"
@@ -397,13 +323,8 @@ def test_ensemble_is_a_folder_of_members_that_differ(train, random_classifiers, 
 def test_continued_ensemble_skips_the_members_that_are_finished(
     train, random_classifiers, tmp_path, monkeypatch
 ):
-    flags = {
-        "model": random_classifiers["causal"],
-        "num_members": 2,
-        "max_steps": 2,
-        "save_every": 1,
-        "batch_size": 2,
-    }
+    flags = {"model": random_classifiers["causal"], "num_members": 2, "batch_size": 2}
+    flags |= {"max_steps": 2, "save_every": 1}
     rows, folder = ROWS[:6], tmp_path / "run_0"
     train(rows, **flags)
     wanted = load_file(folder / "member_1" / "model" / "model.safetensors")
@@ -417,9 +338,6 @@ def test_continued_ensemble_skips_the_members_that_are_finished(
     found = load_file(folder / "member_1" / "model" / "model.safetensors")
     assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
     assert len(json.loads((folder / "ensemble.json").read_text())["members"]) == 2
-
-
-# Scores -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -466,15 +384,11 @@ def test_score_with_a_model_that_has_no_reward_head_is_refused(score, random_cla
     assert not (tmp_path / "answers.scored.jsonl").exists()
 
 
-# Data -------------------------------------------------------------------------------------------------------
-
-
 def test_rows_that_cannot_be_used_are_dropped_and_counted(random_classifiers, tmp_path, capsys):
     rows = ROWS[:6]
     bad = [rows[0], rows[1] | {"chosen": rows[1]["rejected"]}, rows[2] | {"chosen": None}]
-    path = write_rows(
-        tmp_path / "rows.jsonl", [*rows, *bad, {"prompt": "a", "completion": said("4"), "label": True}]
-    )
+    single = {"prompt": "a", "completion": said("4"), "label": True}
+    path = write_rows(tmp_path / "rows.jsonl", [*rows, *bad, single])
     args = rm.Args(model=random_classifiers["qwen3"])
     assert len(rm.load_answers(rm.load_tokenizer(args), path, "train", args)) == 6
     told = capsys.readouterr().out

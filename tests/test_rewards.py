@@ -1,8 +1,4 @@
-"""rewards.py: answers extracted and compared, formats and lengths, and reward models.
-
-Expected values are worked by hand. Answers are also held against the labels that GSM8K's authors gave their
-models' solutions, and reward models against transformers' own scores of single conversations.
-"""
+"""rewards.py against values worked by hand, the labels of GSM8K's authors, and transformers' own scores."""
 
 import functools
 import json
@@ -17,17 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
-from conftest import ROOT, start
+from conftest import DATA, ROOT, read_lines, start
 from hypothesis import given
 from hypothesis import settings as how
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from samples import asked, said
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rewards
 
-ASKED = [{"role": "user", "content": "Nora has 12 apples and gives away 5. How many are left?"}]
+ASKED = asked("Nora has 12 apples and gives away 5. How many are left?")
 ANSWERS = ["12 - 5 = 7\n#### 7", "12", "<think>12 - 5 = 8</think>#### 8", "I do not know. " * 30]
 mathematics = rewards.module("mathematics")
 
@@ -40,16 +37,8 @@ def score(reward, *completions, **columns):
     return reward(prompts=["?"] * len(completions), completions=list(completions), **columns)
 
 
-def said(text):
-    return [{"role": "assistant", "content": text}]
-
-
-def lines(name):
-    """The rows of a file of cases."""
-    return [json.loads(line) for line in (ROOT / "tests" / "data" / name).read_text().splitlines()]
-
-
-# Texts ------------------------------------------------------------------------------------------------------
+def cases(name):
+    return read_lines(DATA / name)
 
 
 def test_messages_count_by_the_last_of_the_assistant():
@@ -62,29 +51,26 @@ def test_messages_count_by_the_last_of_the_assistant():
     assert rewards.text_of(None) is None is rewards.text_of([{"role": "assistant", "content": 5}])
 
 
-# Mathematics ------------------------------------------------------------------------------------------------
-
-
 def test_numbers_are_read_exactly_and_what_is_none_is_not():
-    for text, value, *unit in lines("math_numbers.jsonl"):
+    for text, value, *unit in cases("math_numbers.jsonl"):
         found = mathematics.number(text)
         assert found[0] == (value and Fraction(value)) and (not unit or found[1] == unit[0]), text
 
 
 def test_the_last_mark_gives_the_answer_and_without_a_mark_the_last_number():
-    for text, answer in lines("math_marks.jsonl"):
+    for text, answer in cases("math_marks.jsonl"):
         assert str(rewards.marked_answer(text)) == answer, text
-    for text, answer in lines("math_last_numbers.jsonl"):
+    for text, answer in cases("math_last_numbers.jsonl"):
         assert str(rewards.final_number(text)) == answer, text
 
 
 def test_equal_final_answers_are_equal_texts_for_a_majority():
-    for answer, texts in lines("final_answers.jsonl"):
+    for answer, texts in cases("final_answers.jsonl"):
         assert {rewards.final_answer(text) for text in texts} == {answer}
 
 
 def test_strict_wants_a_format_that_was_asked_for_and_lenient_reads_numbers():
-    for completion, gold, lenient, strict in lines("math_grades.jsonl"):
+    for completion, gold, lenient, strict in cases("math_grades.jsonl"):
         assert grade(completion, gold) == float(lenient), completion
         assert grade(completion, gold, rewards.math_answer_strict) == float(strict), completion
     scores = score(rewards.math_answer, *"55555", answer=["5", None, " ", 5, 5.0])
@@ -109,7 +95,7 @@ def test_many_open_marks_take_no_time():
 def mistakes(reward):
     """Of the pairs, how many wrong answers are accepted and how many right ones refused."""
     wrong, right = [], []
-    for row in lines("math_pairs.jsonl"):
+    for row in cases("math_pairs.jsonl"):
         text = row.get("completion") or rf"\boxed{{{row['answer']}}}"
         (right if row["right"] else wrong).append(reward(text, row["gold"]))
     return f"| {sum(wrong)} of {len(wrong)} | {len(right) - sum(right)} of {len(right)} |"
@@ -197,10 +183,7 @@ def test_without_math_verify_formulas_end_the_run_and_numbers_do_not(monkeypatch
 
 
 def test_agrees_with_the_labels_of_gsm8k(gsm8k):
-    path = gsm8k / "example_model_solutions.jsonl"
-    if not path.exists():
-        pytest.skip("no example solutions")
-    rows = [json.loads(line) for line in path.open()]
+    rows = read_lines(gsm8k / "example_model_solutions.jsonl")
     solutions = [(row["ground_truth"], m) for row in rows for m in row.values() if isinstance(m, dict)]
     stated = [(gold, m["solution"], m["is_correct"]) for gold, m in solutions if "A: " in m["solution"]]
     golds, texts, labels = zip(*stated, strict=True)
@@ -210,17 +193,14 @@ def test_agrees_with_the_labels_of_gsm8k(gsm8k):
     finals = [rewards.final_answer(text) == rewards.final_answer(gold) for text, gold in zip(texts, golds)]
     assert finals == list(labels)
     assert not any(rewards.math_answer_strict(texts, texts, golds))  # none of them is in a format it asks for
-    golds = [json.loads(line)["answer"] for line in (gsm8k / "test.jsonl").open()]
+    golds = [row["answer"] for row in read_lines(gsm8k / "test.jsonl")]
     assert set(rewards.math_answer_strict(golds, golds, golds)) == {1.0}
     assert sum(rewards.math_answer(golds, golds[1:] + golds[:1], golds)) < 0.05 * len(golds)
 
 
-# Format, length and repetition ------------------------------------------------------------------------------
-
-
 # Rows: a completion, what it is worth after a prompt, after a text that ends with <think>, after messages
 def test_think_format_where_a_chat_template_may_have_opened_the_thought():
-    for text, *expected in lines("thoughts.jsonl"):
+    for text, *expected in cases("thoughts.jsonl"):
         prompts, completions = ["2 + 2?", "2 + 2?<think>\n", ASKED], [text, text, said(text)]
         assert rewards.think_format(prompts, completions) == list(map(float, expected)), text
 
@@ -254,19 +234,13 @@ def overlong(lengths, **settings):
 
 def test_soft_overlong_is_equation_13_of_dapo():
     # L_max 20, L_cache 8: 0 up to 12, -1/8 a token, -1 at 20
-    lengths, penalties = (
-        (0, 12, 13, 16, 19, 20, 21, 10**6),
-        [0.0, 0.0, -0.125, -0.5, -0.875, -1.0, -1.0, -1.0],
-    )
-    assert overlong(lengths, max_completion_length=20, cache=8) == penalties
+    punished = {0: 0, 12: 0, 13: -0.125, 16: -0.5, 19: -0.875, 20: -1, 21: -1, 10**6: -1}
+    assert overlong(punished, max_completion_length=20, cache=8) == [*punished.values()]
     assert overlong((16384, 18432, 20480)) == [0.0, -0.5, -1.0]  # the paper's
     assert overlong((8, 9, 10, 11), max_completion_length=10) == [0, -0.5, -1, -1]  # a fifth of 10 by default
     assert overlong((20, 21), max_completion_length=20, cache=0) == [0.0, -1.0]
     with pytest.raises(ValueError, match="completion_ids"):
         score(rewards.soft_overlong, "text")
-
-
-# Reward models ----------------------------------------------------------------------------------------------
 
 
 def stock_score(folder, text):
@@ -354,8 +328,6 @@ def test_what_is_no_reward_model_is_refused(tiny, tmp_path, one_cpu):
         plain([ASKED], [said("4")])
 
 
-# The module -------------------------------------------------------------------------------------------------
-
 NAMES = re.findall(r"^    ([a-z_]+) {4,}\S", rewards.__doc__, re.MULTILINE)
 
 
@@ -375,7 +347,7 @@ def test_every_reward_takes_whatever_columns_a_script_passes_and_no_row_ends_a_b
         assert getattr(rewards, name)(prompts, completions) == [0.0, 0.0, *[None] * 5, 0.0]
 
 
-PARTS = st.lists(st.sampled_from(lines("fuzz.jsonl")) | st.text(max_size=3), max_size=25)
+PARTS = st.lists(st.sampled_from(cases("fuzz.jsonl")) | st.text(max_size=3), max_size=25)
 FORMS = ["{}", "{} ", r"\boxed{{{}}}", "#### {}", "the answer is {}", "<answer>{}</answer>"]
 TEXTS = st.builds(
     lambda parts, glue, form, times: form.format(glue.join(parts)) * times,

@@ -1,13 +1,8 @@
-"""sandbox.py and the reward code_tests: honest programs, forged verdicts, and programs that fight.
-
-Hostile programs are held against what is left of them in /proc. tests/data/programs.jsonl has forms of tests,
-attacks, and completions in which the program is hard to find, each with the score that it must get.
-"""
+"""sandbox.py: programs of data/*.jsonl get their scores, and of hostile ones nothing is left in /proc."""
 
 import contextlib
 import functools
 import importlib.util
-import json
 import os
 import random
 import shutil
@@ -19,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import DATA, ROOT, read_lines
 
 import rewards
 import sandbox
@@ -40,29 +35,7 @@ def passes(program, tests=TEST, **settings):
     return sandbox.run_tests(program, tests, **settings)[0]
 
 
-# Honest programs --------------------------------------------------------------------------------------------
-
-HUMANEVAL = """
-def check(candidate):
-    assert candidate([1.0, 2.0, 3.9, 4.0, 5.0, 2.2], 0.3) == True
-    assert candidate([1.0, 2.0, 3.9, 4.0, 5.0, 2.2], 0.05) == False
-check(has_close_elements)
-"""
-SOLUTION = """Here is the function:
-```python
-from typing import List
-def has_close_elements(numbers: List[float], threshold: float) -> bool:
-    numbers = sorted(numbers)
-    return any(b - a < threshold for a, b in zip(numbers, numbers[1:]))
-```
-It prints ```True```."""
-
-
-def test_programs_pass_or_fail_by_their_tests_and_run_only_where_allowed():
-    wrong = SOLUTION.replace("<", ">=")
-    assert code(SOLUTION, wrong, "I do not know.", tests=HUMANEVAL) == [1.0, 0.0, 0.0]
-    messages = [{"role": "assistant", "content": "<think>```python\n1/0\n```</think>" + SOLUTION}]
-    assert code(messages, "<think>" + SOLUTION, tests=HUMANEVAL) == [1.0, 0.0]
+def test_programs_run_only_where_allowed_and_against_tests_that_can_be_read():
     rows = [None, "", "# nothing", "def f(:", 5, {}, TEST, ["import math", TEST]]
     assert code(*[RIGHT] * 8, tests=rows) == [None] * 6 + [1.0, 1.0]
     named_sum = "def sum(a, b): return a + b"  # as a builtin is: only an entry point takes it
@@ -73,22 +46,10 @@ def test_programs_pass_or_fail_by_their_tests_and_run_only_where_allowed():
             code("x", tests="x", allow_code_execution=allowed)
 
 
-REASONS = {
-    "def f(x:": "never closed",
-    "1 / 0": "division by zero",
-    "def f(x): return 1 / 0": "division by zero",
-    "def g(x): return 4": "name 'f' is not defined",
-    "def f(x): return 5": "AssertionError",
-    "def f(x): return f(x)": "recursion",
-    "def f(x): return input()": "EOF",
-    "class E(BaseException): pass\ndef f(x): raise E": "ended",
-}
-
-
-def test_reasons_of_failure_are_told():
-    for program, reason in REASONS.items():
-        passed, told = sandbox.run_tests(program, TEST)
-        assert passed is False and reason in told, program
+@pytest.mark.parametrize("case", read_lines(DATA / "programs_reasons.jsonl"), ids=lambda case: case["told"])
+def test_reasons_of_failure_are_told(case):
+    passed, told = sandbox.run_tests(case["program"], TEST)
+    assert passed is False and case["told"] in told
 
 
 def test_tests_are_statements_run_to_their_end():
@@ -103,14 +64,7 @@ def test_tests_are_statements_run_to_their_end():
     assert passes(f"import os\n{ends}", catches.replace("except Exception", "except")) is False
 
 
-# Rows of tests/data/programs.jsonl --------------------------------------------------------------------------
-
-
-def lines(name):
-    return [json.loads(line) for line in (ROOT / "tests/data" / name).read_text().splitlines()]
-
-
-ROWS = lines("programs.jsonl")
+ROWS = read_lines(DATA / "programs.jsonl")
 
 
 @functools.cache
@@ -163,10 +117,8 @@ def test_mutated_rows_get_a_score_or_none():
 def test_nothing_of_one_program_reaches_the_next():
     modules = "import builtins, heapq, math, sys\n"
     leave = "builtins.left = sys.left = math.left = sys.modules['heapq'] = sys\nf = lambda x: 4"
-    find = (
-        "left = [m for m in (builtins, sys, math) if hasattr(m, 'left')] + [m for m in [heapq] if m is sys]"
-    )
-    leave, find = modules + leave, modules + find + "\nf = lambda x: 5 if left else 4"
+    find = "left = [m for m in (builtins, sys, math) if hasattr(m, 'left')] or heapq is sys\n"
+    leave, find = modules + leave, modules + find + "f = lambda x: 5 if left else 4"
     assert code(leave, find, leave, find, workers=1) == [1.0] * 4
 
 
@@ -184,8 +136,6 @@ def test_workers_share_the_memory_and_the_trainer_is_not_the_first_to_be_ended(m
     finally:
         process.kill(), process.wait()
 
-
-# What a program sees ----------------------------------------------------------------------------------------
 
 SPY = """
 import gc, os, sys
@@ -269,9 +219,6 @@ def test_a_locked_process_has_no_capability_left():
     assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
 
 
-# Programs that fight ----------------------------------------------------------------------------------------
-
-
 def processes():
     """The parent and the command of every process; a dead one that is not reaped yet has no command."""
     found = {}
@@ -303,7 +250,7 @@ def attempt(action, *args):
 def test_no_hostile_program_passes_or_survives():
     before, start = footprint(), time.perf_counter()
     right = "f = globals().get('f', lambda x: 2 * x)"  # right, if what comes before it were let through
-    rows = lines("programs_hostile.jsonl")
+    rows = read_lines(DATA / "programs_hostile.jsonl")
     programs = [f"{ATTEMPT}TRAINER = {os.getpid()}\n{row['program']}\n{right}" for row in rows]
     scores = code(*programs, timeout=1.5, workers=4)
     assert not [row["name"] for row, score in zip(rows, scores) if score != 0.0]
@@ -361,28 +308,24 @@ def test_an_ordinary_user_is_as_well_protected():
     jobs += [(row["completion"], row["tests"], None) for row in ROWS if row["kind"] == "system calls"]
     script = f"import sandbox; print(sandbox.run_batch({jobs!r}, workers=2))"
     # That user may have no way to the interpreter of these tests.
-    python = next(
-        p for p in (sys.executable, "/usr/bin/python3") if not os.path.realpath(p).startswith("/root")
-    )
+    pythons = [sys.executable, "/usr/bin/python3"]
+    python = next(path for path in pythons if not os.path.realpath(path).startswith("/root"))
     before = footprint()
     with tempfile.TemporaryDirectory() as folder:
         for name in ("sandbox.py", "sandbox_judge.py"):
             shutil.copy(ROOT / name, folder)
         os.chmod(folder, 0o755)
         command = [python, "-W", "error", "-c", script]
+        options = {"capture_output": True, "text": True, "user": 65534, "group": 65534}
         try:
-            done = subprocess.run(
-                command, cwd=folder, capture_output=True, text=True, user=65534, group=65534
-            )
+            done = subprocess.run(command, cwd=folder, **options)
         except PermissionError:
             pytest.skip("the interpreter is out of another user's reach")
     assert [passed for passed, _ in eval(done.stdout)] == [i < 2 for i in range(len(jobs))], done.stderr
     assert footprint() == before
 
 
-SLEEPER = (
-    "import sandbox; sandbox.run_tests('import time; time.sleep(1000)', 'assert f(2) == 4', timeout=900)"
-)
+SLEEPER = "import sandbox; sandbox.run_tests('import time; time.sleep(1000)', 'f(2)', timeout=900)"
 
 
 def descendants(pid, number):

@@ -222,7 +222,7 @@ def test_shared_flags_have_the_same_type_and_help():
 
 def test_tests_and_readme_keep_their_limits():
     tests = sum(len(path.read_text().splitlines()) for path in (ROOT / "tests").glob("*.py"))
-    assert tests <= 11_450 and len((ROOT / "README.md").read_text().splitlines()) <= 170
+    assert tests <= 11_000 and len((ROOT / "README.md").read_text().splitlines()) <= 170
 
 
 @pytest.mark.parametrize("command", ["check", "format --check"])

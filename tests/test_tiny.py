@@ -7,7 +7,7 @@ from statistics import fmean as share
 
 import pytest
 from conftest import ROOT, read_lines
-from helpers import tiny_tokenizer
+from samples import tiny_tokenizer
 from transformers import AutoConfig
 
 from tiny import make
@@ -20,11 +20,6 @@ GONE = ("gives away", "loses", "sells", "drops", "lends out")
 
 def read(name: str) -> list[dict]:
     return read_lines(TINY / "data" / f"{name}.jsonl")
-
-
-@pytest.fixture
-def tokenizer():
-    return tiny_tokenizer()
 
 
 def sums(text: str) -> list[tuple[int, int]]:
@@ -76,9 +71,6 @@ def solve(text: str) -> int:
         return sum(amounts)
     changes = re.findall(rf"({'|'.join(GONE)}|[a-z]+) (\d+)", text)[1:]
     return amounts[0] + sum(-int(amount) if verb in GONE else int(amount) for verb, amount in changes)
-
-
-# Data -------------------------------------------------------------------------------------------------------
 
 
 def test_regenerated_data_are_byte_identical(tmp_path):
@@ -179,9 +171,6 @@ def test_no_eval_prompt_is_in_any_train_set_or_in_the_corpus():
     assert abs(off - make.CORPUS_NOISE) < 0.01
 
 
-# What tiny/constitutional learns from -----------------------------------------------------------------------
-
-
 def rows_of(maker, count: int = 400) -> list[dict]:
     return make.draw(maker(random.Random(0), make.Asked(set()), clean=False), count)
 
@@ -223,10 +212,8 @@ def test_judgements_go_by_their_principle_in_both_places():
     assert 0.8 < len(decided) / 400 < 0.9 and 0.4 < share(label == "A" for label in decided) < 0.6
 
 
-# Tokenizer and checkpoints ----------------------------------------------------------------------------------
-
-
-def test_tokenizer_is_small_complete_knows_its_ends_and_splits_digits(tokenizer):
+def test_tokenizer_is_small_complete_knows_its_ends_and_splits_digits():
+    tokenizer = tiny_tokenizer()
     special = (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token)
     assert special == ("<|endoftext|>", "<|im_end|>", None) and len(tokenizer) < 1000
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
@@ -237,7 +224,8 @@ def test_tokenizer_is_small_complete_knows_its_ends_and_splits_digits(tokenizer)
     assert (TINY / "base/tokenizer.json").read_bytes() == (TINY / "sft/tokenizer.json").read_bytes()
 
 
-def test_chat_template_is_chatml_and_marks_what_the_assistant_says_and_its_end(tokenizer):
+def test_chat_template_is_chatml_and_marks_what_the_assistant_says_and_its_end():
+    tokenizer = tiny_tokenizer()
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
     due = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == due
@@ -249,7 +237,8 @@ def test_chat_template_is_chatml_and_marks_what_the_assistant_says_and_its_end(t
     assert tokenizer.decode(said) == "A<|im_end|>B<|im_end|>" and said.count(tokenizer.eos_token_id) == 2
 
 
-def test_checkpoints_are_small_qwen3_in_bfloat16_and_judges_have_an_offset(tokenizer):
+def test_checkpoints_are_small_qwen3_in_bfloat16_and_judges_have_an_offset():
+    tokenizer = tiny_tokenizer()
     names = ("base", "sft", "student", "checker", "reward", "reward_biased", "constitutional")
     configs = {name: AutoConfig.from_pretrained(TINY / name) for name in names}
     for name, config in configs.items():
