@@ -604,7 +604,7 @@ def read_prompt(tokenizer, row: dict, place: str, args) -> Prompt:
     match common.conversational(row):
         case {"prompt": str(prompt)} if prompt.strip():
             input_ids = tokenizer(prompt).input_ids
-        case {"prompt": [_, *_] as turns} | {"messages": [*turns, {"role": "assistant"}]}:
+        case {"prompt": [_, *_] as turns} | {"messages": [*turns, {"role": "assistant"}] | [*turns]} if turns:
             prompt, text = turns, common.template_of(tokenizer, row)(turns, add_generation_prompt=True)
             input_ids = tokenizer(text, add_special_tokens=False).input_ids
         case _:

@@ -226,6 +226,14 @@ def prompts_of(rows):
     return [grpo.read_prompt(tiny_tokenizer(), row, f"row {n}", grpo.Args()) for n, row in enumerate(rows, 1)]
 
 
+def test_prompt_is_what_stands_before_the_answer_or_all_there_is():
+    ask, answer = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
+    rows = [{"prompt": [ask]}, {"messages": [ask, answer]}, {"messages": [ask]}]
+    assert [prompt.row["prompt"] for prompt in prompts_of(rows)] == [[ask]] * 3
+    with pytest.raises(ValueError, match="no prompt in messages"):
+        prompts_of([{"messages": []}])
+
+
 def completion_of(token_ids, text=""):
     prompt = grpo.Prompt([5, 6], {"prompt": "?"}, "row 1")
     return grpo.Completion(prompt, token_ids, torch.zeros(len(token_ids)), text, True)
