@@ -3,9 +3,9 @@
     python benchmarks/alignment_tax.py --model tiny/sft       # one model: a JSON object, half a minute
     python benchmarks/alignment_tax.py                        # all below, ten minutes on one core
 
-With --model the last line is a JSON object with `accuracy` (sampled
-answers that are right, of the questions of prompts_eval.jsonl, at temperature 1), `greedy_accuracy`, and
-`perplexity` (of the stories of text_eval.jsonl, as they were in pre-training). Without it
+With --model the last line is a JSON object, by evaluate.py: `accuracy` (of one sampled answer to each question
+of prompts_eval.jsonl), `greedy_accuracy`, and `perplexity` (of the stories of text_eval.jsonl, as they were in
+pre-training). Without it
 
     sweep    merge.py goes from tiny/base to tiny/sft in steps of 0.1 (WiSE-FT): merge_sweep.json
     methods  sft.py trains tiny/base on stories, 63 steps, and merge.py merges that and tiny/sft by every
@@ -57,29 +57,14 @@ class Args:
 
 def score(args: Args) -> dict[str, float]:
     """Accuracy on questions and perplexity on stories."""
-    import rewards
-    import sft
+    import evaluate
 
-    _, _, device = sft.setup_distributed()
-    settings = sft.Args(model=args.model, seed=args.seed, num_eval=args.num_eval)
-    tokenizer = sft.load_tokenizer(settings)
-    model = sft.load_model(settings.model, settings, tokenizer, device)
-    stories = sft.load_sequences(tokenizer, "tiny/data/text_eval.jsonl", "test", settings, args.num_eval)
-    rows = sft.load_rows("tiny/data/prompts_eval.jsonl", "test", None)[: args.num_eval or None]
-    prompts = [row["prompt"] for row in rows]
-    ids = [
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        for prompt in prompts
-    ]
-    found = {}
-    for name, temperature in (("accuracy", 1.0), ("greedy_accuracy", 0.0)):
-        sampling = replace(settings, temperature=temperature)
-        completions = tokenizer.batch_decode(
-            sft.generate(model, tokenizer, ids, sampling, device), skip_special_tokens=True
-        )
-        right = rewards.math_answer(prompts, completions, [row["answer"] for row in rows])
-        found[name] = sum(right) / len(right)
-    return found | {"perplexity": sft.perplexity(sft.held_out_loss(model, stories, settings, device)[0])}
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {"eval_samples": 1, "num_eval": args.num_eval, "seed": args.seed}
+        flags |= {"models": (args.model,), "output_dir": f"{folder}/run"}
+        [(_, found)] = evaluate.main(evaluate.Args(**flags))["models"].items()
+    names = {"accuracy": "eval/reward", "greedy_accuracy": "eval/greedy_reward"}
+    return {k: found[v] for k, v in (names | {"perplexity": "eval/forgetting_perplexity"}).items()}
 
 
 def sweep(args: Args):
