@@ -3,9 +3,9 @@
     python benchmarks/alignment_tax.py --model tiny/sft       # one model: a JSON object, half a minute
     python benchmarks/alignment_tax.py                        # all below, ten minutes on one core
 
-With --model the last line is a JSON object, by evaluate.py: `accuracy` (of one sampled answer to each question
-of prompts_eval.jsonl), `greedy_accuracy`, and `perplexity` (of the stories of text_eval.jsonl, as they were in
-pre-training). Without it
+With --model the last line is a JSON object, by evaluate.py: `accuracy` (of one sampled answer to each
+question of prompts_eval.jsonl), `greedy_accuracy`, and `perplexity` (of the stories of text_eval.jsonl, as
+they were in pre-training). Without it
 
     sweep    merge.py goes from tiny/base to tiny/sft in steps of 0.1 (WiSE-FT): merge_sweep.json
     methods  sft.py trains tiny/base on stories, 63 steps, and merge.py merges that and tiny/sft by every

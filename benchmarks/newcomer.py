@@ -4,9 +4,9 @@
     python benchmarks/newcomer.py --seconds 60      # what lasts longer is stopped, and must end well
 
 A command fails where its exit code is not 0. Commands with --output-dir, which others need, always run to
-their end. Left out, and listed: what names a model or data of the hub, a GPU, several machines or a file that a
-reader has to bring; the measurements of benchmarks/; the tests, which have their own run. The log, a line a
-command, goes to the terminal and to newcomer.log in the folder.
+their end. Left out, and listed: what names a model or data of the hub, a GPU, several machines or a file that
+a reader has to bring; the measurements of benchmarks/; the tests, which have their own run. The log, a line
+a command, goes to the terminal and to newcomer.log in the folder.
 """
 
 import os
