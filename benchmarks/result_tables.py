@@ -221,6 +221,15 @@ def fits_table(result: dict) -> str:
     return f"{head}\n\n{as_table(rows)}"
 
 
+def faults_table(result: dict) -> str:
+    """A row a fault of benchmarks/faults.py, in its words."""
+    titles = {"fault": "Fault", "times": "How often", "seen": "What the user sees", "lost": "What is lost"}
+    titles |= {"verdict": "Verdict"}
+    rows = [list(titles.values())]
+    rows += [[fault[key].replace("|", r"\|") for key in titles] for fault in result["faults"].values()]
+    return f"`{result['command']}`{machine(result)}.\n\n{as_table(rows)}"
+
+
 def commands_block(root: Path) -> str:
     """The commands that measured every learning curve in benchmarks/results/."""
     lines = []
@@ -245,6 +254,8 @@ def results_block(spec: str, root: Path) -> str:
         return peer_table(names, results)
     if "needed" in results[0]:
         return fits_table(results[0])
+    if "faults" in results[0]:
+        return faults_table(results[0])
     if "curves" in results[0] and "#" not in spec:
         return learning_table(results[0]) if len(results) == 1 else comparison_table(results, root)
     return "\n\n".join(record_table(r, n.partition("#")[2]) for n, r in zip(names, results, strict=True))
