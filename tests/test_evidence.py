@@ -36,8 +36,8 @@ def test_kl_of_sequences_is_that_of_their_listed_probabilities():
 
 
 def test_kl_table_is_that_of_common():
-    kl_of = json.loads((ROOT / "benchmarks" / "results" / "kl.json").read_text())
-    as_loss, as_reward, values = kl_of["loss"], kl_of["reward"], kl_of["value"]
+    result = json.loads((ROOT / "benchmarks" / "results" / "kl.json").read_text())
+    as_loss, as_reward, values = (result[what] for what in ("loss", "reward", "value"))
     assert [values[k]["value bias"] > 0 for k in kl.KL] == [False, True, False]
     assert as_loss["k1"]["reverse KL, per token"] == 1 and as_loss["k2"]["reverse KL, per token"] == 0
     assert as_loss["k3"]["forward KL, per token"] == 0 < as_loss["k3"]["reverse KL, per token"]
@@ -52,10 +52,9 @@ def test_only_grpo_shortens_right_answers_and_lengthens_wrong_ones():
     moved = length_bias.follow(grpo, "GRPO", steps=3)
     assert moved["right"][0] > moved["right"][1] > moved["right"][2]
     assert moved["wrong"][0] < moved["wrong"][1] < moved["wrong"][2]
-    advantages = length_bias.expected_advantages(grpo, 2, 0.5, "none")  # a pair differs in half of the cases
-    assert advantages.tolist() == [-0.25, 0.25]
-    step = length_bias.of_step([3, 5, 8], [1.0, 0.0, 1.0])
-    assert step == {"right": 0.6667, "tokens_right": 5.5, "tokens_wrong": 5.0}
+    advantages = length_bias.expected_advantages(grpo, 2, 0.5, "none").tolist()
+    assert advantages == [-0.25, 0.25]  # half of the pairs differ
+    assert [*length_bias.of_step([3, 5, 8], [1.0, 0.0, 1.0]).values()] == [0.6667, 5.5, 5.0]
 
 
 def test_best_of_n_of_a_pool_and_the_fitted_forms():
@@ -78,11 +77,7 @@ def test_best_of_n_of_a_pool_and_the_fitted_forms():
 def test_faults_read_what_a_user_reads_and_damage_what_they_say(tmp_path):
     assert told("step 1\nerror: no space\n") == "no space" and told("Traceback (most ...\n") == "a traceback"
     assert counted(["a (1)", "a (2)", ""]) == "2 x a; 1 x nothing"
-    (tmp_path / "file").write_bytes(b"abcd")
-    contents = {
-        how: (tmp_path / "file").read_bytes()
-        for how in faults_files.damaged(tmp_path / "file")
-        if how != "removed"
-    }
-    assert contents == {"cut": b"ab", "emptied": b"", "one bit turned": b"ab#d"}
-    assert not (tmp_path / "file").exists()
+    path = tmp_path / "file"
+    path.write_bytes(b"abcd")
+    contents = [path.exists() and path.read_bytes() for _ in faults_files.damaged(path)]
+    assert contents == [b"ab", b"", b"ab#d", False]
