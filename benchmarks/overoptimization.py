@@ -37,7 +37,7 @@ PAIRS = "tiny/data/preference_length_biased_"
 
 @dataclass
 class Args:
-    prompts: int = 48
+    prompts: int = 32
     """Held-out prompts of the pool."""
     samples: int = 512
     """Answers of tiny/sft to each of them."""
@@ -144,7 +144,7 @@ def draw(result: dict, path: Path):
 
     figure, panels = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
     for colour, chooser in zip(("tab:red", "tab:blue", "tab:green", "tab:orange"), CHOOSERS):
-        runs = {"Best-of-N": [result["best_of_n"][chooser]], "PPO": result["ppo"][chooser]}
+        runs = {"Best-of-N": [result["best_of_n"][chooser]], "PPO": result["ppo"].get(chooser, [])}
         for pair, (how, curves) in zip((panels[:2], panels[2:]), runs.items()):
             for lines in curves:
                 d = np.sqrt([x["kl"] for x in lines])
@@ -152,6 +152,8 @@ def draw(result: dict, path: Path):
                 style = {"marker": ".", "linestyle": "-" if how == "Best-of-N" else "", "alpha": 0.6}
                 pair[0].plot(d, proxy - proxy[0], color=colour, label=CHOOSERS[chooser], **style)
                 pair[1].plot(d, gold, color=colour, **style)
+            if not curves:
+                continue
             fitted, d = result["fits"][f"{how}, {chooser}"], np.linspace(0.01, max(d), 100)
             bend = np.log(d) if how == "PPO" else d
             gained = d * (fitted["alpha"] - fitted["beta"] * bend)
@@ -164,6 +166,13 @@ def draw(result: dict, path: Path):
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
     figure.savefig(path, dpi=100)
+
+
+def write(result: dict):
+    """The result and its figure, as far as they have come."""
+    path = ROOT / "benchmarks" / "results" / "overoptimization.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, ROOT / "docs" / "img" / "overoptimization.png")
 
 
 def main(args: Args):
@@ -193,16 +202,15 @@ def main(args: Args):
         result["fits"][f"Best-of-N, {name}"] = fit(result["best_of_n"][name], of_ppo=False)
     result["machine"] = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
     result["versions"] = {package: version(package) for package in ("torch", "transformers")}
+    write(result)
     for seed in args.seeds:
         for name in CHOOSERS:
-            result["ppo"].setdefault(name, []).append(ppo(name, seed, args))
-            print(name, seed, result["ppo"][name][-1][-1], flush=True)
-        for name, runs in result["ppo"].items():  # of the mean curve
+            runs = result["ppo"].setdefault(name, [])
+            runs.append(ppo(name, seed, args))
             mean = [{key: float(np.mean([x[key] for x in step])) for key in step[0]} for step in zip(*runs)]
             result["fits"][f"PPO, {name}"] = fit(mean, of_ppo=True)
-        path = ROOT / "benchmarks" / "results" / "overoptimization.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        draw(result, ROOT / "docs" / "img" / "overoptimization.png")
+            print(name, seed, runs[-1][-1], flush=True)
+            write(result)
     print(json.dumps(result["fits"], indent=1))
 
 

@@ -37,8 +37,8 @@ def test_kl_of_sequences_is_that_of_their_listed_probabilities():
 
 def test_kl_table_is_that_of_common():
     result = json.loads((ROOT / "benchmarks" / "results" / "kl.json").read_text())
-    as_loss, as_reward, values = (result[what] for what in ("loss", "reward", "value"))
-    assert [values[k]["value bias"] > 0 for k in kl.KL] == [False, True, False]
+    as_loss, as_reward = result["loss"], result["reward"]
+    assert [result["value"][k]["value bias"] > 0 for k in kl.KL] == [False, True, False]
     assert as_loss["k1"]["reverse KL, per token"] == 1 and as_loss["k2"]["reverse KL, per token"] == 0
     assert as_loss["k3"]["forward KL, per token"] == 0 < as_loss["k3"]["reverse KL, per token"]
     assert as_loss["k2"]["reverse KL, sequence"] > 0.1
@@ -52,8 +52,7 @@ def test_only_grpo_shortens_right_answers_and_lengthens_wrong_ones():
     moved = length_bias.follow(grpo, "GRPO", steps=3)
     assert moved["right"][0] > moved["right"][1] > moved["right"][2]
     assert moved["wrong"][0] < moved["wrong"][1] < moved["wrong"][2]
-    advantages = length_bias.expected_advantages(grpo, 2, 0.5, "none").tolist()
-    assert advantages == [-0.25, 0.25]  # half of the pairs differ
+    assert length_bias.expected_advantages(grpo, 2, 0.5, "none").tolist() == [-0.25, 0.25]  # half differ
     assert [*length_bias.of_step([3, 5, 8], [1.0, 0.0, 1.0]).values()] == [0.6667, 5.5, 5.0]
 
 
@@ -63,15 +62,13 @@ def test_best_of_n_of_a_pool_and_the_fitted_forms():
     assert (one["proxy"], one["gold"], one["kl"]) == (0.5, 0.75, 0)
     assert two["gold"] == pytest.approx(9 / 16) and two["proxy"] == pytest.approx(2 * 7 / 16)
     assert two["kl"] == pytest.approx(9 / 16 * math.log(3 / 4) + 7 / 16 * math.log(7 / 4))
-    scores = np.array([[9.0, 1, 2, 3, 6]])
-    chosen = [overoptimization.choose(scores, name)[0] for name in overoptimization.CHOOSERS]
+    chosen = [overoptimization.choose(np.array([[9.0, 1, 2, 3, 6]]), c)[0] for c in overoptimization.CHOOSERS]
     assert chosen == pytest.approx([9, 3, 1, 3 - math.sqrt(3.5)])
     for of_ppo in (False, True):
         d = np.linspace(0, 2, 9)
         gold = 0.5 + d * (0.3 - 0.2 * (np.log(np.maximum(d, 1e-9)) if of_ppo else d))
-        lines = [{"kl": x * x, "gold": y, "proxy": x} for x, y in zip(d, gold)]
-        fitted = overoptimization.fit(lines, of_ppo)
-        assert (fitted["alpha"], fitted["beta"], fitted["R2"]) == pytest.approx((0.3, 0.2, 1), abs=1e-4)
+        fitted = overoptimization.fit([{"kl": x * x, "gold": y, "proxy": x} for x, y in zip(d, gold)], of_ppo)
+        assert [fitted[key] for key in ("alpha", "beta", "R2")] == pytest.approx([0.3, 0.2, 1], abs=1e-4)
 
 
 def test_faults_read_what_a_user_reads_and_damage_what_they_say(tmp_path):
