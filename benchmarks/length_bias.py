@@ -141,8 +141,9 @@ def draw(result: dict, path: Path):
 
 def main(args: Args):
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-    import grpo
     from learning import cpu_name
+
+    import grpo
 
     args.folder.mkdir(parents=True, exist_ok=True)
     result = {"command": f"python grpo.py {args.flags}", "methods": METHODS, "seeds": list(args.seeds)}

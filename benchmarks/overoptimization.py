@@ -91,7 +91,7 @@ def choose(scores: np.ndarray, chooser: str) -> np.ndarray:
 
 def best_of_n(pool: list[list[dict]], chooser: str, sizes=SIZES) -> list[dict]:
     """Proxy, gold reward, and KL of the best of each N of `sizes` draws from the pool: means over prompts."""
-    from rejection_sampling import best_of_n_kl, best_of_n_law
+    from estimators import best_of_n_kl, best_of_n_law
 
     lines = []
     for n in sizes:
