@@ -146,7 +146,8 @@ def main(args: Args):
     import grpo
 
     args.folder.mkdir(parents=True, exist_ok=True)
-    result = {"command": f"python grpo.py {args.flags}", "methods": METHODS, "seeds": list(args.seeds)}
+    result = {"command": "python benchmarks/length_bias.py", "flags": args.flags, "methods": METHODS}
+    result["seeds"] = list(args.seeds)
     result |= {"summary": {}, "exact_summary": {}, "runs": {}, "exact": {}}
     for method in METHODS:
         curve = result["exact"][method] = follow(grpo, method)
