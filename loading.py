@@ -64,9 +64,7 @@ def sharded(load, compute: torch.dtype, device):
         fully_shard(model.score, mp_policy=exact)
     for layer in layers_of(model):
         fully_shard(layer, mp_policy=MixedPrecisionPolicy(**mixed))
-    again = is_frozen(model) or None  # the root of a trained model stays whole until its backward pass
-    mixed = MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)
-    fully_shard(model, mp_policy=mixed, reshard_after_forward=again)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(**mixed, cast_forward_inputs=False))
     model.to_empty(device=device).tie_weights()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=options)
@@ -79,11 +77,6 @@ def layers_of(model) -> list:
     """The transformer layers of a model: what is sharded, or compiled, one by one."""
     names = model._no_split_modules
     return [m for m in model.modules() if any(kind.__name__ in names for kind in type(m).__mro__)]
-
-
-def is_frozen(model) -> bool:
-    """Whether nothing of a model is trained."""
-    return not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def whole(model) -> tuple:
@@ -139,8 +132,7 @@ def unsharded(function):
             return function(model, *args, **kwargs)
         finally:
             for module in modules:
-                again = module is not model or is_frozen(model)
-                module.set_reshard_after_forward(again, recurse=False)
+                module.set_reshard_after_forward(module is not model, recurse=False)
                 module.reshard()
 
     return inside

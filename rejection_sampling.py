@@ -689,7 +689,7 @@ def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, chec
     except (ImportError, OSError, ValueError) as error:  # ImportError: an --attn that is not installed
         fail(f"{name}: {error}".splitlines()[0])
     if shards:
-        model.reshard()  # FSDP2 leaves a trained root whole behind its pass
+        model.reshard()  # FSDP2 leaves a root whole behind its pass
     if args.gradient_checkpointing and trained:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in loading.layers_of(model) if args.compile else ():

@@ -230,6 +230,38 @@ def faults_table(result: dict) -> str:
     return f"`{result['command']}`{machine(result)}.\n\n{as_table(rows)}"
 
 
+def leaderboard_table(result: dict) -> str:
+    """The start and every method of benchmarks/leaderboard.py, the best first, with places within noise."""
+    columns = {
+        "accuracy": "sampled answers right",
+        "rank": "place",
+        "greedy": "greedy answers right",
+        "kl": "KL from the start",
+        "length": "tokens an answer",
+        "truncated": "cut off",
+        "perplexity": "perplexity of stories",
+        "tokens": "tokens used",
+        "cpu_seconds": "CPU seconds",
+        "memory_gb": "peak GB",
+        "learning_rate": "learning rate",
+    }
+    head = f"`{result['command']}`{machine(result)}, float32. Mean ± std over the seeds, the best first."
+    rows, edges = [["", *columns.values()]], {}
+    for name, tried in result["search"].items():
+        edges[name] = {float(rate) for rate in list(tried)[:: len(tried) - 1]}
+    for name, row in {
+        "start": {"label": "tiny/sft, the start"} | result["start"],
+        **result["summary"],
+    }.items():
+        cells = {key: cell(row[key]) or "" for key in columns if key in row}
+        if "learning_rate" in row:
+            cells["learning_rate"] = f"{row['learning_rate']:g}{'*' * (row['learning_rate'] in edges[name])}"
+        cells["rank"] = " to ".join(map(str, sorted(set(row.get("rank", ())))))
+        label = row["label"] + f" ({row['num_runs']} seeds)" * (row.get("num_runs", 3) < 3)
+        rows.append([label, *(cells.get(key, "") for key in columns)])
+    return f"{head}\n\n{as_table(rows)}"
+
+
 def commands_block(root: Path) -> str:
     """The commands that measured every learning curve in benchmarks/results/."""
     lines = []
@@ -252,6 +284,8 @@ def results_block(spec: str, root: Path) -> str:
     results = [load_result(name.partition("#")[0], root) for name in names]
     if "contenders" in results[0] and "#" not in spec:
         return peer_table(names, results)
+    if "search" in results[0] and "#" not in spec:
+        return leaderboard_table(results[0])
     if "needed" in results[0]:
         return fits_table(results[0])
     if "faults" in results[0]:
