@@ -83,7 +83,7 @@ def draw(result: dict, path: Path):
             panel.plot(x, y, color="tab:blue", alpha=0.35, linewidth=1)
         x, y = ([mean(some) for some in zip(*(curve[k] for curve in curves), strict=False)] for k in (0, 1))
         panel.plot(x, y, color="tab:blue", linewidth=2, marker="o", markersize=3)
-        panel.axhline(result["start"]["accuracy"], color="grey", linewidth=0.8, linestyle=":")
+        panel.axhline(y[0], color="grey", linewidth=0.8, linestyle=":")
         panel.set_title(f"{row['label']}: {row['accuracy']['mean']:.2f}", fontsize=10)
         panel.grid(alpha=0.3)
     figure.supxlabel("share of the budget of tokens", fontsize=10)

@@ -257,8 +257,8 @@ def leaderboard_table(result: dict) -> str:
         if "learning_rate" in row:
             cells["learning_rate"] = f"{row['learning_rate']:g}{'*' * (row['learning_rate'] in edges[name])}"
         cells["rank"] = " to ".join(map(str, sorted(set(row.get("rank", ())))))
-        label = row["label"] + f" ({row['num_runs']} seeds)" * (row.get("num_runs", 3) < 3)
-        rows.append([label, *(cells.get(key, "") for key in columns)])
+        few = f", {row['num_runs']} of 3 seeds" if row.get("num_runs", 3) < 3 else ""
+        rows.append([row["label"] + few, *(cells.get(key, "") for key in columns)])
     return f"{head}\n\n{as_table(rows)}"
 
 
