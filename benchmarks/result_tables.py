@@ -249,10 +249,9 @@ def leaderboard_table(result: dict) -> str:
     rows, edges = [["", *columns.values()]], {}
     for name, tried in result["search"].items():
         edges[name] = {float(rate) for rate in list(tried)[:: len(tried) - 1]}
-    for name, row in {
-        "start": {"label": "tiny/sft, the start"} | result["start"],
-        **result["summary"],
-    }.items():
+    first = {"start": "tiny/sft, the start", "teacher": "the teacher of distill.py"}
+    first = {name: {"label": label} | result[name] for name, label in first.items() if name in result}
+    for name, row in (first | result["summary"]).items():
         cells = {key: cell(row[key]) or "" for key in columns if key in row}
         if "learning_rate" in row:
             cells["learning_rate"] = f"{row['learning_rate']:g}{'*' * (row['learning_rate'] in edges[name])}"
