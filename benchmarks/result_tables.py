@@ -236,7 +236,7 @@ def leaderboard_table(result: dict) -> str:
         "accuracy": "sampled answers right",
         "rank": "place",
         "greedy": "greedy answers right",
-        "kl": "KL from the start",
+        "kl_k1": "KL from the start",
         "length": "tokens an answer",
         "truncated": "cut off",
         "perplexity": "perplexity of stories",
