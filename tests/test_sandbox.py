@@ -325,7 +325,9 @@ def test_an_ordinary_user_is_as_well_protected():
     assert footprint() == before
 
 
-SLEEPER = "import sandbox; sandbox.run_tests('import time; time.sleep(1000)', 'f(2)', timeout=900)"
+SLEEPER = (
+    "import sandbox; sandbox.run_tests('import time; time.sleep(1000)', 'assert f(2) == 4', timeout=900)"
+)
 
 
 def descendants(pid, number):
