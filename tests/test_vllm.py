@@ -39,7 +39,7 @@ def run(environment, tmp_path):
 
     def started(script, *flags, processes=1):
         folder = tmp_path / f"run_{len([*tmp_path.iterdir()])}"
-        command = [environment / "torchrun", "--nproc-per-node", str(processes), "--master-port", "0"]
+        command = [environment / "torchrun", "--standalone", "--nproc-per-node", str(processes)]
         command = command if processes > 1 else [environment / "python"]
         command += [ROOT / f"{script}.py", "--rollout", "vllm", "--output-dir", folder, *flags]
         command += "--max-steps 3 --eval-every 0 --num-eval 4 --log-every 1 --learning-rate 1e-2".split()
