@@ -63,6 +63,21 @@ def draw(runs: list[dict]):
     figure.savefig(ROOT / "docs" / "img" / "forgetting.png", dpi=110)
 
 
+def summarise(runs: list[dict]) -> dict:
+    """Of each setting: means over its seeds, and standard deviations."""
+    summary = {}
+    for way, settings in WAYS.items():
+        for setting in settings:
+            ends = [one for one in runs if (one["way"], one["setting"]) == (way, setting)]
+            values = np.array([[one["eval/accuracy"], one["eval/forgetting_perplexity"]] for one in ends])
+            if len(ends):
+                (accuracy, perplexity), spread = values.mean(0), values.std(0, ddof=min(1, len(ends) - 1))
+                row = {"answers right": accuracy, "std": spread[0], "perplexity of old text": perplexity}
+                row |= {"std of it": spread[1], "seeds": len(ends)}
+                summary[f"{way} {setting}".strip()] = row
+    return summary
+
+
 def main(args: Args):
     result = json.loads(PATH.read_text()) if PATH.exists() else {"runs": []}
     for seed in args.seeds:
@@ -75,11 +90,9 @@ def main(args: Args):
                 end = {name: lines[-1][name] for name in METRICS}
                 result["runs"].append(key | {"flags": flags, "cpu_seconds": cpu_seconds} | end)
                 print(key, end, flush=True)
-                result |= {
-                    "command": "python benchmarks/forgetting.py",
-                    "cpu": cpu_name(),
-                    "cores": os.cpu_count(),
-                }
+                result |= {"command": "python benchmarks/forgetting.py"}
+                result["machine"] = {"cpu": cpu_name(), "cores": os.cpu_count()}
+                result["summary"] = summarise(result["runs"])
                 result["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
                 PATH.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n")
                 PATH.with_suffix(".partial").rename(PATH)
