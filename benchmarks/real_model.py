@@ -1,6 +1,7 @@
 """A real model of 135 million parameters learns GSM8K on a CPU: SFT, then DPO, GRPO and DAPO from it.
 
     python benchmarks/real_model.py --model smollm2 --gsm8k gsm8k --hours 8         # a night, and the next
+    python benchmarks/real_model.py --model smollm2 --gsm8k gsm8k --hours 3 --steps 96 12 8 8
 
 The model is SmolLM2-135M-Instruct as a folder, gsm8k a folder with OpenAI's train.jsonl, test.jsonl and
 example_model_solutions.jsonl. The stages, which share the hours:
@@ -33,10 +34,10 @@ from learning import ROOT, cpu_name
 PATH = ROOT / "benchmarks" / "results" / "real_model.json"
 HELD_OUT = 64  # questions
 ALL = "--max-completion-length 160 --max-tokens-per-micro-batch 4096 --num-eval 64 --save-every 10"
-ONLINE = f"{ALL} --batch-size 64 --num-generations 8 --eval-samples 8 --eval-every 50 --max-steps 400"
-STAGES = {  # two epochs, one of the pairs, and as many rollouts as time allows
-    "sft": f"{ALL} --learning-rate 2e-5 --batch-size 16 --max-length 512 --eval-every 100 --max-steps 934",
-    "dpo": f"{ALL} --learning-rate 1e-6 --beta 0.1 --batch-size 16 --eval-every 10 --max-steps 35",
+ONLINE = f"{ALL} --batch-size 64 --num-generations 8 --eval-samples 8 --eval-every 50"
+STAGES = {
+    "sft": f"{ALL} --learning-rate 2e-5 --batch-size 16 --max-length 512 --eval-every 48",
+    "dpo": f"{ALL} --learning-rate 1e-6 --beta 0.1 --batch-size 16 --eval-every 10",
     "grpo": f"{ONLINE} --learning-rate 5e-6 --beta 0",
     "dapo": f"{ONLINE} --learning-rate 5e-6",
 }
@@ -51,12 +52,19 @@ class Args:
     """Folder of GSM8K."""
     hours: float = 8.0
     """Hours for all stages together; each that is not finished takes an equal share."""
+    steps: tuple[int, int, int, int] = (934, 35, 400, 400)
+    """Optimizer steps of the four stages; by default two epochs of the questions, one of the pairs, and as
+    many rollouts as time allows."""
     stages: tuple[str, ...] = tuple(STAGES)
     """Which stages go on."""
     dtype: str = "float32"
     """bfloat16 where the processor multiplies it in hardware."""
     folder: Path = ROOT / "runs" / "real_model"
     """Where the stages are kept."""
+
+
+def flags(stage: str, args: Args) -> str:
+    return f"{STAGES[stage]} --max-steps {args.steps[list(STAGES).index(stage)]}"
 
 
 def write_data(args: Args):
@@ -84,7 +92,7 @@ def train(stage: str, seconds: float, args: Args) -> bool:
     """Let a stage go on for some seconds -> whether it is finished."""
     folder, data = args.folder / stage, "pairs" if stage == "dpo" else "train"
     started_from = args.model if stage == "sft" else args.folder / "sft" / "model"
-    words = [sys.executable, f"{stage}.py", *STAGES[stage].split(), "--model", str(started_from)]
+    words = [sys.executable, f"{stage}.py", *flags(stage, args).split(), "--model", str(started_from)]
     words += ["--dataset", f"{args.folder}/{data}.jsonl", "--output-dir", str(folder), "--dtype", args.dtype]
     words += ["--eval-dataset", f"{args.folder}/{'held_pairs' if stage == 'dpo' else 'eval'}.jsonl"]
     if (folder / "checkpoints").exists():
@@ -123,7 +131,7 @@ def main(args: Args):
             args.hours -= (time.perf_counter() - started) / 3600
             lines = [json.loads(line) for line in (args.folder / stage / "metrics.jsonl").open()]
             curve = [{k: x for k, x in line.items() if k in KEPT or k.startswith("eval/")} for line in lines]
-            result["stages"][stage] = {"flags": STAGES[stage], "dtype": args.dtype, "curve": curve}
+            result["stages"][stage] = {"flags": flags(stage, args), "dtype": args.dtype, "curve": curve}
             if finished:
                 result["evaluations"][stage] = evaluate(stage, args.folder / stage / "model", args)
         result |= {"command": "python benchmarks/real_model.py", "cpu": cpu_name(), "cores": os.cpu_count()}
