@@ -134,6 +134,7 @@ class Args:
     reward: tuple[str, ...] = ()  # file.py:function, or a reward model, to please by seq_kd's answers
     reward_threshold: float = 0.5  # answers are kept if the mean of their rewards but None is above this
     allow_code_execution: bool = False  # let rewards run what the model writes (rewards.py:code_tests)
+    reward_timeout: NonNegativeFloat = 1800  # seconds a reward has for a batch, or the run ends; 0: for ever
     max_completion_length: PositiveInt = 128  # longest sampled answer in tokens
     temperature: NonNegativeFloat = 1.0  # sampling temperature; 0 is greedy
     max_tokens_per_rollout: PositiveInt = 65536  # tokens that are sampled at once: memory, never the result
@@ -812,15 +813,15 @@ def read_prompt(tokenizer, row: dict, place: str, args) -> Prompt:
 
 def load_rewards(specs: tuple[str, ...], prompts: list[Prompt], args, device) -> dict:
     """Reward functions by name, of files or of reward models, that take the columns of all `prompts`."""
-    found = {}
+    found, library = {}, runpy.run_path(located("rewards.py"))
     for spec in specs:
         path, _, name = spec.rpartition(":")
         try:
             if path.endswith(".py"):
                 function = runpy.run_path(located(path))[name]
             else:
-                name, load = "reward_model", runpy.run_path(located("rewards.py"))["reward_model"]
-                function = load(spec, device, args.dtype)
+                name, function = "reward_model", library["reward_model"](spec, device, args.dtype)
+            function = library["within"](args.reward_timeout, spec, function)
             for asked in prompts:
                 inspect.signature(function).bind(**reward_inputs([Completion(asked, [], [], "", True)], args))
         except Exception as error:  # whatever stands in that file
@@ -1043,7 +1044,7 @@ def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, chec
                     setattr(module, rate, 0.0)
         check(model)
         model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
-    except (ImportError, OSError, ValueError) as error:  # ImportError: an --attn that is not installed
+    except loading.UNREADABLE as error:
         fail(f"{name}: {error}".splitlines()[0])
     if shards:
         model.reshard()  # FSDP2 leaves a root whole behind its pass
@@ -1182,6 +1183,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except BaseException as error:  # CheckpointException is no Exception
-        if "No space left" not in str(error):
+        if not re.search("No space left|unexpected pos", str(error)):  # the latter is PyTorch's word for it
             raise
         fail(f"no space left on the device; what was saved before is whole ({type(error).__name__})")

@@ -108,6 +108,7 @@ class Args:
     reward_weights: tuple[float, ...] = ()  # weight of each --reward in turn; by default 1 each
     eval_reward: tuple[str, ...] = ()  # gold rewards: logged and evaluated on, never optimised
     allow_code_execution: bool = False  # let rewards run what the model writes (rewards.py:code_tests)
+    reward_timeout: NonNegativeFloat = 1800  # seconds a reward has for a batch, or the run ends; 0: for ever
 
     # Rollout
     num_generations: Annotated[int, Field(ge=2)] = 8  # completions of each prompt: the group (TRL: 8)
@@ -616,15 +617,15 @@ def read_prompt(tokenizer, row: dict, place: str, args) -> Prompt:
 
 def load_rewards(specs: tuple[str, ...], prompts: list[Prompt], args, device) -> dict:
     """Reward functions by name, of files or of reward models, that take the columns of all `prompts`."""
-    found = {}
+    found, library = {}, runpy.run_path(located("rewards.py"))
     for spec in specs:
         path, _, name = spec.rpartition(":")
         try:
             if path.endswith(".py"):
                 function = runpy.run_path(located(path))[name]
             else:
-                name, load = "reward_model", runpy.run_path(located("rewards.py"))["reward_model"]
-                function = load(spec, device, args.dtype)
+                name, function = "reward_model", library["reward_model"](spec, device, args.dtype)
+            function = library["within"](args.reward_timeout, spec, function)
             for asked in prompts:
                 inspect.signature(function).bind(**reward_inputs([Completion(asked, [], [], "", True)], args))
         except Exception as error:  # whatever stands in that file
@@ -668,8 +669,7 @@ def score(rewarders: dict, rollout: list[Completion], group_size: int, args) -> 
     """Scores (F, B), float64, of each reward function, NaN for None; each process scores whole groups."""
     mine, found = my_share(len(rollout), group_size), {}
     for name, rewarder in rewarders.items() if mine else ():
-        values = ask(name, rewarder, [rollout[i] for i in mine], args)
-        found |= {(name, i): value for i, value in zip(mine, values)}
+        found |= zip([(name, i) for i in mine], ask(name, rewarder, [rollout[i] for i in mine], args))
     found = gather(found)
     scores = [[found[name, i] for i in range(len(rollout))] for name in rewarders]
     return torch.tensor(scores, dtype=torch.float64).reshape(len(rewarders), len(rollout))
@@ -786,7 +786,7 @@ def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, chec
                     setattr(module, rate, 0.0)
         check(model)
         model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
-    except (ImportError, OSError, ValueError) as error:  # ImportError: an --attn that is not installed
+    except loading.UNREADABLE as error:
         fail(f"{name}: {error}".splitlines()[0])
     if shards:
         model.reshard()  # FSDP2 leaves a root whole behind its pass
@@ -925,6 +925,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except BaseException as error:  # CheckpointException is no Exception
-        if "No space left" not in str(error):
+        if not re.search("No space left|unexpected pos", str(error)):  # the latter is PyTorch's word for it
             raise
         fail(f"no space left on the device; what was saved before is whole ({type(error).__name__})")

@@ -729,7 +729,7 @@ def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, chec
                     setattr(module, rate, 0.0)
         check(model)
         model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
-    except (ImportError, OSError, ValueError) as error:  # ImportError: an --attn that is not installed
+    except loading.UNREADABLE as error:
         fail(f"{name}: {error}".splitlines()[0])
     if shards:
         model.reshard()  # FSDP2 leaves a root whole behind its pass
@@ -889,6 +889,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except BaseException as error:  # CheckpointException is no Exception
-        if "No space left" not in str(error):
+        if not re.search("No space left|unexpected pos", str(error)):  # the latter is PyTorch's word for it
             raise
         fail(f"no space left on the device; what was saved before is whole ({type(error).__name__})")

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -31,6 +31,12 @@ from torch.distributed.tensor import DTensor
 
 Dtype = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "adamw8bit"]
+UNREADABLE = (
+    ImportError,
+    OSError,
+    ValueError,
+    SafetensorError,
+)  # ImportError: an --attn that is not installed
 
 
 def check_packages(args):

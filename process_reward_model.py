@@ -112,6 +112,7 @@ class Args:
     search_dataset: str | None = None  # prompts, with the columns --reward reads; tiny/'s if it is trained on
     outcome_model: str | None = None  # outcome reward model to compare with; on tiny/ tiny/reward
     reward: str = "rewards.py:math_answer"  # verifier, file.py:function: what is above 0 is right
+    reward_timeout: NonNegativeFloat = 1800  # seconds a reward has for a batch, or the run ends; 0: for ever
     step_aggregation: Literal["min", "product", "last", "mean"] = "product"  # a solution's score
     num_samples: NonNegativeInt = 8  # solutions sampled of each prompt, the N of best of N; 0 searches none
     num_prompts: PositiveInt = 256  # prompts of the search
@@ -616,12 +617,13 @@ def judge(spec: str, rows: list[dict], texts: list[str], cut: list[bool], args, 
     prompts = columns["prompts"] = [row["prompt"] for row in rows]
     turns = [[{"role": "assistant", "content": text}] for text in texts]
     completions = [text if isinstance(p, str) else turn for p, text, turn in zip(prompts, texts, turns)]
-    path, _, name = spec.rpartition(":")
+    (path, _, name), library = spec.rpartition(":"), runpy.run_path(located("rewards.py"))
     try:
         if path.endswith(".py"):
             function = runpy.run_path(located(path))[name]
         else:
-            function = runpy.run_path(located("rewards.py"))["reward_model"](spec, device, args.dtype)
+            function = library["reward_model"](spec, device, args.dtype)
+        function = library["within"](args.reward_timeout, spec, function)
         return np.array([value or 0.0 for value in function(completions=completions, **columns)], float)
     except Exception as error:  # whatever stands in that file
         fail(f"{spec}: {type(error).__name__}: {error}".splitlines()[0])
@@ -736,7 +738,7 @@ def load_model(name, args, device, frozen=False, kind=AutoModelForCausalLM, chec
                     setattr(module, rate, 0.0)
         check(model)
         model.stored_dtype = AutoConfig.from_pretrained(located(name)).dtype or torch.float32
-    except (ImportError, OSError, ValueError) as error:  # ImportError: an --attn that is not installed
+    except loading.UNREADABLE as error:
         fail(f"{name}: {error}".splitlines()[0])
     if shards:
         model.reshard()  # FSDP2 leaves a root whole behind its pass
@@ -875,6 +877,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except BaseException as error:  # CheckpointException is no Exception
-        if "No space left" not in str(error):
+        if not re.search("No space left|unexpected pos", str(error)):  # the latter is PyTorch's word for it
             raise
         fail(f"no space left on the device; what was saved before is whole ({type(error).__name__})")

@@ -30,6 +30,8 @@ import json
 import os
 import re
 import sys
+import threading
+import traceback
 import warnings
 from pathlib import Path
 
@@ -43,6 +45,37 @@ def module(name):
         sys.modules[str(path)] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[str(path)])
     return sys.modules[str(path)]
+
+
+def within(seconds, spec, function):
+    """The reward function, except that the process ends where no answer has come after `seconds`; 0: never.
+
+    A thread watches it and ends the process as a kill would, with one line: nothing that the function catches
+    or waits for holds that up. A run goes on from its last checkpoint with --resume.
+    """
+
+    def give_up(watched):
+        calls = traceback.extract_stack(sys._current_frames()[watched])
+        at = [call for call in calls if Path(call.filename).name == path.rpartition("/")[2]][-1:]
+        where = "".join(f"; it is in line {call.lineno} of {call.filename}" for call in at)
+        print(
+            f"error: --reward {spec}: no answer in {seconds:g} s (--reward-timeout){where}", file=sys.stderr
+        )
+        sys.stderr.flush()
+        os._exit(2)
+
+    @functools.wraps(function)
+    def limited(**columns):
+        timer = threading.Timer(seconds, give_up, [threading.get_ident()])
+        timer.daemon = True
+        timer.start()
+        try:
+            return list(function(**columns))  # of a generator, too
+        finally:
+            timer.cancel()
+
+    path = spec.rpartition(":")[0]
+    return limited if seconds else function
 
 
 # ------------------------------------------------------------------------------------------------------------

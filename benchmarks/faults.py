@@ -34,6 +34,7 @@ from faults_runs import (
     go_on,
     lines_of,
     outcome,
+    run,
     told,
     unbroken,
 )
@@ -118,37 +119,35 @@ def full_disk(args: Args) -> dict:
 
 
 def hanging_reward(args: Args) -> dict:
-    """A reward of grpo.py that does not return in step 5; Ctrl-C, once and once more; then --resume."""
-    (wanted, seconds), reward = unbroken("grpo", args), args.folder / "hanging.py"
+    """A reward of grpo.py that does not return in step 5, and swallows what it can; then --resume."""
+    (wanted, _), reward = unbroken("grpo", args), args.folder / "hanging.py"
     folder, hang = args.folder / "grpo" / "hanging", args.folder / "hang"
     reward.write_text(f"""import pathlib, runpy, time
 right, calls = runpy.run_path({str(ROOT / "rewards.py")!r})["math_answer"], []
 def math_answer(**columns):
     calls.append(0)
     while len(calls) == 5 and pathlib.Path({str(hang)!r}).exists():
-        time.sleep(1)
+        try:
+            time.sleep(600)
+        except Exception:
+            pass
     return right(**columns)
 """)
     shutil.rmtree(folder, ignore_errors=True)
     hang.touch()
-    words = command("grpo", args, folder, "--reward", f"{reward}:math_answer")
-    process, sent = begin(words, args), []
-    for patience, number in ((3 * seconds, signal.SIGINT), (20, signal.SIGINT), (20, signal.SIGKILL)):
-        process.join(patience)
-        if process.is_alive():
-            sent.append(signal.Signals(number).name)
-            os.kill(process.pid, number)
-    process.join()
-    reached, code = len(lines_of(folder / "metrics.jsonl")) - 1, process.exitcode
+    words = command("grpo", args, folder, "--reward", f"{reward}:math_answer", "--reward-timeout", "20")
+    started = time.perf_counter()
+    code, said = run(words, args)
+    seconds, reached = time.perf_counter() - started, len(lines_of(folder / "metrics.jsonl")) - 1
     hang.unlink()
     how, _ = go_on(words, folder, args)
     same = "bit for bit as" if outcome(folder) == wanted else "unlike"
     return {
-        "fault": "a reward that hangs (`grpo.py`)",
+        "fault": "a reward that hangs (`grpo.py --reward-timeout 20`)",
         "times": f"1, behind step {reached}",
-        "seen": f"nothing for {3 * seconds:.0f} s; then {', '.join(sent)} ended it, exit code {code}",
+        "seen": f"exit code {code} after {seconds:.0f} s in all: {told(said)}".replace(f"{args.folder}/", ""),
         "lost": "the steps since the last checkpoint",
-        "verdict": f"{how}, {same} the unbroken run; nothing ends the wait by itself",
+        "verdict": f"{how}, {same} the unbroken run",
     }
 
 
@@ -162,15 +161,9 @@ def large_file(args: Args) -> dict:
                 said = f"{n} {text[n * 37 % (len(text) - 2000) :][:1800]}"
                 turns = [{"role": "user", "content": f"Tell {n}."}, {"role": "assistant", "content": said}]
                 file.write(json.dumps({"messages": turns}) + "\n")
-        words = [sys.executable, "sft.py", "--dataset", str(big), "--max-steps", "1", "--save-every", "0"]
-        words += [
-            "--max-completion-length",
-            "0",
-            "--batch-size",
-            "1",
-            "--output-dir",
-            str(args.folder / "large"),
-        ]
+        flags = "--max-steps 1 --save-every 0 --max-completion-length 0 --batch-size 1"
+        words = [sys.executable, "sft.py", "--dataset", str(big), *flags.split()]
+        words += ["--output-dir", str(args.folder / "large")]
         size, started = big.stat().st_size / 1e9, time.perf_counter()
         environment = os.environ | {"HF_DATASETS_CACHE": str(cache)}
         with open(args.folder / "output", "w") as output:

@@ -36,8 +36,8 @@ class Definition(NamedTuple):
 
 def scripts(root: Path = ROOT) -> list[Path]:
     """The *.py files of `root` that define a class `Args` and a function `main`."""
-    found = {path: {d.name for d in definitions_of(path.read_text())} for path in sorted(root.glob("*.py"))}
-    return [path for path, names in found.items() if {"main", "Args"} <= names]
+    marks = [re.compile(mark, re.MULTILINE) for mark in (r"^class Args\b", r"^def main\b")]
+    return [p for p in sorted(root.glob("*.py")) if all(mark.search(p.read_text()) for mark in marks)]
 
 
 def sections(source: str) -> list[tuple[str, int]]:

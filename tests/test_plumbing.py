@@ -138,17 +138,28 @@ def test_torn_last_line_does_not_stop_a_run_from_continuing(train):
     assert train(max_steps=2, resume=True)[1] == lines
 
 
-def run_on_a_full_disk(words):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_were_cut_off_are_one_line(dtype, train, tmp_path, capsys):
+    model = shutil.copytree(ROOT / "tiny" / "sft", tmp_path / "model")
+    os.truncate(model / "model.safetensors", 9999)
+    assert str(model) in error_of(lambda: train(model=str(model), dtype=dtype), capsys)
+
+
+def run_on_a_full_disk(words, error):
     def full(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise error
 
     torch.distributed.checkpoint.save = full
     run_command(ROOT / "sft.py", *words)
 
 
-def test_full_disk_is_one_line(flags, forked):
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("[enforce fail] unexpected pos 704 vs 598")],
+)
+def test_full_disk_is_one_line(error, flags, forked):
     words = [f"--{name.replace('_', '-')}={value}" for name, value in flags(dataset="rows.jsonl").items()]
-    code, told = forked(run_on_a_full_disk, words)
+    code, told = forked(run_on_a_full_disk, words, error)
     lines = [line for line in told.splitlines() if "error" in line.lower()]
     assert code == 2 and len(lines) == 1 and "no space left on the device" in lines[0], told
     assert "Traceback" not in told

@@ -1,6 +1,7 @@
 """rewards.py against values worked by hand, the labels of GSM8K's authors, and transformers' own scores."""
 
 import functools
+import inspect
 import json
 import math
 import os
@@ -387,3 +388,41 @@ def test_it_is_loaded_by_path_from_any_folder_and_imports_only_the_standard_libr
     assert modules <= sys.stdlib_module_names | {"__main__", "/sandbox", "/mathematics"}
     done = start(sys.executable, "-Ic", LOAD + JUDGE, path, cwd=tmp_path)
     assert math.isfinite(float(done.stdout.splitlines()[-1])), done.stderr
+
+
+HANGS = """
+import runpy, sys, time
+from concurrent.futures import ThreadPoolExecutor
+rewards = runpy.run_path(sys.argv[2])
+def patient(completions):
+    while True:
+        try:
+            time.sleep(9)
+        except Exception:
+            pass
+def pool(completions):
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(lambda _: time.sleep(99), completions))
+def one_by_one(completions):
+    yield 1.0
+    time.sleep(99)
+print(rewards["within"](0.5, "r", lambda completions: (len(x) for x in completions))(completions=["a", "bc"]))
+rewards["within"](0.5, f"{sys.argv[0]}:{sys.argv[1]}", globals()[sys.argv[1]])(completions=["a", "b"])
+"""
+
+
+@pytest.mark.parametrize("kind, line", [("patient", 8), ("pool", 13), ("one_by_one", 16)])
+def test_reward_that_hangs_ends_the_process_with_one_line_that_says_where(kind, line, tmp_path):
+    path = tmp_path / "hangs.py"
+    path.write_text(HANGS)
+    done = start(sys.executable, path, kind, ROOT / "rewards.py", cwd=tmp_path, timeout=60)
+    told = f"error: --reward {path}:{kind}: no answer in 0.5 s (--reward-timeout); it is in line {line} of "
+    assert (done.returncode, done.stdout, done.stderr) == (2, "[1, 2]\n", f"{told}{path}\n")
+
+
+def test_reward_without_a_limit_is_itself_and_a_limited_one_has_its_signature_and_errors():
+    assert rewards.within(0, "x", rewards.math_answer) is rewards.math_answer
+    limited = rewards.within(9, "x", rewards.math_answer)
+    assert inspect.signature(limited) == inspect.signature(rewards.math_answer)
+    with pytest.raises(TypeError):
+        limited(prompts=["?"])
