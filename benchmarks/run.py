@@ -3,6 +3,7 @@
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/run.py                      # about 2 hours on 2 idle cores
     python benchmarks/run.py --rounds 1 --only sft_vs_trl grpo_vs_trl
+    python benchmarks/run.py --data gsm8k/train.jsonl        # a local copy of the rows
 
 Each writes its JSON into benchmarks/results/ and its figure into docs/img/ as it ends; one that fails is
 named at the end, the others run all the same. Ratios of a machine with other work mean little: it is said.
@@ -26,6 +27,8 @@ class Args:
     """Which to run."""
     rounds: int = 3
     """How often each contender runs, in turns."""
+    data: str = "openai/gsm8k"
+    """What models are trained on: a hub dataset or a file."""
 
 
 def main(args: Args) -> int:
@@ -39,6 +42,7 @@ def main(args: Args) -> int:
     for n, name in enumerate(args.only, 1):
         print(f"[{n}/{len(args.only)}, {(time.perf_counter() - started) / 60:.0f} min] {name}", flush=True)
         command = [sys.executable, f"benchmarks/{name}.py", "--rounds", str(args.rounds)]
+        command += ["--data", args.data] if name != "merge_vs_mergekit" else []
         if subprocess.run(command, cwd=ROOT).returncode:
             failed.append(name)
     subprocess.run([sys.executable, "tests/sync_docs.py"], cwd=ROOT, check=True)
