@@ -55,9 +55,11 @@ def draw(runs: list[dict]):
         if points:
             x, y, dx, dy, settings = zip(*points)
             axes.errorbar(x, y, dy, dx, fmt="o-", label=way, linewidth=1, capsize=2)
-            for place in zip(x, y, settings):
-                axes.annotate(place[2], place[:2], xytext=(5, 5), textcoords="offset points", fontsize=8)
+            for n, (at, up, setting) in enumerate(zip(x, y, settings)):
+                beside = [(4, 4), (-20, -11), (-20, 4)][n] if way == "replay" else (4, 4)  # they lie close
+                axes.annotate(setting, (at, up), xytext=beside, textcoords="offset points", fontsize=8)
     axes.set(xscale="log", xlabel="perplexity of old text (1.57 before)", ylabel="sampled answers right")
+    axes.set_xlim(left=1.2)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(ROOT / "docs" / "img" / "forgetting.png", dpi=110)
