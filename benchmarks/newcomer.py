@@ -3,10 +3,10 @@
     python benchmarks/newcomer.py                   # hours on 2 cores: all runs to their end
     python benchmarks/newcomer.py --seconds 60      # what lasts longer is stopped, and must end well
 
-A command fails where its exit code is not 0. Commands with --output-dir, which others need, always run to
-their end. Left out, and listed: what names a model or data of the hub, a GPU, several machines or a file that
-a reader has to bring; the measurements of benchmarks/; the tests, which have their own run. The log, a line
-a command, goes to the terminal and to newcomer.log in the folder.
+A command fails where its exit code is not 0. Commands with --output-dir, which others need, and evaluations
+always run to their end. Left out, and listed: what names a model or data of the hub, a GPU, several machines
+or a file that a reader has to bring; the measurements of benchmarks/; the tests, which have their own run.
+The log, a line a command, goes to the terminal and to newcomer.log in the folder.
 """
 
 import os
@@ -39,6 +39,8 @@ class Args:
     """The interpreter of an environment that has all requirements; by default a fresh one is made."""
     folder: Path | None = None
     """Where to clone; by default a temporary folder."""
+    only: tuple[str, ...] = ()
+    """Only commands that contain one of these texts; by default all."""
 
 
 def commands() -> list[tuple[str, str]]:
@@ -85,14 +87,15 @@ def main(args: Args) -> int:
         print(line, flush=True)
         print(line, file=log, flush=True)
 
-    for page, command in commands():
+    wanted = [x for x in commands() if not args.only or any(text in x[1] for text in args.only)]
+    for page, command in wanted:
         own = command.startswith("pip install -r") and "tests" not in command and "benchmarks" not in command
         if re.search(ELSEWHERE, command) and not own:
             say(f"{page}: left out: {command[:150]}")
             continue
         if own and args.python:
             continue
-        whole = own or "--output-dir" in command
+        whole = own or re.search(r"--output-dir|\bevaluate\.py", command)
         ended, seconds, last = run(command, python, clone, 0 if whole else args.seconds)
         failed += ended.startswith("FAILED")
         say(f"{page}: {ended}, {seconds:.0f} s: {command[:150]}\n    {last[:150]}")

@@ -12,8 +12,8 @@ example_model_solutions.jsonl. The stages, which share the hours:
     dapo    dapo.py, likewise
 
 A stage whose time is over is stopped as a user would stop it, and goes on with --resume the next time. Then
-the model that it has so far is evaluated by evaluate.py on the last 64 questions of the test set: dpo's pairs
-are of the first thousand. benchmarks/results/real_model.json has all curves and evaluations.
+its model is evaluated by evaluate.py on the last 64 questions of the test set: dpo's pairs are of the first
+thousand. Writes benchmarks/results/real_model.json, and docs/img/real_model.png with the curves.
 """
 
 import json
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import tyro
 from learning import ROOT, cpu_name
 
@@ -41,6 +42,16 @@ STAGES = {
     "grpo": f"{ONLINE} --learning-rate 5e-6 --beta 0",
     "dapo": f"{ONLINE} --learning-rate 5e-6",
 }
+SHOWN = {  # of evaluate.py's report
+    "greedy answers right": "eval/greedy_reward",
+    "sampled answers right": "eval/reward",
+    "right and in the format": "eval/strict_accuracy",
+    "pass@8": "eval/pass@8",
+    "tokens an answer": "completions/mean_length",
+    "cut off": "completions/clipped_ratio",
+    "entropy": "entropy",
+}
+CURVES = {"sft": "loss", "dpo": "loss", "grpo": "reward", "dapo": "reward"}
 KEPT = ("step", "loss", "reward", "entropy", "step_time", "tokens_per_second", "completions/mean_length")
 
 
@@ -119,6 +130,24 @@ def evaluate(name: str, model: Path, args: Args) -> dict:
     return {key: value for key, value in report.items() if isinstance(value, int | float | list)}
 
 
+def draw(stages: dict):
+    """The curve of each stage: every step, and the held-out values under evaluation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(stages), figsize=(3.2 * len(stages), 3), layout="constrained")
+    for axes, (stage, found) in zip(np.atleast_1d(panels), stages.items()):
+        for key, label in ((CURVES[stage], "batches"), (f"eval/{CURVES[stage]}", "held out")):
+            known = [(line["step"], line[key]) for line in found["curve"] if key in line]
+            axes.plot(*zip(*known), label=label, marker="o" if label == "held out" else "")
+        axes.set(title=f"{stage}.py", xlabel="step", ylabel=CURVES[stage])
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(ROOT / "docs" / "img" / "real_model.png", dpi=110)
+
+
 def main(args: Args):
     write_data(args)
     result = json.loads(PATH.read_text()) if PATH.exists() else {"stages": {}, "evaluations": {}}
@@ -135,9 +164,12 @@ def main(args: Args):
             if finished:
                 result["evaluations"][stage] = evaluate(stage, args.folder / stage / "model", args)
         result |= {"command": "python benchmarks/real_model.py", "cpu": cpu_name(), "cores": os.cpu_count()}
+        numbers = result["evaluations"].items()
+        result["summary"] = {name: {k: found[v] for k, v in SHOWN.items()} for name, found in numbers}
         result["versions"] = {name: version(name) for name in ("torch", "transformers")}
         PATH.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n")
         PATH.with_suffix(".partial").rename(PATH)
+        draw(result["stages"])
         if not (args.folder / "sft" / "model").exists():
             print("the others start from sft.py's model, which is not finished: run this again")
             return
