@@ -936,7 +936,7 @@ def write_whole(path: Path, content: bytes):
 def live_view(get_teacher, vocab_size: int, batch, members):
     """A row -> a function of a slice of its trained tokens: what the teacher says of them."""
     teacher = get_teacher()
-    states = loading.fsdp_forward(common.completion_states)(teacher, batch)  # (C, H_t)
+    states = loading.fsdp_forward(common.completion_states, keep=True)(teacher, batch)  # (C, H_t)
     head = first_tokens(common.head_settings(teacher), vocab_size)
     return lambda c, targets, temperature: live_terms(states[c], head, targets, temperature)
 

@@ -445,7 +445,9 @@ def answer_logps(policy, ref_policy, batch, loss: str):
     """
     if loss == "tdpo2":
         with torch.no_grad():
-            ref_states = loading.fsdp_forward(common.completion_states)(ref_policy, batch)  # (C, H)
+            ref_states = loading.fsdp_forward(common.completion_states, keep=True)(
+                ref_policy, batch
+            )  # (C, H)
         per_token = logprobs_and_kls(policy, batch, ref_states, common.head_settings(ref_policy))  # (C,) each
         logps, ref_logps, kls = (pair_sums(x, batch) for x in per_token)  # (B, 2) each
         return logps, ref_logps, {"chosen_kls": kls[:, 0], "rejected_kls": kls[:, 1]}

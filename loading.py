@@ -103,8 +103,11 @@ def whole(model) -> tuple:
     return twin, {k: x if ".lora_" in k else x.to(model.stored_dtype) for k, x in weights.items()}
 
 
-def fsdp_forward(function):
-    """Let function(model, ...) run inside FSDP2's hooks: outside, the root's parameters stay sharded."""
+def fsdp_forward(function, keep: bool = False):
+    """Let function(model, ...) run inside FSDP2's hooks: outside, the root's parameters stay sharded.
+
+    FSDP2 leaves a root whole for a backward pass. A frozen one is sharded again at once, unless `keep`.
+    """
 
     @wraps(function)
     def inside(model, *args, **kwargs):
@@ -117,7 +120,10 @@ def fsdp_forward(function):
         if not hasattr(model, name):
             setattr(model, name, MethodType(function, model))
             register_fsdp_forward_method(model, name)
-        return getattr(model, name)(*args, **kwargs)
+        result = getattr(model, name)(*args, **kwargs)
+        if not (keep or any(parameter.requires_grad for parameter in model.parameters())):
+            model.reshard()
+        return result
 
     return inside
 

@@ -129,12 +129,13 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
     """Bytes on one device at each moment that can be the fullest, by what they are.
 
     Always: float32 master weights and AdamW's two moments, sharded; frozen models in --dtype, sharded, too,
-    but for the root, which stays whole behind its pass; reward models whole. With LoRA the base is in
-    --dtype, only A and B have gradients and moments, and a reference of an online script costs nothing. FSDP2
-    (several processes, or bfloat16) has roots and two layers whole in --dtype, and gradients of a layer, at
-    the end of the root, in --dtype and in float32; for sampling it has the whole policy. Samples: keys and
-    values with an eighth of room, three float32 (B, V). Left out: the prompts' pass of a rollout, the second
-    copy of a shared prompt's keys, a rollout by vLLM, models that process_reward_model.py samples with.
+    but for the root of distill.py's teacher, whose head the loss needs; reward models whole. With LoRA the
+    base is in --dtype, only A and B have gradients and moments, an online script's reference costs nothing.
+    FSDP2 (several processes, or bfloat16) has roots and two layers whole in --dtype, and gradients of a
+    layer, at the end of the root, in --dtype and in float32; for sampling it has the whole policy. Samples:
+    keys and values with an eighth of room, three float32 (B, V). Left out: the prompts' pass of a rollout,
+    the second copy of a shared prompt's keys, a rollout by vLLM, models that process_reward_model.py samples
+    with.
     """
     script, size, world, lora = SCRIPTS[run.script], run.bytes_each, run.processes, run.lora_rank > 0
     fsdp, (root, layer) = world > 1 or size < 4, parameters(shape, script.head)
@@ -143,10 +144,11 @@ def moments(shape: Shape, run: Run) -> dict[str, dict[str, float]]:
     base = policy + script.values * headless
     trained = lora_parameters(shape, run.lora_rank) * models if lora else base
     frozen = run.live + (script.frozen if not lora or run.script == "distill.py" else 0)
+    teacher_root = root * frozen * (world > 1 and run.script == "distill.py")
     always = {
         "weights": 4 * trained / world + lora * size * base / world,
         "moments": 8 * trained / world,
-        "frozen": size * (frozen * (policy / world + (world > 1) * root) + run.reward_models * headless),
+        "frozen": size * (frozen * policy / world + teacher_root + run.reward_models * headless),
     }
     whole = size * (models * root + 2 * layer) if fsdp else 0
     update = always | {"gradients": 4 * trained / world, "whole": whole, "kept": activations(shape, run)}

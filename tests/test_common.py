@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from conftest import DATA, read_lines, two_processes
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -661,6 +662,11 @@ def compare_sharded(rank):
             (loss * 2).backward()  # FSDP2 averages over the processes; the parts belong to one sum
             found = {name: p.grad.full_tensor() for name, p in sharded.named_parameters()}
             assert_equal_gradients(found, {name: p.grad for name, p in whole.named_parameters()})
+        sharded.requires_grad_(False).zero_grad()
+        for _ in range(2):
+            outputs = token_logprobs(sharded, parts[rank], **settings)
+            assert_all_equal(outputs, [y[mine] for y in expected], 1e-5)
+            assert all(isinstance(p, DTensor) for p in sharded.parameters())  # a frozen root, too
 
 
 def test_two_sharded_processes_give_the_logprobs_and_gradients_of_one(tmp_path):
