@@ -110,7 +110,7 @@ def full_disk(args: Args) -> dict:
     went_on = sum(x["codes"][1] == 0 for x in failed)
     return {
         "fault": "full disk (`sft.py`)",
-        "times": f"{len(failed)}: file systems of {failed[0]['megabytes']} to {failed[-1]['megabytes']} MB",
+        "times": f"{len(failed)} of {len(found)} file systems, {found[0]['megabytes']} to {found[-1]['megabytes']} MB",
         "seen": counted(x["told"] for x in failed),
         "lost": f"nothing: {went_on} of {len(failed)} go on with `--resume` once there is room",
         "verdict": equal_share(found),
@@ -184,7 +184,7 @@ def large_file(args: Args) -> dict:
         "times": f"{listed('gb')} GB",
         "seen": f"peak memory {listed('peak_gb')} GB",
         "lost": f"{slope:.1f} GB of memory and {pace / 60:.0f} minutes for each GB of JSONL",
-        "verdict": f"2 GB would need {first['peak_gb'] + 2 * slope:.0f} GB, drawn out from the line",
+        "verdict": f"2 GB would need {first['peak_gb'] + 2 * slope:.0f} GB, extrapolated",
         "each": each,
     }
 
