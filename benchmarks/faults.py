@@ -110,7 +110,7 @@ def full_disk(args: Args) -> dict:
     went_on = sum(x["codes"][1] == 0 for x in failed)
     return {
         "fault": "full disk (`sft.py`)",
-        "times": f"{len(failed)} of {len(found)} file systems, {found[0]['megabytes']} to {found[-1]['megabytes']} MB",
+        "times": f"{len(failed)} of {len(found)} file systems, the largest of {failed[-1]['megabytes']} MB",
         "seen": counted(x["told"] for x in failed),
         "lost": f"nothing: {went_on} of {len(failed)} go on with `--resume` once there is room",
         "verdict": equal_share(found),
