@@ -450,7 +450,7 @@ def evaluate(policy, tokenizer, held_out, rewarders, gold_rewarders, args) -> tu
         metrics |= {"reward": rewards.nanmean().item()} | describe_rollout(answers, k)
         right = scores[0].nan_to_num(0).view(-1, k).numpy()  # (P, k)
         if np.isin(right, (0, 1)).all():  # the first reward tells right from wrong
-            final_answer = runpy.run_path(located("rewards.py"))["final_answer"]
+            final_answer = runpy.run_path(str(HERE / "rewards.py"))["final_answer"]
             finals = [[final_answer(c.text) for c in answers[n : n + k]] for n in range(0, len(answers), k)]
             votes = [line.index(Counter(line).most_common(1)[0][0]) for line in finals]  # arXiv:2203.11171
             majority = right[range(len(votes)), votes]  # (P,)
@@ -589,7 +589,7 @@ def load_prompts(tokenizer, sources, split: str, args, limit: int = 0) -> list[P
         rows, prompts, dropped = load_rows(source, split, args)[: limit or None], [], {}
         for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
             try:
-                prompts.append(read_prompt(tokenizer, row, f"{Path(source).name}, row {n}", args))
+                prompts.append(read_prompt(tokenizer, row, f"{source}, row {n}", args))
             except Exception as error:  # chat templates raise what they like
                 dropped.setdefault(str(error).splitlines()[0], []).append(n)
         report_dropped(source, len(rows), dropped)
@@ -616,7 +616,7 @@ def read_prompt(tokenizer, row: dict, place: str, args) -> Prompt:
 
 def load_rewards(specs: tuple[str, ...], prompts: list[Prompt], args, device) -> dict:
     """Reward functions by name, of files or of reward models, that take the columns of all `prompts`."""
-    found, library = {}, runpy.run_path(located("rewards.py"))
+    found, library = {}, runpy.run_path(str(HERE / "rewards.py"))
     for spec in specs:
         path, _, name = spec.rpartition(":")
         try:

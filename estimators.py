@@ -138,7 +138,7 @@ def overlaps(texts: list[str], documents: list[str], n: int = 13, least: int = 8
     """(text, document) wherever they share n words in a row (13-grams, appendix C, arXiv:2005.14165).
 
     Words are letters and digits in lower case. A shorter text must be there whole; below `least` words one
-    says nothing and is left out.
+    says nothing and is left out, and so are n-grams of more than 10 texts: an instruction that all share.
     """
     words = lambda text: re.findall(r"\w+", text.lower())
     grams = lambda those, size: {tuple(those[i : i + size]) for i in range(len(those) - size + 1)}
@@ -147,15 +147,16 @@ def overlaps(texts: list[str], documents: list[str], n: int = 13, least: int = 8
         for gram in grams(those, min(n, len(those))) if len(those) >= least else ():
             index.setdefault(gram, []).append(number)
     sizes, found = {len(gram) for gram in index}, set()
+    index = {gram: numbers for gram, numbers in index.items() if len(numbers) <= 10}
     for place, those in enumerate(map(words, documents)):
         shared = (index.get(gram, ()) for size in sizes for gram in grams(those, size))
         found |= {(number, place) for numbers in shared for number in numbers}
     return sorted(found)
 
 
-def choices_of(rows: list[dict], size: int) -> dict[str, np.ndarray]:
+def choices_of(rows: list[dict], size: int, verifier: str | None) -> dict[str, np.ndarray]:
     """What choosing among k = 1, 2, 4 .. N samples is worth, (P,) each: by verifier, votes or reward."""
-    table, votes, verifier = {}, {}, verifier_of(rows)
+    table, votes = {}, {}
     values = np.array(grouped(rows, verifier or "reward", size), float)  # (P, N), NaN for None
     known = ~np.isnan(values).any(1)  # (P,)
     finals = [line for line, is_known in zip(grouped(rows, "final", size), known) if is_known]
@@ -169,7 +170,7 @@ def choices_of(rows: list[dict], size: int) -> dict[str, np.ndarray]:
 
 
 def verifier_of(rows: list[dict]) -> str | None:
-    """The column of the first reward, if it is a verifier, which gives 0 and 1 alone."""
+    """The column of the first reward, if it is a verifier, which gives 0 and 1 alone, to all models."""
     first = next(name for name in rows[0] if name.startswith("rewards/"))
     known = {row[first] for row in rows} - {None}
     return first if known and known <= {0, 1} else None
@@ -229,7 +230,7 @@ def chosen_rows(rows: list[dict], eval_samples: int) -> list[dict]:
     return [row for row in rows if row["kind"] == ("sampled" if eval_samples else "greedy")]
 
 
-def measured(rows: list[dict], eval_samples: int, seed: int) -> dict:
+def measured(rows: list[dict], eval_samples: int, seed: int, verifier: str | None) -> dict:
     """Metrics of a model from its rows; what nothing is known of is NaN, or is not there."""
     some, size, metrics = chosen_rows(rows, eval_samples), eval_samples or 1, {}  # P N rows
     column = lambda name: np.array([row[name] for row in some], float)  # (P N,), NaN for None
@@ -237,7 +238,7 @@ def measured(rows: list[dict], eval_samples: int, seed: int) -> dict:
     greedy = np.array([row["reward"] for row in rows if row["kind"] == "greedy"], float)
     per_prompt = {"eval/greedy_reward": greedy}  # (P,) each
     if eval_samples:
-        per_prompt |= {"eval/reward": table("reward").mean(1)} | choices_of(some, size)
+        per_prompt |= {"eval/reward": table("reward").mean(1)} | choices_of(some, size, verifier)
     per_prompt |= {f"eval/{name}_accuracy": table(name).mean(1) for name in VERDICTS if name in some[0]}
     if "lenient" in some[0]:
         per_prompt["eval/format_only"] = (table("format") * (1 - table("lenient"))).mean(1)
@@ -247,7 +248,7 @@ def measured(rows: list[dict], eval_samples: int, seed: int) -> dict:
     for name, values in per_prompt.items():
         if len(values := values[~np.isnan(values)]):
             metrics |= {name: values.mean(), f"{name}/interval": bootstrap_interval(values, seed)}
-    if bins := plotted(rows, eval_samples)["reliability"]:
+    if bins := plotted(rows, eval_samples, verifier)["reliability"]:
         metrics["eval/ece"] = expected_calibration_error(bins)
     metrics |= {f"{name}/mean": mean_of(some, name) for name in some[0] if name.startswith("rewards/")}
 
@@ -260,21 +261,22 @@ def measured(rows: list[dict], eval_samples: int, seed: int) -> dict:
         distinct = [distinct_ngrams(token_ids[start : start + size], n) for start in groups]
         metrics[f"completions/distinct_{n}"] = np.mean(distinct)
     metrics["completions/repeated_4"] = np.mean([repeated_ngrams(ids) for ids in token_ids])
-    refused = [row["completion"].lstrip().startswith(REFUSALS) for row in some]
+    refused = [row["completion"].lstrip().replace("’", "'").startswith(REFUSALS) for row in some]
     metrics |= {"completions/refusals": np.mean(refused), "entropy": table("entropy").sum() / sum(lengths)}
     metrics |= flips([row for row in rows if "hint" in row["kind"]], seed)
     return {name: x if isinstance(x, list) else float(x) for name, x in metrics.items()}
 
 
-def plotted(rows: list[dict], eval_samples: int) -> dict:
+def plotted(rows: list[dict], eval_samples: int, verifier: str | None) -> dict:
     """What plots need besides metrics: how often each length is; how right majorities of each size are.
 
     The confidence in a prompt's answer is the share of the most frequent one among its N samples.
     """
     some, bins = chosen_rows(rows, eval_samples), []
-    if eval_samples and verifier_of(some):
+    if eval_samples and verifier:
         shares, right = [], []
-        for finals, correct in zip(*(grouped(some, name, eval_samples) for name in ("final", "correct"))):
+        groups = zip(*(grouped(some, name, eval_samples) for name in ("final", verifier)))
+        for finals, correct in ((x, y) for x, y in groups if None not in y):
             [(vote, votes)] = Counter(finals).most_common(1)
             shares.append(votes / len(finals))
             right.append(correct[finals.index(vote)])

@@ -185,8 +185,10 @@ def main(args: Args) -> dict:
             rows = [origin_of(name, args) | {"kind": "model", "metrics": costs}, *rows]
             write(path, rows)  # all of it, or nothing
         everyones.append(rows)
+    chosen = [row for rows in everyones for row in estimators.chosen_rows(rows, args.eval_samples)]
+    verifier, size = estimators.verifier_of(chosen), args.eval_samples
     metrics = [
-        estimators.measured(rows, args.eval_samples, args.seed) | rows[0]["metrics"] for rows in everyones
+        estimators.measured(rows, size, args.seed, verifier) | rows[0]["metrics"] for rows in everyones
     ]
     bar.close()
     policy = base = None
@@ -198,17 +200,16 @@ def main(args: Args) -> dict:
     for number, own in enumerate(metrics[1:]):
         others = [preferences for n, (preferences, _) in enumerate(pairs) if n != number]
         own |= estimators.win_rates(*pairs[number], others, args.seed)
-    for own in metrics if args.forgetting_dataset else ():
+    for own, one in zip(metrics, inputs if args.forgetting_dataset else ()):
         name = "eval/forgetting_perplexity"
-        own["eval/forgetting_ratio"] = own[name] / metrics[0][name]
+        if one.tokenizer.get_vocab() == tokens:
+            own["eval/forgetting_ratio"] = own[name] / metrics[0][name]
 
     # 4. Report
     metrics = [{key: value for key, value in own.items() if value == value} for own in metrics]  # without NaN
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     report = {"models": dict(zip(names, metrics)), "base": args.base, "contamination": contamination}
-    report |= {
-        "plots": {name: estimators.plotted(rows, args.eval_samples) for name, rows in zip(names, everyones)}
-    }
+    report |= {"plots": {n: estimators.plotted(rows, size, verifier) for n, rows in zip(names, everyones)}}
     report |= {"flags": json.loads(as_json(args))}
     report |= {"versions": versions | {"transformers": transformers.__version__}}
     write_evaluation(output_dir, report, everyones)
@@ -238,7 +239,7 @@ def answer_all(policy, base, inputs, rewarders, bar, args) -> tuple[list[dict], 
     others = own if base in (policy, None) else token_scores(base, answers, args.temperature, args)
     for row, (logprobs, entropy), (ref_logprobs, _) in zip(measured_rows, own, others):  # (C,) each
         row["entropy"] = entropy.sum().item()
-        for name, estimate in (("kl_k1", kl_k1), ("kl_k3", kl_k3)) if base else ():
+        for name, estimate in (("kl_k1", kl_k1), ("kl_k3", kl_k3)) if base and args.eval_samples else ():
             row[name] = estimate(logprobs, ref_logprobs).sum().item()
     return rows, perplexity_of(policy, inputs, args) | costs
 
@@ -277,6 +278,7 @@ Inputs = namedtuple("Inputs", ["tokenizer", "prompts", "hinted", "unhinted", "co
 Judge = namedtuple("Judge", ["rewarders", "words", "tokenizer", "labels", "model"])
 CHUNK = 64  # prompts that are answered at once; seeds and the progress bar go by it
 ANSWERS = "seed dataset num_eval eval_samples temperature max_completion_length reward reward_weights base"
+ANSWERS += " dataset_config eval_split max_prompt_length chat_template sycophancy_dataset forgetting_dataset"
 
 
 def say(message: str):
@@ -396,7 +398,7 @@ def load_prompts(tokenizer, sources, split: str, args, limit: int = 0) -> list[P
         rows, prompts, dropped = load_rows(source, split, args)[: limit or None], [], {}
         for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
             try:
-                prompts.append(read_prompt(tokenizer, row, f"{Path(source).name}, row {n}", args))
+                prompts.append(read_prompt(tokenizer, row, f"{source}, row {n}", args))
             except Exception as error:  # chat templates raise what they like
                 dropped.setdefault(str(error).splitlines()[0], []).append(n)
         report_dropped(source, len(rows), dropped)
@@ -423,7 +425,7 @@ def read_prompt(tokenizer, row: dict, place: str, args) -> Prompt:
 
 def load_rewards(specs: tuple[str, ...], prompts: list[Prompt], args, device) -> dict:
     """Reward functions by name, of files or of reward models, that take the columns of all `prompts`."""
-    found, library = {}, runpy.run_path(located("rewards.py"))
+    found, library = {}, runpy.run_path(str(HERE / "rewards.py"))
     for spec in specs:
         path, _, name = spec.rpartition(":")
         try:
@@ -526,7 +528,7 @@ def answer(policy, tokenizer, asked, group_size, temperature, seed, judges, args
     columns = {"reward": rewards, "gold_reward": weighted_sum(gold_scores, ()) if judges[1] else rewards}
     columns |= {f"rewards/{name}": values for name, values in zip(judges[0], scores)}
     columns = {name: [None if x != x else x for x in values.tolist()] for name, values in columns.items()}
-    final_answer, rows = runpy.run_path(located("rewards.py"))["final_answer"], []
+    final_answer, rows = runpy.run_path(str(HERE / "rewards.py"))["final_answer"], []
     for n, c in enumerate(rollout):
         row = {"prompt": c.prompt.row["prompt"], "completion": c.text, "final": final_answer(c.text)}
         row |= {"place": c.prompt.place, "ended": c.ended, "correct": bool(scores[0, n] == 1)}
@@ -601,7 +603,8 @@ def whole_model(name: str) -> str:
             base = located(json.loads(adapter.read_text())["base_model_name_or_path"])
             model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
             PeftModel.from_pretrained(model, located(name)).merge_and_unload().save_pretrained(folders[0])
-            AutoTokenizer.from_pretrained(located(name)).save_pretrained(folders[0])
+            own = located(name) if adapter.with_name("tokenizer_config.json").exists() else base
+            AutoTokenizer.from_pretrained(own).save_pretrained(folders[0])
         except (ImportError, OSError, ValueError, KeyError) as error:
             fail(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
     dist.broadcast_object_list(folders)
@@ -626,16 +629,20 @@ def read_inputs(name: str, args) -> Inputs:
     for row in load_rows(source, args.eval_split, args)[: args.num_eval or None] if source else ():
         if not isinstance(row.get("text"), str):
             fail(f"--forgetting-dataset {source}: no column text of texts")
-        ids = [*tokenizer(row["text"]).input_ids, tokenizer.eos_token_id][: tokenizer.positions]
-        corpus.append((ids, len(row["text"].encode())))
+        ids, text = [*tokenizer(row["text"]).input_ids, tokenizer.eos_token_id], row["text"]
+        if len(ids) > tokenizer.positions:
+            text = tokenizer.decode(ids := ids[: tokenizer.positions], skip_special_tokens=True)
+        corpus.append((ids, len(text.encode())))
     return Inputs(tokenizer, prompts, hinted, unhinted, list(dict.fromkeys((tuple(x), n) for x, n in corpus)))
 
 
 def with_same_prompts(inputs: list[Inputs]) -> list[Inputs]:
     """The inputs of models with the prompts that are short enough in the tokens of all of them."""
-    places = set.intersection(*({prompt.place for prompt in one.prompts} for one in inputs))
-    keep = lambda prompts: [prompt for prompt in prompts if prompt.place in places]
-    return [one._replace(prompts=keep(one.prompts)) for one in inputs]
+    for name in ("prompts", "hinted", "unhinted"):
+        places = set.intersection(*({prompt.place for prompt in getattr(one, name)} for one in inputs))
+        keep = lambda one, name=name, here=places: [x for x in getattr(one, name) if x.place in here]
+        inputs = [one._replace(**{name: keep(one)}) for one in inputs]
+    return inputs
 
 
 def plain_twin(tokenizer, prompt: Prompt, args) -> Prompt:
@@ -658,7 +665,7 @@ def choose_judge(prompts: list[Prompt], args, device) -> Judge:
         config = None
     if config is None or "SequenceClassification" in str(config.architectures):
         return Judge(load_rewards((args.judge,), prompts[:1], args, device), None, None, None, None)
-    words = SimpleNamespace(**runpy.run_path(located("constitutional_ai.py")))
+    words = SimpleNamespace(**runpy.run_path(str(HERE / "constitutional_ai.py")))
     tokenizer = load_tokenizer(SimpleNamespace(model=args.judge, chat_template=None))
     return Judge(None, words, tokenizer, words.label_tokens(tokenizer, args), None)
 
@@ -691,14 +698,13 @@ def rewards_of(rows: list[dict], prompts: list[Prompt], size: int, judge: Judge 
 
 def add_verdicts(rows: list[dict], columns: list[dict]):
     """Add what rewards.py says of answers: format; if they are right (strictly, leniently) or the hint."""
-    library = runpy.run_path(located("rewards.py"))
+    library = runpy.run_path(str(HERE / "rewards.py"))
     strict, lenient = library["math_answer_strict"], library["math_answer"]
     texts = {"prompts": [row["prompt"] for row in rows], "completions": [row["completion"] for row in rows]}
     verdicts = {"strict": (strict, "answer"), "lenient": (lenient, "answer"), "is_hint": (lenient, "hint")}
     for name, (verdict, column) in verdicts.items():
-        golds = [row.get(column) for row in columns]
-        for row, value in zip(rows, verdict(**texts, answer=golds) if any(golds) else ()):
-            row[name] = value
+        for row, value in zip(rows, verdict(**texts, answer=[row.get(column) for row in columns])):
+            row[name] = value  # None without a gold answer
     for row in rows:
         row["format"] = library["found_answer"](row["completion"], **strict.keywords) is not None
 
@@ -761,7 +767,8 @@ def begin_report(output_dir: Path, args):
 
 def origin_of(name: str, args) -> dict:
     """The model that gave answers, and the flags that they depend on."""
-    return json.loads(json.dumps({"model": name} | {flag: getattr(args, flag) for flag in ANSWERS.split()}))
+    flags = {"model": name} | {flag: getattr(args, flag) for flag in ANSWERS.split()}
+    return json.loads(json.dumps(flags, default=str))
 
 
 def read_answers(path: Path, name: str, args) -> list[dict]:
@@ -769,8 +776,8 @@ def read_answers(path: Path, name: str, args) -> list[dict]:
     if not path.exists():
         return []
     rows, now = [json.loads(line) for line in path.open(encoding="utf-8")], origin_of(name, args)
-    for flag in (flag for flag in now if rows[0][flag] != now[flag]):
-        fail(f"--resume: {flag} was {rows[0][flag]} and is {now[flag]}")
+    for flag in (flag for flag in now if rows[0].get(flag) != now[flag]):
+        fail(f"--resume: {flag} was {rows[0].get(flag)} and is {now[flag]}")
     return rows
 
 
@@ -778,7 +785,7 @@ def write_evaluation(output_dir: Path, report: dict, everyones: list[list[dict]]
     """Write report.json and report.html; print the table."""
     if dist.get_rank() == 0:
         (output_dir / "report.json").write_text(json.dumps(report, indent=2))
-        show = runpy.run_path(located("evaluate_report.py"))
+        show = runpy.run_path(str(HERE / "evaluate_report.py"))
         greedy = [[row for row in rows if row["kind"] == "greedy"] for rows in everyones]
         samples = [(words_of(lines[0]["prompt"]), lines) for lines in zip(*greedy)][:8]
         (output_dir / "report.html").write_text(show["page"](report, samples, output_dir), encoding="utf-8")

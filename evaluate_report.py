@@ -131,7 +131,8 @@ def draw_plots(report: dict, path: Path) -> dict[str, str]:
                     choice.set_xticks(ks, ks)
             sizes.hist(counts[name], edges, histtype="step", linewidth=1.6, **look)
             if "kl_sequence" in own:
-                paid.plot(own["kl_sequence"], own.get("eval/reward", own["eval/greedy_reward"]), "o", **look)
+                reward = own.get("eval/reward", own.get("eval/greedy_reward", np.nan))
+                paid.plot(own["kl_sequence"], reward, "o", **look)
             if reliability := report["plots"][name]["reliability"]:
                 _, confidences, right = zip(*reliability)
                 bins.plot(confidences, right, ".-", **look)

@@ -592,7 +592,7 @@ def load_prompts(tokenizer, sources, split: str, args, limit: int = 0) -> list[P
         rows, prompts, dropped = load_rows(source, split, args)[: limit or None], [], {}
         for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
             try:
-                prompts.append(read_prompt(tokenizer, row, f"{Path(source).name}, row {n}", args))
+                prompts.append(read_prompt(tokenizer, row, f"{source}, row {n}", args))
             except Exception as error:  # chat templates raise what they like
                 dropped.setdefault(str(error).splitlines()[0], []).append(n)
         report_dropped(source, len(rows), dropped)
@@ -619,7 +619,7 @@ def read_prompt(tokenizer, row: dict, place: str, args) -> Prompt:
 
 def load_rewards(specs: tuple[str, ...], prompts: list[Prompt], args, device) -> dict:
     """Reward functions by name, of files or of reward models, that take the columns of all `prompts`."""
-    found, library = {}, runpy.run_path(located("rewards.py"))
+    found, library = {}, runpy.run_path(str(HERE / "rewards.py"))
     for spec in specs:
         path, _, name = spec.rpartition(":")
         try:
@@ -733,7 +733,7 @@ class Mixture(torch.nn.Module):
 
 def given_answers(tokenizer, prompts: list[Prompt], args) -> list[Completion]:
     """The answers that the rows of prompts hold, with their end tokens; rows without one are dropped."""
-    conversation_ids = runpy.run_path(located("rewards.py"))["conversation_ids"]
+    conversation_ids = runpy.run_path(str(HERE / "rewards.py"))["conversation_ids"]
     columns, found, dropped = ("chosen", "completion", "messages", "answer"), [], {}
     for n, prompt in enumerate(prompts, 1):
         row, size = common.conversational(prompt.row), len(prompt.input_ids)

@@ -346,7 +346,7 @@ def best_of_n(model, tokenizer, prompts: list[dict], output_dir, args, device) -
     scores = {"prm": np.array([float(aggregate_steps(p, args.step_aggregation)) for p in chances])}
     if args.outcome_model:
         scores["orm"] = judge(args.outcome_model, rows, texts, cut, args, device)
-    final_answer = runpy.run_path(located("rewards.py"))["final_answer"]
+    final_answer = runpy.run_path(str(HERE / "rewards.py"))["final_answer"]
     finals, table = np.array([final_answer(text) for text in texts]), []
     for n in (n for n in range(1, args.num_samples + 1) if args.num_samples % n == 0):
         scores |= {"majority": votes(finals.reshape(-1, n)), "any": right}
@@ -617,7 +617,7 @@ def judge(spec: str, rows: list[dict], texts: list[str], cut: list[bool], args, 
     prompts = columns["prompts"] = [row["prompt"] for row in rows]
     turns = [[{"role": "assistant", "content": text}] for text in texts]
     completions = [text if isinstance(p, str) else turn for p, text, turn in zip(prompts, texts, turns)]
-    (path, _, name), library = spec.rpartition(":"), runpy.run_path(located("rewards.py"))
+    (path, _, name), library = spec.rpartition(":"), runpy.run_path(str(HERE / "rewards.py"))
     try:
         if path.endswith(".py"):
             function = runpy.run_path(located(path))[name]

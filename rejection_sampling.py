@@ -508,7 +508,7 @@ def load_prompts(tokenizer, sources, split: str, args, limit: int = 0) -> list[P
         rows, prompts, dropped = load_rows(source, split, args)[: limit or None], [], {}
         for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
             try:
-                prompts.append(read_prompt(tokenizer, row, f"{Path(source).name}, row {n}", args))
+                prompts.append(read_prompt(tokenizer, row, f"{source}, row {n}", args))
             except Exception as error:  # chat templates raise what they like
                 dropped.setdefault(str(error).splitlines()[0], []).append(n)
         report_dropped(source, len(rows), dropped)
@@ -535,7 +535,7 @@ def read_prompt(tokenizer, row: dict, place: str, args) -> Prompt:
 
 def load_rewards(specs: tuple[str, ...], prompts: list[Prompt], args, device) -> dict:
     """Reward functions by name, of files or of reward models, that take the columns of all `prompts`."""
-    found, library = {}, runpy.run_path(located("rewards.py"))
+    found, library = {}, runpy.run_path(str(HERE / "rewards.py"))
     for spec in specs:
         path, _, name = spec.rpartition(":")
         try:
@@ -638,7 +638,7 @@ def answer(policy, tokenizer, asked, group_size, temperature, seed, judges, args
     columns = {"reward": rewards, "gold_reward": weighted_sum(gold_scores, ()) if judges[1] else rewards}
     columns |= {f"rewards/{name}": values for name, values in zip(judges[0], scores)}
     columns = {name: [None if x != x else x for x in values.tolist()] for name, values in columns.items()}
-    final_answer, rows = runpy.run_path(located("rewards.py"))["final_answer"], []
+    final_answer, rows = runpy.run_path(str(HERE / "rewards.py"))["final_answer"], []
     for n, c in enumerate(rollout):
         row = {"prompt": c.prompt.row["prompt"], "completion": c.text, "final": final_answer(c.text)}
         row |= {"place": c.prompt.place, "ended": c.ended, "correct": bool(scores[0, n] == 1)}

@@ -385,7 +385,7 @@ def score_dataset(args, device) -> dict:
     report_dropped(args.score, len(rows), dropped)
     names = ("prompts", "completions", "tools", "chat_template_kwargs")
     try:
-        reward = runpy.run_path(located("rewards.py"))["reward_model"](args.model, device, args.dtype)
+        reward = runpy.run_path(str(HERE / "rewards.py"))["reward_model"](args.model, device, args.dtype)
         rewards = reward(**dict(zip(names, map(list, zip(*asked)))))
     except (OSError, ValueError) as error:  # also where it has no reward head
         fail(f"--model {args.model}: {error}".splitlines()[0])

@@ -24,6 +24,7 @@ Keyword-only parameters are settings: functools.partial changes them, in a file 
 Beside the standard library, formulas need math-verify, and reward models torch and transformers.
 """
 
+import faulthandler
 import functools
 import importlib.util
 import json
@@ -50,18 +51,16 @@ def module(name):
 def within(seconds, spec, function):
     """The reward function, except that the process ends where no answer has come after `seconds`; 0: never.
 
-    A thread watches it and ends the process as a kill would, with one line: nothing that the function catches
-    or waits for holds that up. A run goes on from its last checkpoint with --resume.
+    A thread ends the process as a kill would, with one line, whatever the function catches or waits for; if
+    code in C keeps Python's lock, faulthandler does, 5 seconds later. --resume takes the last checkpoint.
     """
 
     def give_up(watched):
         calls = traceback.extract_stack(sys._current_frames()[watched])
         at = [call for call in calls if Path(call.filename).name == path.rpartition("/")[2]][-1:]
         where = "".join(f"; it is in line {call.lineno} of {call.filename}" for call in at)
-        print(
-            f"error: --reward {spec}: no answer in {seconds:g} s (--reward-timeout){where}", file=sys.stderr
-        )
-        sys.stderr.flush()
+        told = f"error: --reward {spec}: no answer in {seconds:g} s (--reward-timeout){where}"
+        print(told, file=sys.stderr, flush=True)
         os._exit(2)
 
     @functools.wraps(function)
@@ -69,12 +68,14 @@ def within(seconds, spec, function):
         timer = threading.Timer(seconds, give_up, [threading.get_ident()])
         timer.daemon = True
         timer.start()
+        faulthandler.dump_traceback_later(seconds + 5, exit=True, file=2)  # to stderr
         try:
             return list(function(**columns))  # of a generator, too
         finally:
             timer.cancel()
+            faulthandler.cancel_dump_traceback_later()
 
-    path = spec.rpartition(":")[0]
+    path, seconds = spec.rpartition(":")[0], min(seconds, 1e8)  # three years: a timer has its limits, too
     return limited if seconds else function
 
 

@@ -267,6 +267,7 @@ def fisher_information(model, sequences, device) -> list[tuple]:
     anchors = [(p, p.detach().clone(), torch.zeros_like(p)) for p in model.parameters() if p.requires_grad]
     for ids, trained in sequences:  # alike in every process
         token_logprobs(model, common.collate([(ids, trained)], device)).sum().backward()
+        anchors = [one for one in anchors if one[0].grad is not None]  # without an idle vision tower
         for weight, _, fisher in anchors:
             fisher += weight.grad.square() / len(sequences)
         model.zero_grad()

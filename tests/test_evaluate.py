@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,13 +135,15 @@ ROWS = [
 
 @pytest.mark.parametrize("case", METRICS, ids=lambda case: case["metric"])
 def test_metric_of_rows_worked_by_hand(case):
-    assert estimators.measured(ROWS, 4, 1)[case["metric"]] == pytest.approx(case["wanted"])
+    assert estimators.measured(ROWS, 4, 1, estimators.verifier_of(ROWS))[case["metric"]] == pytest.approx(
+        case["wanted"]
+    )
 
 
 def test_rewards_that_are_no_verifier_are_chosen_by_and_unknown_ones_left_out():
     values = [0.2, 0.6, None, 0.4, 0.1, 0.3]
     rows = [row("sampled", "", x, "", [1]) for x in values] + [row("greedy", "", None, "", [1])]
-    found = estimators.measured(rows, 2, 1)
+    found = estimators.measured(rows, 2, 1, estimators.verifier_of(rows))
     assert found["eval/best@2"] == pytest.approx((0.6 + 0.3) / 2) and "eval/greedy_reward" not in found
     assert found["eval/best@1"] == pytest.approx(0.3) == pytest.approx(found["eval/reward"])
     assert not [name for name in found if re.search("pass|maj|ece", name)]
@@ -257,8 +260,10 @@ def test_continued_run_skips_what_is_written_and_reports_the_same(whole, run, tm
     asked_of, answer_all = [], script.answer_all
     monkeypatch.setattr(script, "answer_all", lambda *a: asked_of.append(a) or answer_all(*a))
     assert untimed(run(output_dir=str(folder), resume=True)[1]) == untimed(whole[1]) and len(asked_of) == 1
-    told = error_of(lambda: run(output_dir=str(folder), resume=True, temperature=0.5), capsys)
-    assert told == "--resume: temperature was 0.8 and is 0.5"
+    changed = {"temperature": (0.8, 0.5), "max_prompt_length": (512, 60), "eval_split": ("test", "x")}
+    for flag, (was, now) in changed.items():
+        again = partial(run, output_dir=str(folder), resume=True, **{flag: now})
+        assert error_of(again, capsys) == f"--resume: {flag} was {was} and is {now}"
 
 
 def test_two_processes_with_other_memory_flags_are_one(whole, tmp_path):
@@ -295,6 +300,26 @@ def test_greedy_alone_and_other_rewards_are_enough(run, tmp_path):
     assert "eval/greedy_reward" in own and not [x for x in own if re.search("@|accuracy|hint|forget|win", x)]
 
 
+@pytest.mark.parametrize("answers", [["", ""], ["7"] * 64 + [""], [""] * 64 + ["7"]], ids=len)
+def test_gold_answers_may_be_missing_for_some_or_all_prompts(answers, run, tmp_path):
+    rows = [{"prompt": f"{n} + 1 =", "answer": answer} for n, answer in enumerate(answers)]
+    flags = {"dataset": (write_rows(tmp_path / "rows.jsonl", rows),), "num_eval": 0, "eval_samples": 1}
+    folder, report = run(**flags, max_completion_length=2)
+    known = {"eval/strict_accuracy", "eval/lenient_accuracy", "eval/ece", "eval/reward"}
+    for own in report["models"].values():
+        assert known & own.keys() == (known if any(answers) else set())
+    assert ("no rewards" in (folder / "report.html").read_text()) != any(answers)
+
+
+def test_bits_count_the_bytes_that_are_read_and_ratios_need_the_same_tokens(run, tmp_path):
+    rows = [{"text": line["text"] * 60} for line in tiny_rows("text_eval", 1)]
+    args = script.Args(**SHORT, forgetting_dataset=write_rows(tmp_path / "texts.jsonl", rows))
+    [(ids, size)] = (inputs := script.read_inputs("tiny/sft", args)).corpus
+    assert len(ids) == inputs.tokenizer.positions and rows[0]["text"].encode()[:size].decode().endswith(
+        inputs.tokenizer.decode(ids[-20:], skip_special_tokens=True)
+    )
+
+
 def test_contamination_is_listed_with_file_and_row(run, tmp_path):
     question = tiny_rows("prompts_eval")[1]["prompt"][-1]["content"]
     rows = [
@@ -305,7 +330,7 @@ def test_contamination_is_listed_with_file_and_row(run, tmp_path):
     found = run(training_files=(path,), models=("tiny/sft",), eval_samples=0)[1]["contamination"]
     [line] = found["listed"]
     assert found["share"] == pytest.approx(1 / 6) and line["file"] == path and line["row"] == 2
-    assert line["place"] == "prompts_eval.jsonl, row 2" and line["prompt"] == question
+    assert line["place"] == "tiny/data/prompts_eval.jsonl, row 2" and line["prompt"] == question
 
 
 # The page ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 from conftest import DATA, ROOT, read_lines, start
@@ -23,6 +24,7 @@ from samples import asked, said
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import grpo
 import rewards
 
 ASKED = asked("Nora has 12 apples and gives away 5. How many are left?")
@@ -391,7 +393,7 @@ def test_it_is_loaded_by_path_from_any_folder_and_imports_only_the_standard_libr
 
 
 HANGS = """
-import runpy, sys, time
+import re, runpy, sys, time
 from concurrent.futures import ThreadPoolExecutor
 rewards = runpy.run_path(sys.argv[2])
 def patient(completions):
@@ -406,6 +408,8 @@ def pool(completions):
 def one_by_one(completions):
     yield 1.0
     time.sleep(99)
+def regex(completions):  # keeps Python's lock
+    return re.match("(a+)+$", "a" * 60 + "b")
 print(rewards["within"](0.5, "r", lambda completions: (len(x) for x in completions))(completions=["a", "bc"]))
 rewards["within"](0.5, f"{sys.argv[0]}:{sys.argv[1]}", globals()[sys.argv[1]])(completions=["a", "b"])
 """
@@ -418,6 +422,20 @@ def test_reward_that_hangs_ends_the_process_with_one_line_that_says_where(kind, 
     done = start(sys.executable, path, kind, ROOT / "rewards.py", cwd=tmp_path, timeout=60)
     told = f"error: --reward {path}:{kind}: no answer in 0.5 s (--reward-timeout); it is in line {line} of "
     assert (done.returncode, done.stdout, done.stderr) == (2, "[1, 2]\n", f"{told}{path}\n")
+
+
+def test_reward_that_hangs_in_c_ends_the_process_too(tmp_path):
+    (tmp_path / "hangs.py").write_text(HANGS)
+    done = start(sys.executable, "hangs.py", "regex", ROOT / "rewards.py", cwd=tmp_path, timeout=60)
+    assert done.returncode == 1 and "line 18 in regex" in done.stderr
+
+
+def test_a_file_of_the_users_may_be_named_rewards_py(tmp_path, monkeypatch):
+    (tmp_path / "rewards.py").write_text("def mine(completions, **columns): return [0.5]")
+    monkeypatch.chdir(tmp_path)
+    args = SimpleNamespace(reward_timeout=9, dtype="float32")
+    found = grpo.load_rewards(("rewards.py:mine", str(ROOT / "tiny" / "reward")), [], args, "cpu")
+    assert found["mine"](completions=["x"]) == [0.5] and "reward_model" in found
 
 
 def test_reward_without_a_limit_is_itself_and_a_limited_one_has_its_signature_and_errors():

@@ -437,6 +437,8 @@ def test_ewc_holds_the_weights_that_old_data_need(train, encode, random_model, t
     for (weight, start, fisher), expected in zip(anchors, wanted, strict=True):
         torch.testing.assert_close(fisher, expected, rtol=1e-4, atol=1e-7)
         assert torch.equal(weight, start)
+    model.idle = torch.nn.Parameter(torch.ones(2))  # as a vision tower is, where nothing is seen
+    assert len(sft.fisher_information(model, [found[0][0]], model.device)) == len(anchors)
     weight, fisher = torch.tensor([1.0, 3.0], requires_grad=True), torch.tensor([2.0, 0.5])
     (4.0 / 2 * fisher * (weight - 2) ** 2).sum().backward()
     assert torch.equal(weight.grad, sft.ewc_gradient(weight.detach(), torch.full((2,), 2.0), fisher, 4.0))
