@@ -215,7 +215,7 @@ def test_rounds_keep_their_pairs_for_themselves_and_for_dpo(train):
     args = SimpleNamespace(**vars(dpo.Args()) | {"max_length": 200})
     rows = dpo.load_pairs(tiny_tokenizer(), str(files[0]), "train", args)
     assert len(rows) == len({tuple(map(tuple, row["ids"])) for row in rounds[0]})
-    assert all(row["place"].startswith("rows_") for row in rounds[0])
+    assert all("/rows_" in row["place"] for row in rounds[0])
     _, kept = train("iterative_dpo", reference="initial", **flags)
     assert abs(kept[2]["rewards/margins"]) > 1e-3 and kept[1]["loss"] == pytest.approx(lines[1]["loss"])
 
