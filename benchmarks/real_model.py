@@ -49,7 +49,7 @@ SHOWN = {  # of evaluate.py's report
     "pass@8": "eval/pass@8",
     "tokens an answer": "completions/mean_length",
     "cut off": "completions/clipped_ratio",
-    "entropy": "entropy",
+    "in the format, and wrong": "eval/format_only",
 }
 CURVES = {"sft": "loss", "dpo": "loss", "grpo": "reward", "dapo": "reward"}
 KEPT = ("step", "loss", "reward", "entropy", "step_time", "tokens_per_second", "completions/mean_length")
