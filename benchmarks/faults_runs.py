@@ -36,7 +36,7 @@ class Args:
     """Kills of each script."""
     rows: int = 10_000
     """Junk rows of each loader."""
-    megabytes: tuple[int, ...] = (50, 100, 200)
+    megabytes: tuple[int, ...] = (2000,)
     """Sizes of the large JSONL files."""
     folder: Path = ROOT / "runs" / "faults"
     """Where runs are made, and where a broken measurement goes on."""
