@@ -297,7 +297,17 @@ def test_greedy_alone_and_other_rewards_are_enough(run, tmp_path):
     flags = {"dataset": (write_rows(tmp_path / "rows.jsonl", rows),), "reward": rewards("residue")}
     flags |= {"eval_samples": 0}
     [own] = run(models=("tiny/sft",), **flags)[1]["models"].values()
-    assert "eval/greedy_reward" in own and not [x for x in own if re.search("@|accuracy|hint|forget|win", x)]
+    assert "eval/greedy_reward" in own and not [
+        x for x in own if re.search("@|accuracy|hint|forget|win|^kl", x)
+    ]
+
+
+def test_unknown_rewards_are_no_wrong_answers_and_a_verifier_is_one_to_all_models():
+    rows = [row("sampled", "", x, "3", [1]) for x in (1.0, 1.0, None, None)]
+    assert estimators.plotted(rows, 2, "rewards/f")["reliability"] == [(1, 1.0, 1.0)]
+    assert estimators.verifier_of(rows) and not estimators.verifier_of(
+        rows + [row("sampled", "", 0.5, "", [1])]
+    )
 
 
 @pytest.mark.parametrize("answers", [["", ""], ["7"] * 64 + [""], [""] * 64 + ["7"]], ids=len)
@@ -311,7 +321,7 @@ def test_gold_answers_may_be_missing_for_some_or_all_prompts(answers, run, tmp_p
     assert ("no rewards" in (folder / "report.html").read_text()) != any(answers)
 
 
-def test_bits_count_the_bytes_that_are_read_and_ratios_need_the_same_tokens(run, tmp_path):
+def test_bits_count_the_bytes_that_are_read(tmp_path):
     rows = [{"text": line["text"] * 60} for line in tiny_rows("text_eval", 1)]
     args = script.Args(**SHORT, forgetting_dataset=write_rows(tmp_path / "texts.jsonl", rows))
     [(ids, size)] = (inputs := script.read_inputs("tiny/sft", args)).corpus
