@@ -557,21 +557,21 @@ def load_tokenizer(args):
     return tokenizer
 
 
-def load_rows(source: str, split: str, args) -> list[dict]:
-    """The rows of a file, a saved dataset or a hub dataset."""
-    path = located(source)
-    kind = re.search(r"\.(csv|json|parquet)l?(\.gz)?$", path)
+def load_rows(source: str, split: str, args, limit: int = 0) -> datasets.Dataset:
+    """The first `limit` rows, or all, of a file, a saved dataset or a hub dataset; read as they are taken."""
+    builder = path = located(source)
+    options = {"name": args.dataset_config, "split": split}
+    if kind := re.search(r"\.(csv|json|parquet)l?(\.gz)?$", path):
+        builder, options = kind[1], {"data_files": path, "split": "train"}
+        options |= {"keep_default_na": False} if builder == "csv" else {}  # an empty cell is an empty text
     try:
-        if kind:
-            options = {"keep_default_na": False} if kind[1] == "csv" else {}  # an empty cell is an empty text
-            return list(datasets.load_dataset(kind[1], data_files=path, split="train", **options))
-        if not Path(path).is_dir():
-            return list(datasets.load_dataset(path, args.dataset_config, split=split))
-        saved = datasets.load_from_disk(path)
-        return list(saved[split] if isinstance(saved, dict) else saved)
+        is_saved = Path(path).is_dir()
+        rows = datasets.load_from_disk(path) if is_saved else datasets.load_dataset(builder, **options)
+        rows = rows[split] if isinstance(rows, dict) else rows
+        return rows.select(range(min(limit or len(rows), len(rows))))
     except Exception as error:  # `datasets` raises a dozen kinds; for the user they are one
         cause = error.__cause__ or error
-        fail(f"{source} cannot be loaded: {type(cause).__name__}: {cause}".splitlines()[0])
+        fail(f"{source} cannot be loaded: {type(cause).__name__}: {str(cause) or 'empty'}".splitlines()[0])
 
 
 def report_dropped(source: str, num_rows: int, dropped: dict[str, list[int]]):
@@ -587,7 +587,7 @@ def load_prompts(tokenizer, sources, split: str, args, limit: int = 0) -> list[P
     """The prompts of some datasets, or of one, with all columns; unusable rows are dropped and counted."""
     found = []
     for source in np.atleast_1d(sources or ()).tolist():
-        rows, prompts, dropped = load_rows(source, split, args)[: limit or None], [], {}
+        rows, prompts, dropped = load_rows(source, split, args, limit), [], {}
         for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
             try:
                 prompts.append(read_prompt(tokenizer, row, f"{source}, row {n}", args))

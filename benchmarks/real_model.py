@@ -35,12 +35,12 @@ from learning import ROOT, cpu_name
 PATH = ROOT / "benchmarks" / "results" / "real_model.json"
 HELD_OUT = 64  # questions
 ALL = "--max-completion-length 160 --max-tokens-per-micro-batch 4096 --num-eval 64 --save-every 10"
-ONLINE = f"{ALL} --batch-size 64 --num-generations 8 --eval-samples 8 --eval-every 50"
+ONLINE = f"{ALL} --batch-size 64 --num-generations 8 --eval-samples 0 --eval-every 50"
 STAGES = {
     "sft": f"{ALL} --learning-rate 2e-5 --batch-size 16 --max-length 512 --eval-every 48",
-    "dpo": f"{ALL} --learning-rate 1e-6 --beta 0.1 --batch-size 16 --eval-every 10",
+    "dpo": f"{ALL} --learning-rate 5e-6 --beta 0.1 --batch-size 16 --eval-every 10",
     "grpo": f"{ONLINE} --learning-rate 5e-6 --beta 0",
-    "dapo": f"{ONLINE} --learning-rate 5e-6",
+    "dapo": f"{ONLINE} --learning-rate 5e-6 --max-resamples 2",
 }
 SHOWN = {  # of evaluate.py's report
     "greedy answers right": "eval/greedy_reward",

@@ -270,12 +270,13 @@ def test_files_of_every_kind_hold_the_same_rows(tmp_path, one_cpu):
     files[5].write_text(files[0].read_text(encoding="utf-8"), encoding="utf-8-sig")
     datasets.DatasetDict(train=table).save_to_disk(tmp_path / "saved")
     for path in (*files, tmp_path / "saved"):
-        assert sft.load_rows(str(path), "train", None) == rows, path
+        assert list(sft.load_rows(str(path), "train", sft.Args())) == rows, path
+        assert list(sft.load_rows(str(path), "train", sft.Args(), limit=1)) == rows[:1], path
 
 
 def test_empty_cells_are_empty_texts_and_numbers_stay_whole(tmp_path):
     (tmp_path / "rows.csv").write_text("question,answer\na,3\n,4\nb,\n")
-    rows = sft.load_rows(str(tmp_path / "rows.csv"), "train", None)
+    rows = list(sft.load_rows(str(tmp_path / "rows.csv"), "train", sft.Args()))
     assert [str(row["answer"]) for row in rows] == ["3", "4", ""] and rows[1]["question"] == ""
 
 
