@@ -382,9 +382,8 @@ def main(args: Args) -> dict:
             start = ref if start_logps is None else start_logps[ids]  # (B, 2)
 
             # 3. Loss: each row adds its part of the mean over the pairs of the whole optimizer batch
-            log_ratios = (
-                (logps - ref) / (answer_tokens[ids] if args.loss == "sigmoid_norm" else 1)
-            ).T  # (2, B)
+            sizes = answer_tokens[ids] if args.loss == "sigmoid_norm" else 1
+            log_ratios = ((logps - ref) / sizes).T  # (2, B)
             losses = pair_loss(*log_ratios, **{name: kl[: len(ids)] for name, kl in kls.items()})  # (B,)
             nll = -logps[:, 0].sum() / chosen_tokens
             loss = losses.sum() / len(picks) + args.sft_coef * nll

@@ -249,10 +249,8 @@ def pair_up(rows, base_rows, prompts, judge, args) -> tuple[np.ndarray, np.ndarr
 
     By rewards each sample meets another of the base (K = N); a language model judges one pair of a prompt.
     """
-    size, (mine, theirs) = (
-        args.eval_samples or 1,
-        (estimators.chosen_rows(some, args.eval_samples) for some in (rows, base_rows)),
-    )
+    size = args.eval_samples or 1
+    mine, theirs = (estimators.chosen_rows(some, args.eval_samples) for some in (rows, base_rows))
     theirs = [theirs[n - n % size + (n + 1) % size] for n in range(len(theirs))]  # other random numbers
     if judge and judge.words:
         mine, theirs, size = mine[::size], theirs[::size], 1

@@ -330,6 +330,23 @@ def test_bits_count_the_bytes_that_are_read(tmp_path):
     )
 
 
+def test_model_of_another_tokenizer_meets_the_same_prompts_and_no_number_of_other_tokens(run, tmp_path):
+    shutil.copytree(ROOT / "tiny" / "sft", other := tmp_path / "other")
+    text = (other / "tokenizer.json").read_text()
+    text = text.replace('"Lily": 767', '"Lily": 766').replace('packs": 766', 'packs": 767')
+    (other / "tokenizer.json").write_text(text)  # another vocabulary
+    path = other / "chat_template.jinja"
+    path.write_text("{{ '\\n' * 12 }}" + path.read_text())  # and longer prompts
+    lengths = sorted(len(x.input_ids) for x in script.read_inputs("tiny/sft", script.Args(**SHORT)).hinted)
+    flags = {"models": (str(other), "tiny/checker"), "base": "tiny/sft", "max_prompt_length": lengths[3] + 12}
+    folder, report = run(**flags, eval_samples=1)
+    asked = [[x["place"] for x in read_lines(folder / f"samples_{n}.jsonl")[1:]] for n in range(3)]
+    hinted = [x["place"] for x in read_lines(folder / "samples_1.jsonl")[1:] if x["kind"] == "hinted"]
+    assert asked[0] == asked[1] == asked[2] and 4 <= len(hinted) < 6
+    ratios = [{"eval/forgetting_ratio", "kl"} & own.keys() for own in report["models"].values()]
+    assert ratios == [{"eval/forgetting_ratio", "kl"}, set(), {"eval/forgetting_ratio", "kl"}]
+
+
 def test_contamination_is_listed_with_file_and_row(run, tmp_path):
     question = tiny_rows("prompts_eval")[1]["prompt"][-1]["content"]
     rows = [
