@@ -26,6 +26,7 @@ Shapes: N tokens in a row, B sequences, C trained (completion) tokens, H hidden 
 import atexit
 import ctypes
 import gc
+import hashlib
 import json
 import math
 import os
@@ -446,7 +447,7 @@ def load_sequences(tokenizer, source: str | None, split: str, args, limit: int =
             encoded = encode(tokenizer, row, args)
             if max(len(ids) for ids, _ in encoded) > args.max_length:
                 raise ValueError("longer than --max-length")
-            found |= {(one.input_ids.tobytes(), one.trained.tobytes()): one for one in encoded}
+            found |= {hashlib.sha256(np.concatenate(one)).digest(): one for one in encoded}
         except Exception as error:  # chat templates raise what they like
             reason = f"{type(error).__name__}: {error}".removeprefix("ValueError: ").partition("\n")[0]
             dropped.setdefault(reason, []).append(n)
