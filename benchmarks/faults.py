@@ -184,7 +184,7 @@ def large_file(args: Args) -> dict:
         "times": f"{listed('gb')} GB",
         "seen": f"peak memory {listed('peak_gb')} GB",
         "lost": f"{slope:.1f} GB of memory and {pace / 60:.0f} minutes for each GB of JSONL",
-        "verdict": "all rows are kept in memory",
+        "verdict": "token ids are kept in memory, text is not",
         "each": each,
     }
 
