@@ -197,7 +197,7 @@ FAULTS |= {"large_file": large_file}
 
 def main(args: Args):
     args.folder.mkdir(parents=True, exist_ok=True)
-    os.environ.update(QUIET)
+    os.environ.update(QUIET | {"HF_DATASETS_CACHE": str(args.folder / "datasets_cache")})
     path = ROOT / "benchmarks" / "results" / "faults.json"
     result = json.loads(path.read_text()) if path.exists() else {"faults": {}}
     result |= {"command": "python benchmarks/faults.py"}

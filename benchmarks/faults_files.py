@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from faults_runs import Args, command, counted, equal_share, go_on, outcome, run, told, unbroken
+from faults_runs import Args, command, counted, equal_share, go_on, outcome, run, told
 from learning import ROOT
 
 LOADERS = {  # script: its loader, data of tiny/, flags
@@ -25,6 +25,7 @@ NAMES = (
 )
 NAMES += " conversations from value instruction input output tools tool_calls chat_template_kwargs"
 GOOD, SIZE = 200, 2000  # good rows that stand before each batch of junk
+FILES = 200  # rows that are read from a file of their own
 
 
 def attempt(function, *arguments) -> tuple:
@@ -44,7 +45,7 @@ def damaged(path: Path, bits: int = 1):
     content = bytearray(path.read_bytes())
     spoilt = {"cut": content[: len(content) // 2], "emptied": b""}
     for n in range(1, bits + 1):
-        at = n * len(content) // (bits + 1)
+        at = n * len(content) // (bits + 1) | 3  # of a number in float32 the sign and the exponent
         spoilt[f"bit {n} turned"] = content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :]
     for how, new in spoilt.items():
         path.write_bytes(new)
@@ -54,28 +55,36 @@ def damaged(path: Path, bits: int = 1):
 
 
 def corrupt_checkpoint(args: Args) -> dict:
-    """The last checkpoint of a run that was broken off is damaged; it goes on from the one before."""
-    (wanted, _), found, folder = unbroken("sft", args), [], args.folder / "sft" / "damaged"
+    """The last checkpoint of a run that ended two steps early is damaged; it goes on to its end."""
+    whole, broken, folder = (args.folder / "sft" / name for name in ("constant", "broken_off", "damaged"))
+    for made, steps in ((whole, 8), (broken, 6)):
+        shutil.rmtree(made, ignore_errors=True)
+        code, said = run(command("sft", args, made, "--lr-schedule", "constant", "--max-steps", steps), args)
+        assert code == 0, said
+    found, wanted, last = [], outcome(whole), Path("checkpoints") / "step_00000006"
     for name, bits in (("__0_0.distcp", 7), (".metadata", 1)):
         copy = args.folder / "copy"
-        shutil.copy(args.folder / "sft" / "unbroken" / "checkpoints" / "step_00000008" / name, copy)
+        shutil.copy(broken / last / name, copy)
         for how in damaged(copy, bits):
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(args.folder / "sft" / "unbroken", folder)
+            shutil.copytree(broken, folder)
             shutil.rmtree(folder / "model")
-            spoilt = folder / "checkpoints" / "step_00000008" / name
+            spoilt = folder / last / name
             shutil.copy(copy, spoilt) if copy.exists() else spoilt.unlink()
-            went, said = go_on(command("sft", args, folder), folder, args)
+            went, said = go_on(command("sft", args, folder, "--lr-schedule", "constant"), folder, args)
             line = {"file": name, "how": how, "went": went, "fell_back": "trying the one before" in said}
             found.append(line | {"equal": outcome(folder) == wanted})
             print("corrupt_checkpoint", found[-1], flush=True)
+    noticed = [x for x in found if x["fell_back"]]
+    ended = [x for x in found if not x["fell_back"] and x["went"] != "continued"]
+    unseen = [x for x in found if x not in noticed + ended]
     return {
-        "fault": "damaged last checkpoint (`sft.py`)",
+        "fault": "damaged last checkpoint (`sft.py`), two steps before the end",
         "times": f"{len(found)}: data or index cut, emptied, one bit turned, removed",
-        "seen": f"{sum(x['fell_back'] for x in found)} x `... is damaged, trying the one before`; "
-        + counted(x["went"] for x in found),
-        "lost": "the steps since the checkpoint before",
-        "verdict": equal_share(found),
+        "seen": f"{len(noticed)} x `... is damaged, trying the one before`; {len(unseen)} x nothing; "
+        + (counted(x["went"] for x in ended) or "0 x else"),
+        "lost": "the steps since the checkpoint before, where it is noticed",
+        "verdict": f"noticed: {equal_share(noticed)}; not noticed, turned bits: {equal_share(unseen)}",
         "each": found,
     }
 
@@ -179,44 +188,56 @@ def make_junk(good: list[dict], count: int) -> list[dict]:
 
 
 def junk_rows(args: Args) -> dict:
-    """Junk beside good rows through every loader: none may stop it, and every good row must come out."""
+    """Junk beside good rows through every loader: none may stop it, and every good row must come out.
+
+    Rows stand in memory, since Arrow refuses a file with a column of two types; the first of them go through
+    the whole loader, each as a file of its own: it must be read, or refused with one line.
+    """
     sys.path.insert(0, str(ROOT))
-    each = []
+    each, path = [], args.folder / "junk.jsonl"
     for script, (name, source, flags) in LOADERS.items():
         module = importlib.import_module(script)
-        settings = module.Args(**flags)
+        settings, reader = module.Args(**flags), (module.load_rows, module.report_dropped)
         lines = (ROOT / "tiny" / "data" / f"{source}.jsonl").read_text().splitlines()
         good = list({line: json.loads(line) for line in lines}.values())[:GOOD]
         junk, tokenizer = make_junk(good, args.rows), module.load_tokenizer(settings)
-        load = lambda rows: attempt(load_from, module, name, rows, tokenizer, settings)  # noqa: B023
-        wanted, crashes, lost, usable = set(map(key, load(good)[0])), [], 0, 0
+        load = lambda where: attempt(getattr(module, name), tokenizer, str(where), "train", settings)  # noqa: B023
+        told_of = []
+        for row in junk[:FILES]:
+            path.write_text(json.dumps(row) + "\n")
+            told_of.append(load(path)[1])
+
+        def load_rows(rows):
+            module.load_rows, module.report_dropped = lambda *_: rows, lambda *_: None  # noqa: B023
+            return load("rows.jsonl")  # noqa: B023
+
+        wanted, crashes, lost, usable = set(map(key, load_rows(good)[0])), [], 0, 0
         for start in range(0, len(junk), SIZE):
             part = junk[start : start + SIZE]
-            found, error = load(good + part)
+            found, error = load_rows(good + part)
             if error:
-                alone = [(row, load([row])[1]) for row in part]
-                crashes += [{"row": repr(row)[:200], "told": why} for row, why in alone if why]
+                alone = [(row, load_rows([row])[1]) for row in part]
+                some = [{"row": repr(row)[:200], "told": why} for row, why in alone if why]
+                crashes += some or [{"row": "only together", "told": error}]
                 continue
             keys = set(map(key, found))
             lost, usable = lost + len(wanted - keys), usable + len(keys - wanted)
+        module.load_rows, module.report_dropped = reader
+        crashes += [{"row": "a file", "told": why} for why in told_of if why.startswith("a traceback")]
+        files = {"read": told_of.count(""), "one_line": sum("traceback" not in x for x in told_of if x)}
         line = {"loader": f"{script}.py: {name}", "rows": len(junk), "usable": usable, "good_lost": lost}
-        each.append(line | {"crashes": len(crashes), "first": crashes[:5]})
+        each.append(line | {"files": files, "crashes": len(crashes), "first": crashes[:5]})
         print("junk_rows", each[-1], flush=True)
     crashes, usable = (sum(line[what] for line in each) for what in ("crashes", "usable"))
+    read, refused = (sum(line["files"][what] for line in each) for what in ("read", "one_line"))
     return {
         "fault": f"junk rows (hypothesis) beside good ones, {len(each)} loaders",
-        "times": f"{args.rows:,} a loader",
-        "seen": f"rows dropped, counted and named by reason; {usable:,} can be read all the same",
+        "times": f"{args.rows:,} a loader; {FILES} of them also as files",
+        "seen": f"{usable:,} rows can be used all the same; files: {read} x read, {refused} x one line",
         "lost": f"{sum(line['good_lost'] for line in each)} good rows",
         "verdict": f"{crashes} rows stop a loader",
         "each": each,
     }
-
-
-def load_from(module, name: str, rows: list[dict], tokenizer, settings) -> list:
-    """What a loader makes of rows, as if they had been read from a file; junk may be the greater part."""
-    module.load_rows, module.report_dropped = lambda *_: rows, lambda *_: None
-    return getattr(module, name)(tokenizer, "rows.jsonl", "train", settings)
 
 
 def key(example) -> str:

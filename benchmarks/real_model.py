@@ -51,8 +51,14 @@ SHOWN = {  # of evaluate.py's report
     "cut off": "completions/clipped_ratio",
     "in the format, and wrong": "eval/format_only",
 }
-CURVES = {"sft": "loss", "dpo": "loss", "grpo": "reward", "dapo": "reward"}
-KEPT = ("step", "loss", "reward", "entropy", "step_time", "tokens_per_second", "completions/mean_length")
+CURVES = {  # of training, and held out
+    "sft": ("loss", "eval/loss"),
+    "dpo": ("rewards/accuracies", "eval/accuracy"),
+    "grpo": ("reward", "eval/greedy_reward"),
+    "dapo": ("reward", "eval/greedy_reward"),
+}
+KEPT = ("step", "loss", "entropy", "kl", "step_time", "tokens_per_second", "frac_reward_zero_std", "reward")
+KEPT += ("rewards/accuracies", "rewards/margins", "completions/mean_length", "completions/clipped_ratio")
 
 
 @dataclass
@@ -139,10 +145,10 @@ def draw(stages: dict):
 
     figure, panels = plt.subplots(1, len(stages), figsize=(3.2 * len(stages), 3), layout="constrained")
     for axes, (stage, found) in zip(np.atleast_1d(panels), stages.items()):
-        for key, label in ((CURVES[stage], "batches"), (f"eval/{CURVES[stage]}", "held out")):
+        for key, label in zip(CURVES[stage], ("batches", "held out")):
             known = [(line["step"], line[key]) for line in found["curve"] if key in line]
             axes.plot(*zip(*known), label=label, marker="o" if label == "held out" else "")
-        axes.set(title=f"{stage}.py", xlabel="step", ylabel=CURVES[stage])
+        axes.set(title=f"{stage}.py", xlabel="step", ylabel=CURVES[stage][0])
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(ROOT / "docs" / "img" / "real_model.png", dpi=110)
