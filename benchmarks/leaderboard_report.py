@@ -31,15 +31,27 @@ def apart(a: list[float], b: list[float], floor: float) -> bool:
     return abs(mean(a) - mean(b)) > T_95 * error
 
 
+def noise_floor(accuracies: dict[str, list[float]]) -> float:
+    return median(stdev(x) for x in accuracies.values()) if accuracies else 0.0
+
+
 def ranks(accuracies: dict[str, list[float]]) -> dict[str, tuple[int, int]]:
     """The best and the worst place that each method may have, given what is apart from it."""
-    floor = median(stdev(x) for x in accuracies.values()) if accuracies else 0.0
-    found = {}
+    floor, found = noise_floor(accuracies), {}
     for name, x in accuracies.items():
         others = [mean(y) for y in accuracies.values() if apart(x, y, floor)]
         above = sum(y > mean(x) for y in others)
         found[name] = (1 + above, len(accuracies) - (len(others) - above))
     return found
+
+
+def level_with(accuracies: dict[str, list[float]]) -> dict[str, list[str]]:
+    """Of each method those with a lower mean that it is not apart from, the best first."""
+    floor, best_first = noise_floor(accuracies), sorted(accuracies, key=lambda name: -mean(accuracies[name]))
+    return {
+        name: [y for y in best_first[n + 1 :] if not apart(accuracies[name], accuracies[y], floor)]
+        for n, name in enumerate(best_first)
+    }
 
 
 def summarise(runs: dict, chosen: dict[str, float], labels: dict[str, str], seeds) -> dict:
@@ -58,6 +70,8 @@ def summarise(runs: dict, chosen: dict[str, float], labels: dict[str, str], seed
             accuracies[name] = [one["accuracy"] for one in done]
     for name, places in ranks(accuracies).items():
         summary[name]["rank"] = list(places)
+    for name, level in level_with(accuracies).items():
+        summary[name]["level_with"] = [labels[other] for other in level]
     return dict(sorted(summary.items(), key=lambda item: -item[1]["accuracy"]["mean"]))
 
 

@@ -261,6 +261,13 @@ def leaderboard_table(result: dict) -> str:
     return f"{head}\n\n{as_table(rows)}"
 
 
+def level_table(result: dict) -> str:
+    """Of each method of benchmarks/leaderboard.py those below it that noise may have put there."""
+    rows = [["", "within noise of"]]
+    rows += [[row["label"], "; ".join(row["level_with"]) or "none"] for row in result["summary"].values()]
+    return as_table(rows)
+
+
 def commands_block(root: Path) -> str:
     """The commands that measured every learning curve in benchmarks/results/."""
     lines = []
@@ -285,6 +292,8 @@ def results_block(spec: str, root: Path) -> str:
         return peer_table(names, results)
     if "search" in results[0] and "#" not in spec:
         return leaderboard_table(results[0])
+    if spec == "leaderboard#level_with":
+        return level_table(results[0])
     if "needed" in results[0]:
         return fits_table(results[0])
     if "faults" in results[0]:

@@ -9,7 +9,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import leaderboard
 from leaderboard_methods import METHODS, command_of, steps_for, trained_tokens, used_tokens
-from leaderboard_report import ranks
+from leaderboard_report import level_with, ranks
 
 TOKENS = [  # prompts up to a line and its mean length, line by line; tokens that count
     ("grpo", [(16, 20), (32, 10)], 16 * 8 * 30),
@@ -43,3 +43,4 @@ def test_rate_is_chosen_by_the_whole_search_alone_and_only_what_has_changed_runs
     assert leaderboard.chosen_rates({key: runs[key] for key in list(runs)[1:]}) == {}
     accuracies = {"a": [80, 82, 84], "b": [79] * 3, "c": [80] * 3, "d": [50, 52, 54]}  # b, c: equal by chance
     assert ranks(accuracies) == {"a": (1, 3), "b": (1, 3), "c": (1, 3), "d": (4, 4)}
+    assert level_with(accuracies) == {"a": ["c", "b"], "c": ["b"], "b": [], "d": []}
