@@ -37,7 +37,7 @@ Deviations from the papers, each with its reason:
     python distill.py                                          # CPU, offline, 2 minutes on one core
     python distill.py --mode seq_kd --reward rewards.py:math_answer
     python distill.py --model Qwen/Qwen2.5-0.5B --teacher Qwen/Qwen2.5-7B-Instruct --dataset openai/gsm8k \
-        --dataset-config main --learning-rate 1e-5 --batch-size 64 --max-tokens-per-micro-batch 16384
+        --dataset-config main --learning-rate 1e-5 --batch-size 64 --max-tokens-per-micro-batch 8192
 
 Shapes: N tokens in a row, B sequences, C trained tokens, c of them in a chunk, V vocabulary, H and H_t hidden
 sizes of student and teacher, k cached tokens, F reward functions.
@@ -697,15 +697,15 @@ def load_sequences(tokenizer, source: str | None, split: str, args, limit: int =
     if source is None:
         return []
     rows, found, dropped = load_rows(source, split, args, limit), {}, {}
-    for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
+    for n in tqdm(range(len(rows)), desc=f"tokenize {source}", leave=False, disable=None):
         try:
-            encoded = encode(tokenizer, row, args)
+            encoded = encode(tokenizer, rows[n], args)
             if max(len(ids) for ids, _ in encoded) > args.max_length:
                 raise ValueError("longer than --max-length")
             found |= {hashlib.sha256(np.concatenate(one)).digest(): one for one in encoded}
         except Exception as error:  # chat templates raise what they like
             reason = f"{type(error).__name__}: {error}".removeprefix("ValueError: ").partition("\n")[0]
-            dropped.setdefault(reason, []).append(n)
+            dropped.setdefault(reason, []).append(n + 1)
     report_dropped(source, len(rows), dropped)
     found = list(found.values())
     sizes = f"{sum(len(ids) for ids, _ in found):,} tokens, {sum(t.sum() for _, t in found):,} trained"
@@ -784,11 +784,11 @@ def load_prompts(tokenizer, sources, split: str, args, limit: int = 0) -> list[P
     found = []
     for source in np.atleast_1d(sources or ()).tolist():
         rows, prompts, dropped = load_rows(source, split, args, limit), [], {}
-        for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
+        for n in tqdm(range(len(rows)), desc=f"tokenize {source}", leave=False, disable=None):
             try:
-                prompts.append(read_prompt(tokenizer, row, f"{source}, row {n}", args))
+                prompts.append(read_prompt(tokenizer, rows[n], f"{source}, row {n + 1}", args))
             except Exception as error:  # chat templates raise what they like
-                dropped.setdefault(str(error).splitlines()[0], []).append(n)
+                dropped.setdefault(str(error).partition("\n")[0], []).append(n + 1)
         report_dropped(source, len(rows), dropped)
         say(f"{source}: {len(prompts):,} prompts")
         found += prompts

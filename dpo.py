@@ -23,7 +23,7 @@ Deviations from the paper, each with its reason:
     python dpo.py                                              # CPU, offline, 1 minute on one core
     python dpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset trl-lib/ultrafeedback_binarized \
         --eval-dataset trl-lib/ultrafeedback_binarized --beta 0.1 --learning-rate 1e-6 --batch-size 64 \
-        --max-length 2048 --max-tokens-per-micro-batch 16384
+        --max-length 2048 --max-tokens-per-micro-batch 8192
 
 Shapes: N tokens in a row, P pairs of the run, B of a row, C trained tokens, H hidden size, V vocabulary.
 """
@@ -677,9 +677,9 @@ def load_pairs(tokenizer, source: str | None, split: str, args, limit: int = 0) 
     if source is None:
         return []
     rows, found, dropped = load_rows(source, split, args, limit), {}, {}
-    for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
+    for n in tqdm(range(len(rows)), desc=f"tokenize {source}", leave=False, disable=None):
         try:
-            row = read_step(row) if args.loss == "step_dpo" else read_pair(row)
+            row = read_step(rows[n]) if args.loss == "step_dpo" else read_pair(rows[n])
             pair = Pair(*(encode_answer(tokenizer, row["prompt"], row[key], row) for key in Pair._fields))
             key = tuple(answer.input_ids.tobytes() for answer in pair)
             if key[0] == key[1]:
@@ -688,7 +688,7 @@ def load_pairs(tokenizer, source: str | None, split: str, args, limit: int = 0) 
                 raise ValueError("longer than --max-length")
             found[key] = pair
         except Exception as error:  # chat templates raise what they like
-            dropped.setdefault(str(error).partition("\n")[0], []).append(n)
+            dropped.setdefault(str(error).partition("\n")[0], []).append(n + 1)
     report_dropped(source, len(rows), dropped)
     pairs = list(found.values())
     chosen, rejected = count_tokens(pairs).T  # (P,) each

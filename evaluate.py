@@ -394,11 +394,11 @@ def load_prompts(tokenizer, sources, split: str, args, limit: int = 0) -> list[P
     found = []
     for source in np.atleast_1d(sources or ()).tolist():
         rows, prompts, dropped = load_rows(source, split, args, limit), [], {}
-        for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
+        for n in tqdm(range(len(rows)), desc=f"tokenize {source}", leave=False, disable=None):
             try:
-                prompts.append(read_prompt(tokenizer, row, f"{source}, row {n}", args))
+                prompts.append(read_prompt(tokenizer, rows[n], f"{source}, row {n + 1}", args))
             except Exception as error:  # chat templates raise what they like
-                dropped.setdefault(str(error).splitlines()[0], []).append(n)
+                dropped.setdefault(str(error).partition("\n")[0], []).append(n + 1)
         report_dropped(source, len(rows), dropped)
         say(f"{source}: {len(prompts):,} prompts")
         found += prompts

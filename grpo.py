@@ -27,7 +27,7 @@ Deviations from the paper, each with its reason:
 
     python grpo.py                                             # CPU, offline, 3 minutes on one core
     python grpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset openai/gsm8k --dataset-config main \
-        --learning-rate 1e-6 --batch-size 512 --max-completion-length 512 --max-tokens-per-micro-batch 16384
+        --learning-rate 1e-6 --batch-size 512 --max-completion-length 512 --max-tokens-per-micro-batch 8192
 
 Shapes: P prompts, G completions of each, B = P G, N tokens in a row, C completion tokens, F rewards.
 """
@@ -588,11 +588,11 @@ def load_prompts(tokenizer, sources, split: str, args, limit: int = 0) -> list[P
     found = []
     for source in np.atleast_1d(sources or ()).tolist():
         rows, prompts, dropped = load_rows(source, split, args, limit), [], {}
-        for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
+        for n in tqdm(range(len(rows)), desc=f"tokenize {source}", leave=False, disable=None):
             try:
-                prompts.append(read_prompt(tokenizer, row, f"{source}, row {n}", args))
+                prompts.append(read_prompt(tokenizer, rows[n], f"{source}, row {n + 1}", args))
             except Exception as error:  # chat templates raise what they like
-                dropped.setdefault(str(error).splitlines()[0], []).append(n)
+                dropped.setdefault(str(error).partition("\n")[0], []).append(n + 1)
         report_dropped(source, len(rows), dropped)
         say(f"{source}: {len(prompts):,} prompts")
         found += prompts

@@ -27,7 +27,7 @@ Deviations from the papers, each with its reason:
     python ipo_kto_simpo_orpo.py --algorithm kto                # CPU, offline, 1 minute on one core
     python ipo_kto_simpo_orpo.py --algorithm simpo --model Qwen/Qwen2.5-1.5B-Instruct --beta 2 \
         --dataset trl-lib/ultrafeedback_binarized --learning-rate 1e-6 --batch-size 128 --max-length 2048 \
-        --max-tokens-per-micro-batch 16384
+        --max-tokens-per-micro-batch 8192
 
 Shapes: N tokens in a row, B pairs or single answers, K answers of each (2 or 1), C trained tokens.
 """
@@ -559,9 +559,9 @@ def load_labelled(tokenizer, source: str | None, split: str, args, limit: int = 
     if source is None:
         return []
     rows, found, dropped = load_rows(source, split, args, limit), {}, {}
-    for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
+    for n in tqdm(range(len(rows)), desc=f"tokenize {source}", leave=False, disable=None):
         try:
-            row = common.conversational(row)
+            row = common.conversational(rows[n])
             if args.algorithm == "kto" and "chosen" not in row:
                 if not {"prompt", "completion", "label"} <= row.keys() or row["label"] not in (0, 1):
                     raise ValueError(f"found {', '.join(row)}; accepted are {ANSWER_FORMATS}; {PAIR_FORMATS}")
@@ -575,7 +575,7 @@ def load_labelled(tokenizer, source: str | None, split: str, args, limit: int = 
                 raise ValueError("longer than --max-length")
             found[tuple(answer.input_ids.tobytes() for answer in answers), labels] = answers, labels
         except Exception as error:  # chat templates raise what they like
-            dropped.setdefault(str(error).splitlines()[0], []).append(n)
+            dropped.setdefault(str(error).partition("\n")[0], []).append(n + 1)
     report_dropped(source, len(rows), dropped)
     good = sum(sum(labels) for _, labels in found.values())
     say(f"{source}: {len(found):,} different examples, {good:,} answers of them good")

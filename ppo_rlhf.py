@@ -36,10 +36,11 @@ Deviations from the papers, each with its reason:
     python ppo_rlhf.py --model Qwen/Qwen2.5-1.5B-Instruct --reward runs/my_reward_model/model \
         --dataset trl-lib/ultrafeedback-prompt --learning-rate 1e-6 --value-learning-rate 5e-6 \
         --kl-coef 0.05 --batch-size 512 --max-completion-length 512 --max-tokens-per-micro-batch 16384 \
-        --max-steps 0
+        --gradient-checkpointing --max-steps 0
     python ppo_rlhf.py --model Qwen/Qwen2.5-1.5B-Instruct --reward rewards.py:math_answer \
         --dataset openai/gsm8k --dataset-config main --learning-rate 1e-6 --value-learning-rate 1e-5 \
-        --kl-coef 0.001 --batch-size 512 --max-completion-length 512 --max-tokens-per-micro-batch 16384
+        --kl-coef 0.001 --batch-size 512 --max-completion-length 512 --max-tokens-per-micro-batch 16384 \
+        --gradient-checkpointing
 
 Shapes: P prompts of a step, G completions of each, B = P G sequences, N tokens in a row, C completion tokens
 (of a row, or of a process), H hidden size, F reward functions.
@@ -694,11 +695,11 @@ def load_prompts(tokenizer, sources, split: str, args, limit: int = 0) -> list[P
     found = []
     for source in np.atleast_1d(sources or ()).tolist():
         rows, prompts, dropped = load_rows(source, split, args, limit), [], {}
-        for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
+        for n in tqdm(range(len(rows)), desc=f"tokenize {source}", leave=False, disable=None):
             try:
-                prompts.append(read_prompt(tokenizer, row, f"{source}, row {n}", args))
+                prompts.append(read_prompt(tokenizer, rows[n], f"{source}, row {n + 1}", args))
             except Exception as error:  # chat templates raise what they like
-                dropped.setdefault(str(error).splitlines()[0], []).append(n)
+                dropped.setdefault(str(error).partition("\n")[0], []).append(n + 1)
         report_dropped(source, len(rows), dropped)
         say(f"{source}: {len(prompts):,} prompts")
         found += prompts

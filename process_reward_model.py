@@ -22,7 +22,7 @@ Deviations from the papers, each with its reason:
     python process_reward_model.py                             # CPU, offline, 1 minute on one core
     python process_reward_model.py --annotate tiny/data/steps_train.jsonl --policy tiny/sft
     python process_reward_model.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset steps.jsonl \
-        --learning-rate 1e-5 --batch-size 64 --max-tokens-per-micro-batch 16384
+        --learning-rate 1e-5 --batch-size 64 --max-tokens-per-micro-batch 8192
 
 Shapes: N tokens in a row, B solutions, C their steps, H hidden size, P prompts, G samples of each.
 """
@@ -567,9 +567,9 @@ def load_steps(tokenizer, source: str | None, split: str, args, limit: int = 0) 
     if source is None:
         return []
     rows, found, dropped = load_rows(source, split, args, limit), {}, {}
-    for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
+    for n in tqdm(range(len(rows)), desc=f"tokenize {source}", leave=False, disable=None):
         try:
-            match common.conversational(row):
+            match common.conversational(rows[n]):
                 case {"prompt": _, "completions": [*steps], "labels": [*labels]} as row:
                     if not steps or len(steps) != len(labels) or not all(0 <= z <= 1 for z in labels):
                         raise ValueError(f"{len(steps)} steps, and labels {labels!s:.40}")
@@ -580,7 +580,7 @@ def load_steps(tokenizer, source: str | None, split: str, args, limit: int = 0) 
                 raise ValueError("longer than --max-length")
             found.setdefault(sequence.input_ids.tobytes(), Solution(sequence, [float(z) for z in labels]))
         except Exception as error:  # chat templates raise what they like
-            dropped.setdefault(str(error).splitlines()[0], []).append(n)
+            dropped.setdefault(str(error).partition("\n")[0], []).append(n + 1)
     report_dropped(source, len(rows), dropped)
     labels = [z for solution in found.values() for z in solution.labels]
     say(f"{source}: {len(found):,} different solutions, {len(labels):,} steps, {np.mean(labels):.0%} right")

@@ -21,7 +21,7 @@ Deviations from common practice, each with its reason:
 
     python reward_model.py                                     # CPU, offline, 2 minutes on one core
     python reward_model.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset trl-lib/ultrafeedback_binarized \
-        --learning-rate 1e-5 --batch-size 64 --max-length 2048 --max-tokens-per-micro-batch 16384
+        --learning-rate 1e-5 --batch-size 64 --max-length 2048 --max-tokens-per-micro-batch 8192
 
 Shapes: N tokens in a row, B pairs (or answers), K answers of each (2 or 1), C = B K ends, H hidden size.
 """
@@ -641,9 +641,9 @@ def load_answers(tokenizer, source: str | None, split: str, args, limit: int = 0
     if source is None:
         return []
     rows, found, dropped = load_rows(source, split, args, limit), {}, {}
-    for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
+    for n in tqdm(range(len(rows)), desc=f"tokenize {source}", leave=False, disable=None):
         try:
-            row = common.conversational(row)
+            row = common.conversational(rows[n])
             if args.objective == "outcome" and row.get("label") in (True, False):
                 names, labels = ("completion",), [int(row["label"])]
             else:
@@ -657,7 +657,7 @@ def load_answers(tokenizer, source: str | None, split: str, args, limit: int = 0
             ends = tuple(Sequence(ids, np.arange(len(ids)) == len(ids) - 1) for ids, _ in answers)
             found.setdefault(tuple(ids.tobytes() for ids, _ in ends), Labelled(ends, labels, lengths, row))
         except Exception as error:  # chat templates raise what they like
-            dropped.setdefault(str(error).splitlines()[0], []).append(n)
+            dropped.setdefault(str(error).partition("\n")[0], []).append(n + 1)
     report_dropped(source, len(rows), dropped)
     labels = np.concatenate([item.labels for item in found.values()])
     say(f"{source}: {len(found):,} different examples of {len(labels):,} answers, {labels.sum():,} good")

@@ -18,7 +18,7 @@ Deviations from common practice, each with its reason:
 
     python sft.py                                              # CPU, offline, 3 minutes on one core
     python sft.py --model Qwen/Qwen2.5-1.5B --dataset openai/gsm8k --dataset-config main \
-        --eval-dataset openai/gsm8k --learning-rate 1e-5 --batch-size 64 --max-tokens-per-micro-batch 16384
+        --eval-dataset openai/gsm8k --learning-rate 1e-5 --batch-size 64 --max-tokens-per-micro-batch 8192
 
 Shapes: N tokens in a row, B sequences, C trained (completion) tokens, H hidden size, V vocabulary.
 """
@@ -442,15 +442,15 @@ def load_sequences(tokenizer, source: str | None, split: str, args, limit: int =
     if source is None:
         return []
     rows, found, dropped = load_rows(source, split, args, limit), {}, {}
-    for n, row in enumerate(tqdm(rows, desc=f"tokenize {source}", leave=False, disable=None), 1):
+    for n in tqdm(range(len(rows)), desc=f"tokenize {source}", leave=False, disable=None):
         try:
-            encoded = encode(tokenizer, row, args)
+            encoded = encode(tokenizer, rows[n], args)
             if max(len(ids) for ids, _ in encoded) > args.max_length:
                 raise ValueError("longer than --max-length")
             found |= {hashlib.sha256(np.concatenate(one)).digest(): one for one in encoded}
         except Exception as error:  # chat templates raise what they like
             reason = f"{type(error).__name__}: {error}".removeprefix("ValueError: ").partition("\n")[0]
-            dropped.setdefault(reason, []).append(n)
+            dropped.setdefault(reason, []).append(n + 1)
     report_dropped(source, len(rows), dropped)
     found = list(found.values())
     sizes = f"{sum(len(ids) for ids, _ in found):,} tokens, {sum(t.sum() for _, t in found):,} trained"

@@ -36,6 +36,7 @@ HEADLINES = {
     "text {merge_sweep#points.5.perplexity} (SFT: {merge_sweep#points.10.accuracy} and "
     "{merge_sweep#points.10.perplexity})",
 }
+BRIEF = ("seq_kd", "sft_right", "orpo", "ppo", "rft", "grpo", "dpo")  # of the leaderboard
 PEERS = {"reward_vs_trl": "reward_model"}  # results whose script is not named as their first word
 
 
@@ -261,6 +262,19 @@ def leaderboard_table(result: dict) -> str:
     return f"{head}\n\n{as_table(rows)}"
 
 
+def brief_leaderboard(result: dict) -> str:
+    """For the README: one method of each kind with its gain and what it cost."""
+    columns = {
+        "accuracy": "sampled answers right",
+        "kl_k1": "KL from the start",
+        "cpu_seconds": "CPU seconds",
+    }
+    start = number(result["start"]["accuracy"])
+    rows = [[f"{result['budget']:,} answer tokens each, from {start} right", *columns.values()]]
+    chosen = [result["summary"][name] for name in BRIEF]
+    return as_table(rows + [[row["label"], *(cell(row[key]) for key in columns)] for row in chosen])
+
+
 def level_table(result: dict) -> str:
     """Of each method of benchmarks/leaderboard.py those below it that noise may have put there."""
     rows = [["", "within noise of"]]
@@ -294,6 +308,8 @@ def results_block(spec: str, root: Path) -> str:
         return leaderboard_table(results[0])
     if spec == "leaderboard#level_with":
         return level_table(results[0])
+    if spec == "leaderboard#brief":
+        return brief_leaderboard(results[0])
     if "needed" in results[0]:
         return fits_table(results[0])
     if "faults" in results[0]:

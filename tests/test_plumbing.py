@@ -281,7 +281,7 @@ def test_empty_cells_are_empty_texts_and_numbers_stay_whole(tmp_path):
 
 
 BROKEN = [("a.jsonl", b'{"text": "a"}\n{"text": \n'), ("a.json", b'[{"text": "a"}, ')]
-BROKEN += [("a.parquet", b"PAR1"), ("a.jsonl", b"")]
+BROKEN += [("a.parquet", b"PAR1"), ("a.jsonl", b""), ("a.jsonl", rb'{"text": "a", "\u0000": 1}')]
 
 
 @pytest.mark.parametrize("name, content", BROKEN)
