@@ -112,8 +112,8 @@ def repeated_ngrams(ids: list[int], n: int = 4) -> float:
 
 
 def reliability(confidences: np.ndarray, right: np.ndarray, num_bins: int = 10) -> list[tuple]:
-    """(how many, mean confidence, share right) of each bin of equal width that is not empty; (P,) each."""
-    bins = np.minimum((confidences * num_bins).astype(int), num_bins - 1)  # (P,)
+    """(how many, mean confidence, share right) of each bin ((m-1)/M, m/M] that is not empty; (P,) each."""
+    bins = np.maximum(np.ceil(confidences * num_bins).astype(int) - 1, 0)  # (P,)
     parts = [bins == n for n in range(num_bins) if (bins == n).any()]
     return [(int(x.sum()), float(confidences[x].mean()), float(right[x].mean())) for x in parts]
 

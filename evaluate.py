@@ -630,7 +630,8 @@ def read_inputs(name: str, args) -> Inputs:
         ids, text = [*tokenizer(row["text"]).input_ids, tokenizer.eos_token_id], row["text"]
         if len(ids) > tokenizer.positions:
             text = tokenizer.decode(ids := ids[: tokenizer.positions], skip_special_tokens=True)
-        corpus.append((ids, len(text.encode())))
+        first = tokenizer.decode(ids[:1], skip_special_tokens=True)  # which nothing predicts
+        corpus.append((ids, len(text.encode()) - len(first.encode())))
     return Inputs(tokenizer, prompts, hinted, unhinted, list(dict.fromkeys((tuple(x), n) for x, n in corpus)))
 
 

@@ -74,8 +74,8 @@ class Args:
     many rollouts as time allows."""
     stages: tuple[str, ...] = tuple(STAGES)
     """Which stages go on."""
-    dtype: str = "float32"
-    """bfloat16 where the processor multiplies it in hardware."""
+    dtype: str = "bfloat16" if "amx_bf16" in Path("/proc/cpuinfo").read_text() else "float32"
+    """bfloat16 by default where the processor has AMX for it."""
     folder: Path = ROOT / "runs" / "real_model"
     """Where the stages are kept."""
 
@@ -169,7 +169,8 @@ def main(args: Args):
             result["stages"][stage] = {"flags": flags(stage, args), "dtype": args.dtype, "curve": curve}
             if finished:
                 result["evaluations"][stage] = evaluate(stage, args.folder / stage / "model", args)
-        result |= {"command": "python benchmarks/real_model.py", "cpu": cpu_name(), "cores": os.cpu_count()}
+        result["command"] = f"python benchmarks/real_model.py --steps {' '.join(map(str, args.steps))}"
+        result["machine"] = {"cpu": cpu_name(), "cores": os.cpu_count()}
         numbers = result["evaluations"].items()
         result["summary"] = {name: {k: found[v] for k, v in SHOWN.items()} for name, found in numbers}
         result["versions"] = {name: version(name) for name in ("torch", "transformers")}

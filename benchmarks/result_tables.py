@@ -32,6 +32,10 @@ HEADLINES = {
     "constitutional_ai.py": "rude answers {constitutional_ai eval/violations} by revision, right ones "
     "{constitutional_ai eval/reward}",
     "distill.py": "greedy answers right {distill_token_kd_forward eval/greedy_accuracy}, half the layers",
+    "evaluate.py": "SFT on `tiny/`: answers right {evaluation#models.tiny/base.eval/reward} → "
+    "{evaluation#models.tiny/sft.eval/reward}, perplexity of old text "
+    "{evaluation#models.tiny/base.eval/forgetting_perplexity} → "
+    "{evaluation#models.tiny/sft.eval/forgetting_perplexity}",
     "merge.py": "half-way from base to SFT: answers right {merge_sweep#points.5.accuracy}, perplexity of old "
     "text {merge_sweep#points.5.perplexity} (SFT: {merge_sweep#points.10.accuracy} and "
     "{merge_sweep#points.10.perplexity})",
