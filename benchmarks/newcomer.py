@@ -51,7 +51,7 @@ def commands() -> list[tuple[str, str]]:
             for line in block.replace("\\\n", " ").splitlines():
                 for part in re.split(r"\s&&\s", re.sub(r"(^|\s)#.*", "", line)):
                     words = " ".join(part.split())
-                    if re.match(r"python |pip |grep ", words):
+                    if re.match(r"([A-Z_]+=\S+ )*(python|pip|grep|torchrun|lm_eval|vllm)\b", words):
                         found.setdefault(words, page.name)
     return [(page, command) for command, page in found.items()]
 
@@ -62,7 +62,7 @@ def run(command: str, python: Path, clone: Path, seconds: float) -> tuple[str, f
     environment = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as output:
         settings = {"cwd": clone, "env": environment, "stdout": output, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(f"exec {command}", shell=True, **settings)
+        process = subprocess.Popen(f"exec env {command}", shell=True, **settings)
         try:
             process.wait(seconds or None)
         except subprocess.TimeoutExpired:

@@ -8,7 +8,8 @@ example_model_solutions.jsonl. The stages, which share the hours:
 
     sft     sft.py on the training questions
     dpo     dpo.py on pairs of a right and a wrong solution to one question, of GPT-3's in OpenAI's file
-    grpo    grpo.py on the training questions, with the verifier
+    grpo    grpo.py on the training questions: the verifier's reward, and a fifth as much for an answer that
+            ends as GSM8K's do (accuracy and format, as in DeepSeek-R1)
     dapo    dapo.py, likewise
 
 A stage whose time is over is stopped as a user would stop it, and goes on with --resume the next time. Then
@@ -36,11 +37,13 @@ PATH = ROOT / "benchmarks" / "results" / "real_model.json"
 HELD_OUT = 64  # questions
 ALL = "--max-completion-length 160 --max-tokens-per-micro-batch 4096 --num-eval 64 --save-every 10"
 ONLINE = f"{ALL} --batch-size 64 --num-generations 8 --eval-samples 0 --eval-every 50"
+ONLINE += " --reward rewards.py:math_answer benchmarks/gsm8k_format.py:answer_format --reward-weights 1.0 0.2"
+ONLINE += " --learning-rate 1e-5 --warmup-steps 2"
 STAGES = {
     "sft": f"{ALL} --learning-rate 2e-5 --batch-size 16 --max-length 512 --eval-every 48",
     "dpo": f"{ALL} --learning-rate 5e-6 --beta 0.1 --batch-size 16 --eval-every 10",
-    "grpo": f"{ONLINE} --learning-rate 5e-6 --beta 0",
-    "dapo": f"{ONLINE} --learning-rate 5e-6 --max-resamples 2",
+    "grpo": ONLINE,
+    "dapo": f"{ONLINE} --max-resamples 2",
 }
 SHOWN = {  # of evaluate.py's report
     "greedy answers right": "eval/greedy_reward",
