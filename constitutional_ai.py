@@ -98,7 +98,7 @@ class Args:
     judge: str | None = None  # model that judges pairs, with its own chat template; by default --model
     chat_template: FilePath | None = None  # Jinja chat template to use instead of the tokenizer's own
     attn: str = "packed"  # packed, or flash_attention_2 where it is installed, or eager (exact, slow)
-    dtype: loading.Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # what is computed in
+    dtype: loading.Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # compute precision
     gradient_checkpointing = compile = lora_rank = optimizer = False  # no flags: nothing is trained
 
     # Data
@@ -131,7 +131,7 @@ class Args:
     # Evaluation and output
     num_eval: NonNegativeInt = 256  # rows of the evaluation sets that are used; 0 uses all
     seed: NonNegativeInt = 1  # of the data order and the sampling
-    output_dir: str | None = None  # folder of the run, which it makes; by default runs/<script>_<seed>_<time>
+    output_dir: str | None = None  # new folder of the run; by default runs/<script>_<seed>_<time>
     resume: bool = False  # continue the run in --output-dir from its last checkpoint
 
     @pydantic.model_validator(mode="wrap")

@@ -86,7 +86,7 @@ class Args:
     ref_model: str | None = None  # reference model; by default --model as it is before training
     chat_template: FilePath | None = None  # Jinja chat template to use instead of the tokenizer's own
     attn: str = "packed"  # packed, or flash_attention_2 where it is installed, or eager (exact, slow)
-    dtype: loading.Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # what is computed in
+    dtype: loading.Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # compute precision
     gradient_checkpointing: bool = False  # recompute activations: about 30 % slower, far less memory
     compile: bool = False  # compile each layer with torch.compile
     lora_rank: NonNegativeInt = 0  # train a LoRA of this rank and leave the model as it is; 0: no LoRA
@@ -113,7 +113,7 @@ class Args:
     max_completion_length: PositiveInt = 128  # longest sampled answer in tokens
     temperature: PositiveFloat = 1.0  # sampling temperature
     max_tokens_per_rollout: PositiveInt = 65536  # tokens that are sampled at once: memory, never the result
-    rollout: Literal["transformers", "vllm"] = "transformers"  # what samples, in this process
+    rollout: Literal["transformers", "vllm"] = "transformers"  # sampling engine, in this process
     vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4  # share of a GPU's memory that vLLM may take
     overlong_buffer: NonNegativeInt = 32  # last tokens over which a punishment rises to 1 (Eq. 13); 0: none
     max_resamples: NonNegativeInt = 10  # further batches a step may sample; 0 keeps all groups (verl: 10)
@@ -122,8 +122,8 @@ class Args:
     # Loss
     loss_agg: Aggregation = "token_mean"  # a token counts 1 / its length (GRPO), 1 (DAPO), 1 / longest
     scale_rewards: Literal["group", "batch", "none"] = "group"  # whose deviation advantages are divided by
-    epsilon: PositiveFloat = 0.2  # how far below 1 the ratio still earns (arXiv:1707.06347: 0.2)
-    epsilon_high: PositiveFloat = 0.28  # how far above 1 (arXiv:2503.14476: 0.28)
+    epsilon: PositiveFloat = 0.2  # ratios are clipped at 1 - epsilon (arXiv:1707.06347: 0.2)
+    epsilon_high: PositiveFloat = 0.28  # and at 1 + this (arXiv:2503.14476: 0.28)
     tis_cap: NonNegativeFloat = 0.0  # cap of weights old / sampler (TIS: 2); 0 trusts the sampler's log-probs
     max_kl: PositiveFloat | None = None  # stop after a step whose mean KL to the reference is above (nats)
     num_iterations: PositiveInt = 1  # passes over a rollout (GRPO's mu)
@@ -131,12 +131,12 @@ class Args:
 
     # Optimization
     optimizer: loading.Optimizer = "adamw"  # adamw8bit: its moments in 8 bits, a quarter of their memory
-    learning_rate: NonNegativeFloat = 1e-4  # peak of AdamW's, for tiny/; billions need 1e-5 (SFT) to 1e-6
+    learning_rate: NonNegativeFloat = 1e-4  # peak, for tiny/; models of billions need 1e-5 (SFT) to 1e-6
     lr_schedule: Literal["linear", "cosine", "constant"] = "constant"  # after warm-up; the first two end at 0
     warmup_steps: NonNegativeInt = 5  # steps over which the learning rate rises linearly from 0
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay rates of AdamW's two moments
     weight_decay: NonNegativeFloat = 0.0  # AdamW's decoupled weight decay, on matrices only
-    max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
+    max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf: no clipping
     batch_size: PositiveInt = 128  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 1024  # tokens of a packed row: memory only, never the result
     num_epochs: PositiveFloat = 1.0  # passes over the training set or the prompts, if --max-steps is 0
@@ -147,7 +147,7 @@ class Args:
     num_eval: NonNegativeInt = 256  # rows of the evaluation sets that are used; 0 uses all
     eval_samples: NonNegativeInt = 4  # samples of each held-out prompt, the k of pass@k; 0: greedy only
     seed: NonNegativeInt = 1  # of the data order and the sampling
-    output_dir: str | None = None  # folder of the run, which it makes; by default runs/<script>_<seed>_<time>
+    output_dir: str | None = None  # new folder of the run; by default runs/<script>_<seed>_<time>
     resume: bool = False  # continue the run in --output-dir from its last checkpoint
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C
     log_every: PositiveInt = 5  # steps between lines on the terminal; metrics.jsonl has one line a step

@@ -98,7 +98,7 @@ class Args:
     teacher: str = "tiny/sft"  # model to learn from: a hub id or a folder
     chat_template: FilePath | None = None  # Jinja chat template to use instead of the tokenizer's own
     attn: str = "packed"  # packed, or flash_attention_2 where it is installed, or eager (exact, slow)
-    dtype: loading.Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # what is computed in
+    dtype: loading.Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # compute precision
     gradient_checkpointing: bool = False  # recompute activations: about 30 % slower, far less memory
     compile: bool = False  # compile each layer with torch.compile
     lora_rank: NonNegativeInt = 0  # train a LoRA of this rank and leave the model as it is; 0: no LoRA
@@ -127,28 +127,28 @@ class Args:
 
     # Answers
     on_policy_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5  # sampled share of a batch (GKD: 0.5, 1)
-    on_policy_loss: Literal["divergence", "policy_gradient"] = "divergence"  # or sampled tokens' reverse KL
+    on_policy_loss: Literal["divergence", "policy_gradient"] = "divergence"  # policy_gradient: of sampled tokens
     kl_discount: Annotated[float, Field(ge=0, le=1)] = 0.0  # of later tokens' KL in an advantage (MiniLLM: 1)
     mask_truncated: bool = False  # do not train on completions that --max-completion-length cut off
     answers_per_prompt: PositiveInt = 4  # the teacher's samples of each prompt; one at --temperature 0
-    reward: tuple[str, ...] = ()  # file.py:function, or a reward model, to please by seq_kd's answers
+    reward: tuple[str, ...] = ()  # file.py:function, or a reward model, for seq_kd's answers
     reward_threshold: float = 0.5  # answers are kept if the mean of their rewards but None is above this
     allow_code_execution: bool = False  # let rewards run what the model writes (rewards.py:code_tests)
     reward_timeout: NonNegativeFloat = 1800  # seconds a reward has for a batch, or the run ends; 0: for ever
     max_completion_length: PositiveInt = 128  # longest sampled answer in tokens
     temperature: NonNegativeFloat = 1.0  # sampling temperature; 0 is greedy
     max_tokens_per_rollout: PositiveInt = 65536  # tokens that are sampled at once: memory, never the result
-    rollout: Literal["transformers", "vllm"] = "transformers"  # what samples, in this process
+    rollout: Literal["transformers", "vllm"] = "transformers"  # sampling engine, in this process
     vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4  # share of a GPU's memory that vLLM may take
 
     # Optimization
     optimizer: loading.Optimizer = "adamw"  # adamw8bit: its moments in 8 bits, a quarter of their memory
-    learning_rate: NonNegativeFloat = 2e-3  # peak of AdamW's, for tiny/; billions need 1e-5 (SFT) to 1e-6
+    learning_rate: NonNegativeFloat = 2e-3  # peak, for tiny/; models of billions need 1e-5 (SFT) to 1e-6
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # after warm-up; the first two end at 0
     warmup_steps: NonNegativeInt = 10  # steps over which the learning rate rises linearly from 0
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay rates of AdamW's two moments
     weight_decay: NonNegativeFloat = 0.0  # AdamW's decoupled weight decay, on matrices only
-    max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
+    max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf: no clipping
     batch_size: PositiveInt = 32  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 2048  # tokens of a packed row: memory only, never the result
     num_epochs: PositiveFloat = 3.125  # passes over the training set or the prompts, if --max-steps is 0
@@ -158,7 +158,7 @@ class Args:
     eval_every: NonNegativeInt = 100  # steps between evaluations; 0 evaluates only before and after
     num_eval: NonNegativeInt = 256  # rows of the evaluation sets that are used; 0 uses all
     seed: NonNegativeInt = 1  # of the data order and the sampling
-    output_dir: str | None = None  # folder of the run, which it makes; by default runs/<script>_<seed>_<time>
+    output_dir: str | None = None  # new folder of the run; by default runs/<script>_<seed>_<time>
     resume: bool = False  # continue the run in --output-dir from its last checkpoint
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C
     log_every: PositiveInt = 10  # steps between lines on the terminal; metrics.jsonl has one line a step

@@ -90,7 +90,7 @@ class Args:
     sync_ref_alpha: Share = 0.6  # share of the policy in the moved reference (TR-DPO, arXiv:2404.09656: 0.6)
     chat_template: FilePath | None = None  # Jinja chat template to use instead of the tokenizer's own
     attn: str = "packed"  # packed, or flash_attention_2 where it is installed, or eager (exact, slow)
-    dtype: loading.Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # what is computed in
+    dtype: loading.Dtype = "bfloat16" if torch.cuda.is_available() else "float32"  # compute precision
     gradient_checkpointing: bool = False  # recompute activations: about 30 % slower, far less memory
     compile: bool = False  # compile each layer with torch.compile
     lora_rank: NonNegativeInt = 0  # train a LoRA of this rank and leave the model as it is; 0: no LoRA
@@ -116,12 +116,12 @@ class Args:
 
     # Optimization
     optimizer: loading.Optimizer = "adamw"  # adamw8bit: its moments in 8 bits, a quarter of their memory
-    learning_rate: NonNegativeFloat = 1e-4  # peak of AdamW's, for tiny/; billions need 1e-5 (SFT) to 1e-6
+    learning_rate: NonNegativeFloat = 1e-4  # peak, for tiny/; models of billions need 1e-5 (SFT) to 1e-6
     lr_schedule: Literal["linear", "cosine", "constant"] = "cosine"  # after warm-up; the first two end at 0
     warmup_steps: NonNegativeInt = 10  # steps over which the learning rate rises linearly from 0
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay rates of AdamW's two moments
     weight_decay: NonNegativeFloat = 0.0  # AdamW's decoupled weight decay, on matrices only
-    max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf is no end
+    max_grad_norm: PositiveFloat = 1.0  # larger gradients are scaled down to this norm; inf: no clipping
     batch_size: PositiveInt = 32  # sequences, pairs or completions per step, over all processes
     max_tokens_per_micro_batch: PositiveInt = 8192  # tokens of a packed row: memory only, never the result
     num_epochs: PositiveFloat = 1.0  # passes over the training set or the prompts, if --max-steps is 0
@@ -133,7 +133,7 @@ class Args:
     max_completion_length: NonNegativeInt = 128  # longest sampled answer in tokens; 0 samples none
     temperature: NonNegativeFloat = 1.0  # sampling temperature; 0 is greedy
     seed: NonNegativeInt = 1  # of the data order and the sampling
-    output_dir: str | None = None  # folder of the run, which it makes; by default runs/<script>_<seed>_<time>
+    output_dir: str | None = None  # new folder of the run; by default runs/<script>_<seed>_<time>
     resume: bool = False  # continue the run in --output-dir from its last checkpoint
     save_every: NonNegativeInt = 500  # steps between checkpoints; 0 saves only on SIGTERM or Ctrl-C
     log_every: PositiveInt = 10  # steps between lines on the terminal; metrics.jsonl has one line a step

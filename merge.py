@@ -110,7 +110,7 @@ class Args:
     seed: NonNegativeInt = 1  # of the data order and the sampling
 
     # Output
-    output_dir: str | None = None  # folder of the run, which it makes; by default runs/<script>_<seed>_<time>
+    output_dir: str | None = None  # new folder of the run; by default runs/<script>_<seed>_<time>
     out_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the result; auto: as the base
     max_shard_size: Size = "5GB"  # largest file of weights (10^9 bytes); up to two of them are in memory
     report: bool = True  # measure norms and angles of the task vectors, if there is a --base

@@ -162,8 +162,8 @@ def peer_rows(name: str, result: dict, brief: bool) -> list[list[str]]:
 def peer_table(names: list[str], results: list[dict]) -> str:
     """What a *_vs_*.py measured; of several only the peers as shipped and as tuned."""
     brief = len(results) > 1
-    head = ["", "speed", "CleanPost's speed", "peak memory", "CleanPost's memory"]
-    rows = [["Script", "Beside", *head[1:]] if brief else head]
+    head = ["", "speed or time", "CleanPost is faster", "peak memory", "CleanPost's memory"]
+    rows = [["Script", "Compared with", *head[1:]] if brief else head]
     for name, result in zip(names, results, strict=True):
         rows += peer_rows(name, result, brief)
     known = {k: v for result in results for k, v in result["conditions"]["versions"].items()}
@@ -174,8 +174,9 @@ def peer_table(names: list[str], results: list[dict]) -> str:
     for name, result in zip(names, results, strict=True):
         machines.setdefault(machine(result), []).append(f"`{name.partition('_vs_')[0]}`")
     where = "".join(f"{m} ({' '.join(on)})" if len(machines) > 1 else m for m, on in machines.items())
-    head = f"Medians of {rounds} interleaved rounds (range){where}, {versions}."
-    return f"{head}\n\n{as_table(rows)}"
+    loads = [f"{result['conditions']['load_average_at_start']:.1f}" for result in results]
+    head = f"Medians of {rounds} interleaved rounds (range){where}, {versions}"
+    return f"{head}; load at the start {', '.join(loads)}.\n\n{as_table(rows)}"
 
 
 def flat(record: dict, prefix: str = "") -> dict[str, str]:

@@ -70,14 +70,16 @@ def readable(annotation: str, constants: dict[str, str]) -> str:
         known = re.findall(r"(gt|ge|lt|le)=([^,]+)", match[2])
         return " ".join([match[1], *(f"{signs[name]} {value}" for name, value in known)])
 
-    kind = re.sub(r"\w+", lambda word: constants.get(word[0], word[0]), annotation)
+    kind = re.sub(r"Annotated\[(.*?), tyro\.conf\..*\]", r"\1", annotation).replace("loading.", "")
+    kind = re.sub(r"\w+", lambda word: constants.get(word[0], word[0]), kind)
     kind = re.sub(r"Literal\[(.*?)\]", lambda match: re.sub("['\"]", "", match[1]), kind)
     return re.sub(r"Annotated\[(\w+), (?:pydantic\.)?Field\(([^()]*)\)\]", bounds, kind)
 
 
 def flag_table(script: Path) -> str:
     """The Markdown table of the script's flags, a row of its own for each group."""
-    assigned = [node for node in ast.parse(script.read_text()).body if isinstance(node, ast.Assign)]
+    sources = [path.read_text() for path in (script.with_name("loading.py"), script) if path.exists()]
+    assigned = [x for text in sources for x in ast.parse(text).body if isinstance(x, ast.Assign)]
     constants = {ast.unparse(node.targets[0]): ast.unparse(node.value) for node in assigned}
     rows, group = [["Flag", "Type", "Default", "Meaning"]], ""
     for flag in flags(script):
