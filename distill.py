@@ -127,7 +127,7 @@ class Args:
 
     # Answers
     on_policy_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5  # sampled share of a batch (GKD: 0.5, 1)
-    on_policy_loss: Literal["divergence", "policy_gradient"] = "divergence"  # policy_gradient: of sampled tokens
+    on_policy_loss: Literal["divergence", "policy_gradient"] = "divergence"  # or the KL of sampled tokens
     kl_discount: Annotated[float, Field(ge=0, le=1)] = 0.0  # of later tokens' KL in an advantage (MiniLLM: 1)
     mask_truncated: bool = False  # do not train on completions that --max-completion-length cut off
     answers_per_prompt: PositiveInt = 4  # the teacher's samples of each prompt; one at --temperature 0
