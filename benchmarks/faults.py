@@ -152,7 +152,7 @@ def math_answer(**columns):
 
 
 def large_file(args: Args) -> dict:
-    """Peak resident memory and seconds of sft.py up to its first step, on JSONL files of several sizes."""
+    """Peak resident memory and CPU seconds of sft.py up to its first step, on JSONL files of several sizes."""
     each, big, cache = [], args.folder / "big.jsonl", args.folder / "datasets_cache"
     text = " ".join(json.loads(x)["text"] for x in (ROOT / "tiny/data/text_train.jsonl").open())
     for megabytes in (1, *args.megabytes):
@@ -164,26 +164,27 @@ def large_file(args: Args) -> dict:
         flags = "--max-steps 1 --save-every 0 --max-completion-length 0 --batch-size 1"
         words = [sys.executable, "sft.py", "--dataset", str(big), *flags.split()]
         words += ["--output-dir", str(args.folder / "large")]
-        size, started = big.stat().st_size / 1e9, time.perf_counter()
+        size = big.stat().st_size / 1e9
         environment = os.environ | {"HF_DATASETS_CACHE": str(cache)}
         with open(args.folder / "output", "w") as output:
             process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=output, stderr=output)
             _, status, usage = os.wait4(process.pid, 0)
         assert status == 0, (args.folder / "output").read_text()
-        line = {"gb": size, "peak_gb": usage.ru_maxrss * 1024 / 1e9, "seconds": time.perf_counter() - started}
+        line = {"gb": size, "peak_gb": usage.ru_maxrss * 1024 / 1e9}
+        line["cpu_seconds"] = usage.ru_utime + usage.ru_stime
         each.append(line)
         print("large_file", line, flush=True)
         big.unlink()
         for folder in (cache, args.folder / "large"):
             shutil.rmtree(folder)
     first, last = each[0], each[-1]
-    slope, pace = ((last[x] - first[x]) / (last["gb"] - first["gb"]) for x in ("peak_gb", "seconds"))
+    slope, pace = ((last[x] - first[x]) / (last["gb"] - first["gb"]) for x in ("peak_gb", "cpu_seconds"))
     listed = lambda what: ", ".join(f"{x[what]:.2g}" for x in each)
     return {
         "fault": "a large JSONL (`sft.py`, rows of 2 kB)",
         "times": f"{listed('gb')} GB",
         "seen": f"peak memory {listed('peak_gb')} GB",
-        "lost": f"{slope:.1f} GB of memory and {pace / 60:.0f} minutes for each GB of JSONL",
+        "lost": f"{slope:.1f} GB of memory and {pace / 60:.0f} CPU minutes for each GB of JSONL",
         "verdict": "token ids are kept in memory, text is not",
         "each": each,
     }
