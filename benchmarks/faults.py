@@ -152,7 +152,7 @@ def math_answer(**columns):
 
 
 def large_file(args: Args) -> dict:
-    """Peak resident memory and CPU seconds of sft.py up to its first step, on JSONL files of several sizes."""
+    """Peak memory and CPU seconds of sft.py up to its first step, on JSONL files of several sizes."""
     each, big, cache = [], args.folder / "big.jsonl", args.folder / "datasets_cache"
     text = " ".join(json.loads(x)["text"] for x in (ROOT / "tiny/data/text_train.jsonl").open())
     for megabytes in (1, *args.megabytes):
