@@ -835,7 +835,7 @@ def load_checkpoint(output_dir: Path, model, optimizer) -> dict:
 
 
 def save_model(folder: Path, model, tokenizer):
-    """Write the model, in the dtype it came in, and its tokenizer as transformers, vLLM and TRL load them."""
+    """Write the model and its tokenizer as transformers, vLLM and TRL load them."""
     twin, weights = loading.whole(model)
     if dist.get_rank() == 0:
         unfinished = folder.with_name(f"{folder.name}.partial")

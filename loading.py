@@ -88,19 +88,21 @@ def layers_of(model) -> list:
 def whole(model) -> tuple:
     """A model's plain twin on `meta`, and its weights by name on the first process' CPU, for save_pretrained.
 
-    They have the dtype that they were stored in. Of a model with a LoRA they are the LoRA's, in float32.
+    They are bfloat16 where that is computed with and they were stored so. What is computed in float32 stays
+    float32: rounded, a small learning rate's updates would be lost. Of a LoRA they are the LoRA's, float32.
     """
+    dtype = model.stored_dtype if model.compute_dtype == torch.bfloat16 else torch.float32
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
     plain = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     with torch.device("meta"):
-        twin = plain._from_config(model.config, dtype=model.stored_dtype)
+        twin = plain._from_config(model.config, dtype=dtype)
     twin.generation_config = model.generation_config
     if model._hf_peft_config_loaded:
         twin.add_adapter(model.peft_config["default"])
     for name in set(weights) & set(twin.all_tied_weights_keys):  # stored once, as the embeddings
         del weights[name]
-    return twin, {k: x if ".lora_" in k else x.to(model.stored_dtype) for k, x in weights.items()}
+    return twin, {k: x if ".lora_" in k else x.to(dtype) for k, x in weights.items()}
 
 
 def fsdp_forward(function, keep: bool = False):

@@ -908,12 +908,13 @@ def random_model(tokenizer, seed: int):
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(seed)
     config = Qwen3Config(vocab_size=len(tokenizer), bos_token_id=None, **ARCHITECTURE, **ids)
-    # bfloat16 halves what is committed. sft.py trains in float32 and saves in the dtype that it found.
     return Qwen3ForCausalLM(config).to(torch.bfloat16)
 
 
 def train(out: Path, scratch: Path, script: str = "sft", **flags) -> None:
-    """Run one of the project's own scripts and keep the model folder that it saves, as it is, as `out`."""
+    """Run one of the project's own scripts and keep its model as `out`, in bfloat16: half the size."""
+    from safetensors.torch import load_file, save_file
+
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     module = importlib.import_module(script)
     run = scratch / f"run_{out.name}"
@@ -921,6 +922,10 @@ def train(out: Path, scratch: Path, script: str = "sft", **flags) -> None:
     if out.exists():
         shutil.rmtree(out)
     shutil.copytree(run / "model", out)
+    weights = {name: x.bfloat16() for name, x in load_file(out / "model.safetensors").items()}
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((out / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def shorten(source: Path, folder: Path, num_layers: int) -> None:
