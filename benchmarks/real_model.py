@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from learning import ROOT, cpu_name
+from safetensors.torch import load_file
 
 PATH = ROOT / "benchmarks" / "results" / "real_model.json"
 HELD_OUT = 64  # questions
@@ -139,6 +140,17 @@ def evaluate(name: str, model: Path, args: Args) -> dict:
     return {key: value for key, value in report.items() if isinstance(value, int | float | list)}
 
 
+def kept_by_bfloat16(start: Path, trained: Path) -> float:
+    """How much of a change, D = trained - start, is left in bfloat16: <rounded - start, D> / <D, D>."""
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, trained))
+    kept = changed = 0.0
+    for name, weight in after.items():
+        old = before[name].double()
+        kept += ((weight.bfloat16().double() - old) * (weight.double() - old)).sum().item()
+        changed += (weight.double() - old).square().sum().item()
+    return kept / changed
+
+
 def draw(stages: dict):
     """The curve of each stage: every step, and the held-out values under evaluation."""
     import matplotlib
@@ -171,6 +183,9 @@ def main(args: Args):
             curve = [{k: x for k, x in line.items() if k in KEPT or k.startswith("eval/")} for line in lines]
             result["stages"][stage] = {"flags": flags(stage, args), "dtype": args.dtype, "curve": curve}
             if finished:
+                start = args.model if stage == "sft" else args.folder / "sft" / "model"
+                kept = kept_by_bfloat16(start, args.folder / stage / "model")
+                result.setdefault("kept_by_bfloat16", {})[stage] = kept
                 result["evaluations"][stage] = evaluate(stage, args.folder / stage / "model", args)
         result["command"] = f"python benchmarks/real_model.py --steps {' '.join(map(str, args.steps))}"
         result["machine"] = {"cpu": cpu_name(), "cores": os.cpu_count()}
