@@ -195,7 +195,8 @@ def main(args: Args):
     if not kept.exists():
         kept.write_text(json.dumps(make_pool(args)))
     pool = json.loads(kept.read_text())
-    result = {"command": f"python ppo_rlhf.py {args.flags}", "choosers": CHOOSERS, "seeds": list(args.seeds)}
+    result = {"command": "python benchmarks/overoptimization.py", "flags of ppo_rlhf.py": args.flags}
+    result |= {"choosers": CHOOSERS, "seeds": list(args.seeds)}
     result["pool"] = {"prompts": len(pool), "answers": args.samples, "different": sum(map(len, pool))}
     result |= {"best_of_n": {name: best_of_n(pool, name) for name in CHOOSERS}, "ppo": {}, "fits": {}}
     for name in CHOOSERS:
