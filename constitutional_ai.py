@@ -242,7 +242,7 @@ def main(args: Args) -> dict:
         signal.signal(number, lambda *_: stopping.fill_(1))
     make_rows = partial(revise if args.stage == "revise" else judge_pairs, models, principles, rules, args)
     if step == 0:
-        metrics = {"step": 0} | (evaluate(models, held_out, rules, args) if held_out else {})
+        metrics = {"step": 0} | (evaluate_models(models, held_out, rules, args) if held_out else {})
         log(output_dir, metrics)
     while step < total_steps:
         # 1. to 3. Answer, revise or judge
@@ -331,7 +331,7 @@ def judge_pairs(models, principles: list[str], rules, args, cases) -> list[dict]
     return rows
 
 
-def evaluate(models, held_out, rules, args) -> dict:
+def evaluate_models(models, held_out, rules, args) -> dict:
     """How often the model's own answers to held-out prompts break the rules, and their gold reward."""
     turns = [case.messages for case in held_out]
     answers = say_next(*models[:2], turns, held_out, 0, args, args.temperature)  # B

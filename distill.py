@@ -410,7 +410,7 @@ def main(args: Args) -> dict:
     step, num_tokens = progress.get("step", 0), progress.get("num_tokens", 0)
     divergence = {**DIVERGENCES, "jsd": partial(jsd, beta=args.jsd_beta)}[args.divergence]
     settings = {"divergence": divergence, "temperature": args.kd_temperature, "vocab_size": vocab_size}
-    evaluation = partial(evaluate, student, tokenizer, held_out, view_of, settings, args, device)
+    evaluation = partial(evaluate_student, student, tokenizer, held_out, view_of, settings, args, device)
     logger, metrics = Logger(args, output_dir, total_steps, step), {}
     if step == 0:
         evaluated, samples = evaluation()
@@ -507,7 +507,9 @@ def describe(term_sums: list[float], count: int, with_teacher: bool) -> dict:
 
 
 @torch.no_grad()
-def evaluate(student, tokenizer, held_out, view_of, settings, args, device) -> tuple[dict, list[dict]]:
+def evaluate_student(
+    student, tokenizer, held_out, view_of, settings, args, device
+) -> tuple[dict, list[dict]]:
     """Held-out loss and divergences; right answers, sampled and greedy -> metrics and samples."""
     student.eval()
     sums = torch.zeros(1 + len(TokenTerms._fields), device=device)  # tokens, every term

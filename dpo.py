@@ -360,7 +360,9 @@ def main(args: Args) -> dict:
     pair_loss, metrics = LOSSES[args.loss], {}
     taken = [name for name in inspect.signature(pair_loss).parameters if hasattr(args, name)]
     pair_loss = partial(pair_loss, **{name: getattr(args, name) for name in taken})
-    evaluation = partial(evaluate, policy, ref_policy, tokenizer, held_out, held_out_logps, args, device)
+    evaluation = partial(
+        evaluate_pairs, policy, ref_policy, tokenizer, held_out, held_out_logps, args, device
+    )
     if step == 0:
         evaluated, samples = evaluation()
         logger.log({"step": 0} | evaluated, samples)
@@ -457,7 +459,7 @@ def answer_logps(policy, ref_policy, batch, loss: str):
     return logps, ref_logps, {}
 
 
-def evaluate(policy, ref_policy, tokenizer, held_out, ref_logps, args, device) -> tuple[dict, list]:
+def evaluate_pairs(policy, ref_policy, tokenizer, held_out, ref_logps, args, device) -> tuple[dict, list]:
     """Accuracy on held-out pairs, all and those of equal length; right sampled answers and their length."""
     if not held_out:
         return {}, []

@@ -268,7 +268,7 @@ def main(args: Args) -> dict:
     step = load_checkpoint(output_dir, policy, optimizer).get("step", 0) if args.resume else 0
     logger = Logger(args, output_dir, total_steps, step)
     metrics, kl = {}, torch.zeros((), device=device)
-    evaluation = partial(evaluate, policy, tokenizer, held_out, held_out_logps, args, device)
+    evaluation = partial(evaluate_labelled, policy, tokenizer, held_out, held_out_logps, args, device)
     if step == 0:
         evaluated, samples = evaluation()
         logger.log({"step": 0} | evaluated, samples)
@@ -375,7 +375,7 @@ def losses_of(scores, labels, kl, args) -> torch.Tensor:
     return {"ipo": ipo_loss, "orpo": orpo_loss}[args.algorithm](*scores.T, beta=args.beta)
 
 
-def evaluate(policy, tokenizer, held_out, ref_logps, args, device) -> tuple[dict, list]:
+def evaluate_labelled(policy, tokenizer, held_out, ref_logps, args, device) -> tuple[dict, list]:
     """Accuracy on held-out pairs, or of good above bad answers; right sampled answers and their length."""
     if not held_out:
         return {}, []

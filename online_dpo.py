@@ -314,7 +314,7 @@ def main(args: Args) -> dict:
         fail(f"--resume: {kept()} is missing, the pairs of the round in which the run stopped")
     pairs = [json.loads(line) for line in kept().open()] if step % round_steps else []
     logger, metrics = Logger(args, output_dir, total_steps, step), {}
-    evaluation = partial(evaluate, policy, tokenizer, held_out, rewarders, gold, args)
+    evaluation = partial(evaluate_rewards, policy, tokenizer, held_out, rewarders, gold, args)
     simpo = partial(simpo_loss, gamma_beta_ratio=args.gamma_beta_ratio)
     pair_loss = {"dpo": dpo_loss, "ipo": ipo_loss, "simpo": simpo}[args.loss]
     if step == 0:
@@ -443,7 +443,7 @@ def describe_pairs(rollout, scores, gold, places, size, args) -> dict:
     }
 
 
-def evaluate(policy, tokenizer, held_out, rewarders, gold_rewarders, args) -> tuple[dict, list[dict]]:
+def evaluate_rewards(policy, tokenizer, held_out, rewarders, gold_rewarders, args) -> tuple[dict, list[dict]]:
     """Rewards of greedy and of sampled answers to held-out prompts; how often one of k samples is right."""
     if not held_out:
         return {}, []

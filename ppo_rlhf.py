@@ -553,8 +553,7 @@ def evaluate(policy, tokenizer, held_out, rewarders, gold_rewarders, args) -> tu
             final_answer = runpy.run_path(str(HERE / "rewards.py"))["final_answer"]
             finals = [[final_answer(c.text) for c in answers[n : n + k]] for n in range(0, len(answers), k)]
             votes = [line.index(Counter(line).most_common(1)[0][0]) for line in finals]  # arXiv:2203.11171
-            majority = right[range(len(votes)), votes]  # (P,)
-            metrics |= {"pass@k": right.max(1).mean().item(), "maj@k": majority.mean().item()}
+            metrics |= {"pass@k": right.max(1).mean(), "maj@k": right[range(len(votes)), votes].mean()}
     samples = [
         {"prompt": tokenizer.decode(c.prompt.input_ids), "completion": c.text, "reward": reward}
         for c, reward in zip(answers[:: k or 1], rewards[:: k or 1].tolist())

@@ -245,7 +245,7 @@ def main(args: Args) -> dict:
     logger = Logger(args, output_dir, args.max_steps or guess, step)
     metrics, resumed_at, end = {}, step, 0
     if step == 0:
-        evaluated, samples = evaluate(policy, tokenizer, held_out, judges, output_dir, args)
+        evaluated, samples = evaluate_best_of_n(policy, tokenizer, held_out, judges, output_dir, args)
         metrics = {"step": 0} | evaluated
         logger.log(metrics, samples)
     for number in range(1, args.num_rounds + 1):
@@ -320,7 +320,7 @@ def main(args: Args) -> dict:
             }
             last, samples = step == end and number == args.num_rounds, []
             if step == end or (args.eval_every and step % args.eval_every == 0):
-                evaluated, samples = evaluate(policy, tokenizer, held_out, judges, output_dir, args)
+                evaluated, samples = evaluate_best_of_n(policy, tokenizer, held_out, judges, output_dir, args)
                 metrics |= evaluated
             logger.log(metrics, samples)
             if stopping or (args.save_every and (last or step % args.save_every == 0)):
@@ -353,7 +353,7 @@ def sample_round(policy, tokenizer, asked, judges, path, origin, args) -> list[d
     return rows
 
 
-def evaluate(policy, tokenizer, held_out, judges, output_dir, args) -> tuple[dict, list[dict]]:
+def evaluate_best_of_n(policy, tokenizer, held_out, judges, output_dir, args) -> tuple[dict, list[dict]]:
     """Rewards of answers to held-out prompts, the best of each; best_of_n.json and .png: choosing among k."""
     if not held_out:
         return {}, []

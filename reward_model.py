@@ -243,7 +243,7 @@ def main(args: Args) -> dict:
     logger = Logger(args, output_dir, total_steps, step)
     metrics = {}
     if step == 0:
-        logger.log({"step": 0} | evaluate(model, held_out, args, device), [])
+        logger.log({"step": 0} | evaluate_reward_model(model, held_out, args, device), [])
     while step < total_steps:
         # 1. Batch: the answers of this optimizer step, packed into rows that are dealt to the processes
         step, started = step + 1, time.perf_counter()
@@ -306,7 +306,7 @@ def main(args: Args) -> dict:
         }
         last = step == total_steps
         if last or (args.eval_every and step % args.eval_every == 0):
-            metrics |= evaluate(model, held_out, args, device)
+            metrics |= evaluate_reward_model(model, held_out, args, device)
         logger.log(metrics, [])
         if stopping or (args.save_every and (last or step % args.save_every == 0)):
             save_checkpoint(output_dir, model, optimizer, {"step": step})
@@ -323,7 +323,7 @@ def main(args: Args) -> dict:
     return metrics
 
 
-def evaluate(model, held_out, args, device) -> dict:
+def evaluate_reward_model(model, held_out, args, device) -> dict:
     """Accuracy, calibration and length bias on what is held out."""
     if not held_out:
         return {}

@@ -198,7 +198,7 @@ def main(args: Args) -> dict:
     step = load_checkpoint(output_dir, model, optimizer).get("step", 0) if args.resume else 0
     logger, metrics = Logger(args, output_dir, total_steps, step), {}
     if step == 0:
-        evaluation, samples = evaluate(model, tokenizer, held_out, forgetting, args, device)
+        evaluation, samples = evaluate_sequences(model, tokenizer, held_out, forgetting, args, device)
         logger.log({"step": 0} | evaluation, samples)
     while step < total_steps:
         # 1. Batch: the sequences of this optimizer step, packed into rows that are dealt to the processes
@@ -250,7 +250,7 @@ def main(args: Args) -> dict:
         }
         last, samples = step == total_steps, []
         if last or (args.eval_every and step % args.eval_every == 0):
-            evaluation, samples = evaluate(model, tokenizer, held_out, forgetting, args, device)
+            evaluation, samples = evaluate_sequences(model, tokenizer, held_out, forgetting, args, device)
             metrics |= evaluation
         logger.log(metrics, samples)
         if stopping or (args.save_every and (last or step % args.save_every == 0)):
@@ -276,7 +276,7 @@ def fisher_information(model, sequences, device) -> list[tuple]:
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, held_out, forgetting, args, device) -> tuple[dict, list[dict]]:
+def evaluate_sequences(model, tokenizer, held_out, forgetting, args, device) -> tuple[dict, list[dict]]:
     """Loss (nats), its exp and top-1 accuracy on held-out tokens and on what should be kept; samples."""
     model.eval()
     metrics, world_size = {}, dist.get_world_size()

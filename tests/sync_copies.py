@@ -6,7 +6,7 @@ text in both. Edit it in one script, then
     python tests/sync_copies.py grpo.py            # carry grpo.py's version to every script that has the name
     python tests/sync_copies.py grpo.py --check    # only say what differs; exit status 1 when something does
 
-`main`, `Args`, `evaluate` and `COLUMNS` are each script's own. The text carried starts at the comment above
+`main`, `Args` and `COLUMNS` are each script's own. The text carried starts at the comment above
 it. What a copied function needs is not imported for it: ruff (F821) finds what is missing.
 """
 
@@ -22,7 +22,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 RULE = "# " + "-" * 108
 SECTIONS = ["Arguments", "Algorithm", "Training", "Plumbing"]
-OWN = {"main", "Args", "evaluate", "COLUMNS"}  # what a script does, measures and shows is its own
+OWN = {"main", "Args", "COLUMNS"}  # what a script does and shows is its own
 
 
 class Definition(NamedTuple):

@@ -414,7 +414,7 @@ PASSES = [  # algorithm, flags, models that are loaded, passes of the reference
 def test_models_and_passes_before_a_run_trains(train, monkeypatch, algorithm, flags, loads, passes):
     loaded, found = calls_of(monkeypatch, four, "load_model"), calls_of(monkeypatch, four, "pair_logps")
     passes_so_far = lambda *_: {"passes": sum(len(pairs[:1]) for (_, pairs, *_), _ in found)}
-    monkeypatch.setattr(four, "evaluate", lambda *_: (passes_so_far(), []))
+    monkeypatch.setattr(four, "evaluate_labelled", lambda *_: (passes_so_far(), []))
     _, lines = train(rows_for(algorithm, 4), rows_for("ipo", 24)[20:], algorithm=algorithm, **flags)
     assert [arguments[0] for arguments, _ in loaded] == ["tiny/sft", "tiny/base"][:loads]
     assert lines[0]["passes"] == passes

@@ -274,7 +274,7 @@ def test_evaluation_by_hand(monkeypatch):
     monkeypatch.setattr(od, "roll_out", lambda *arguments: completions(arguments[3]))
     judge = lambda n: {"f": lambda completions, **_: [n * (text == "right") for text in completions]}
     args = (None, tiny_tokenizer(), [prompt] * 2)
-    evaluation = lambda *judges: od.evaluate(*args, *judges, od.Args(eval_samples=3))
+    evaluation = lambda *judges: od.evaluate_rewards(*args, *judges, od.Args(eval_samples=3))
     metrics, _ = evaluation(judge(2), judge(1))  # by gold
     assert metrics == pytest.approx({"eval/greedy_reward": 1, "eval/reward": 1 / 6, "eval/pass@k": 0.5})
     metrics, _ = evaluation(judge(2), {})

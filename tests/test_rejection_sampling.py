@@ -260,11 +260,13 @@ def test_evaluation_by_hand(monkeypatch, tmp_path):
 
     monkeypatch.setattr(rs, "answer", answer)
     args, tokenizer = rs.Args(eval_samples=2), rs.load_tokenizer(rs.Args())
-    metrics, samples = rs.evaluate(None, tokenizer, ["?", "!"], None, tmp_path, args)
+    metrics, samples = rs.evaluate_best_of_n(None, tokenizer, ["?", "!"], None, tmp_path, args)
     wanted = {"greedy_reward": 0.5, "reward": 0.5, "best@k": 0.5, "pass@k": 1.0, "maj@k": 0.5}
     assert metrics == pytest.approx({f"eval/{name}": value for name, value in wanted.items()})
     assert [(sample["n"], sample["majority"]) for sample in samples] == [(1, "1"), (3, "3")]
-    metrics, samples = rs.evaluate(None, tokenizer, ["?", "!"], None, tmp_path, rs.Args(eval_samples=0))
+    metrics, samples = rs.evaluate_best_of_n(
+        None, tokenizer, ["?", "!"], None, tmp_path, rs.Args(eval_samples=0)
+    )
     assert metrics == {"eval/greedy_reward": 0.5} and [sample["n"] for sample in samples] == [0, 1]
 
 

@@ -304,7 +304,7 @@ def test_evaluation_is_over_the_trained_tokens_for_any_rows(encode, random_model
             right.append(logprobs[position - 1].argmax().item() == input_ids[position])
     for budget in (32, 100, 8192):
         args.max_tokens_per_micro_batch = budget
-        metrics, samples = sft.evaluate(model, tokenizer, sequences, [], args, device)
+        metrics, samples = sft.evaluate_sequences(model, tokenizer, sequences, [], args, device)
         assert metrics["eval/loss"] == pytest.approx(np.mean(losses), rel=1e-5) and samples == []
         assert metrics["eval/token_accuracy"] == pytest.approx(np.mean(right))
         assert math.isnan(metrics["eval/forgetting_loss"]) and math.isnan(metrics["eval/accuracy"])
